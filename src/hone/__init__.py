@@ -1,0 +1,1 @@
+"""hone: from a base language model to a trained, evaluated, served one."""
