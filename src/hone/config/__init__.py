@@ -1,0 +1,1 @@
+"""TOML files and --a.b=c to one frozen tree, and back to a file."""

@@ -1,0 +1,112 @@
+"""A recipe from a TOML file and --a.b=c overrides, and back to a file; every mistake is a `ConfigError` that says where."""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from hone.config.recipe import Recipe
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be run; the message names the field, the value and what to do."""
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file and apply overrides of the form `--a.b=c` (TOML values; bare words are strings).
+
+    Relative paths inside the recipe are taken as they are, relative to the working directory.
+    """
+    try:
+        tree = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"no recipe at {path}; give the path of a TOML file, for example recipes/tiny/reverse.toml"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}") from error
+    for override in overrides:
+        _apply(tree, override)
+    return recipe_from(tree, str(path))
+
+
+def recipe_from(tree: Mapping[str, Any], source: str) -> Recipe:
+    """Validate a tree; `source` is named in the error."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "\n".join(_complaint(detail) for detail in error.errors())) from error
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved tree so that `load_recipe` gives it back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
+    temporary.replace(path)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.removeprefix("--").partition("=")
+    if not separator or not key or not override.startswith("--"):
+        raise ConfigError(f"override {override!r} is not of the form --section.field=value")
+    *sections, field = key.replace("-", "_").split(".")
+    table: Any = tree
+    for section in sections:
+        if isinstance(table, list):
+            table = table[_index(section, table, override)]
+        else:
+            table = table.setdefault(section, {})
+        if not isinstance(table, dict | list):
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+    if isinstance(table, list):
+        table[_index(field, table, override)] = _value(text)
+    else:
+        table[field] = _value(text)
+
+
+def _index(text: str, table: list[Any], override: str) -> int:
+    if not text.isdigit() or int(text) >= len(table):
+        raise ConfigError(f"override {override!r}: {text!r} is not an index below {len(table)}")
+    return int(text)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _complaint(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown field {where}{_suggestion(detail['loc'])}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where} = {_shown(detail['input'])}: {message[:1].lower()}{message[1:]}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _suggestion(location: tuple[str | int, ...]) -> str:
+    import difflib  # only on the way to an error message
+
+    section: Any = Recipe
+    for part in location[:-1]:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section_of(section.model_fields[part].annotation) or section
+    close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(section.model_fields)}"
+
+
+def _section_of(annotation: Any) -> Any:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if hasattr(c, "model_fields")), None)

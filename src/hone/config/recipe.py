@@ -1,0 +1,386 @@
+"""The configuration tree of a run: every field with its meaning, its default and the rules that it must keep."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, unknown fields refused, the sentence under a field is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The base model: loaded from a folder, or built with random weights from a Hugging Face style config."""
+
+    path: str | None = None
+    """Folder in the Hugging Face layout, or the name of a model on the Hugging Face hub."""
+    config: dict[str, Any] | None = None
+    """Fields of a Hugging Face config.json (model_type, hidden_size, ...) to build a model with random weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number type of the weights in trainer and engine."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where model and optimizer live; auto takes a GPU where there is one."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.config is None):
+            raise ValueError(
+                "give either model.path (a trained model) or model.config (build one), not both and not neither"
+            )
+        return self
+
+
+class TokenizerSection(Section):
+    """The tokenizer and chat template; by default those in the model's folder."""
+
+    path: str | None = None
+    """Folder with tokenizer.json; default: the model's folder, or one is trained when vocab_size is given."""
+    vocab_size: Positive | None = None
+    """Train a byte-level BPE of this size on the environments' prompts and references."""
+    alphabet: Literal["bytes", "seen"] = "bytes"
+    """Start a trained tokenizer from all 256 bytes, or only from those seen in the training text."""
+    chat_template: str | None = None
+    """A template that ships with hone (chatml, qwen3, glm4, llama3) or the path of a Jinja2 file; default: the model's."""
+
+
+class EnvironmentSection(Section):
+    """One environment of the mixture."""
+
+    name: str
+    """Entry point name of an installed environment package."""
+    weight: PositiveFloat = 1.0
+    """Share of the mixture, relative to the other environments."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments of the package's load_environment."""
+
+
+class SamplingSection(Section):
+    """How rollouts are sampled."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Softmax temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; 1 is off."""
+    top_k: NonNegative = 0
+    """Sample among the k likeliest tokens; 0 is off."""
+    min_p: Fraction = 0.0
+    """Drop tokens less likely than this share of the likeliest; 0 is off."""
+    max_tokens: Positive = 256
+    """Longest completion of one turn, in tokens."""
+
+
+class OptimizerSection(Section):
+    """The optimizer and its schedule."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for matrices with AdamW for the rest (embeddings, output layer, vectors)."""
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of matrices."""
+    momentum: Fraction | None = None
+    """Muon's momentum (0.95); only with kind = muon."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up."""
+    min_lr_ratio: Fraction | None = None
+    """Where linear and cosine schedules end, as a share of lr (0); only with these."""
+
+    @model_validator(mode="after")
+    def _no_dead_fields(self) -> Self:
+        if self.kind != "muon" and self.momentum is not None:
+            raise ValueError("optimizer.momentum has no effect with kind = 'adamw'; remove it or use kind = 'muon'")
+        if self.schedule == "constant" and self.min_lr_ratio is not None:
+            raise ValueError(
+                "optimizer.min_lr_ratio has no effect with a constant schedule; remove it or choose linear or cosine"
+            )
+        return self
+
+
+class TrainerSection(Section):
+    """How the trainer runs, for SFT and RL alike."""
+
+    num_ranks: Positive = 1
+    """Trainer processes (torchrun ranks); weights are sharded over them with FSDP2."""
+    micro_batch_tokens: Positive = 16384
+    """Most tokens that a rank forwards at once; a step's samples are packed into as many micro-batches as needed."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a quarter more time."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Compute in bfloat16 with float32 master weights."""
+    numerics: Literal["fast", "strict"] = "fast"
+    """strict: forward results are bitwise independent of packing and equal to the engine's (float32 on a CPU)."""
+    checkpoint_every: Positive = 50
+    """Optimizer steps between two resumable checkpoints."""
+    keep_checkpoints: Positive = 2
+    """How many checkpoints stay on disk."""
+    max_bad_steps: Positive = 5
+    """Steps with a non-finite loss or gradient that may be skipped before the run stops."""
+    threads: Positive | None = None
+    """CPU threads of one trainer process; default: one when it shares two cores with an engine, else all cores."""
+
+
+class SftSection(Section):
+    """Supervised fine-tuning."""
+
+    data: str = "environments"
+    """JSONL or parquet file with a `messages` column, a Hugging Face data set name, or `environments` for their gold answers."""
+    num_conversations: Positive | None = None
+    """Use this many conversations; default: all (with data = environments it must be given)."""
+    max_length: Positive = 2048
+    """Longer conversations are dropped and counted."""
+    batch_tokens: Positive = 16384
+    """Tokens of one optimizer step, over all ranks."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the data."""
+    max_steps: Positive | None = None
+    """Stop after this many optimizer steps; default: when the epochs are over."""
+    optimizer: OptimizerSection = OptimizerSection()
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        if self.data == "environments" and self.num_conversations is None:
+            raise ValueError(
+                "sft.data = 'environments' needs sft.num_conversations: environments may have endless tasks"
+            )
+        return self
+
+
+class LossSection(Section):
+    """The policy loss, composed of a surrogate with its mask, a reducer and penalties (docs/concepts, losses)."""
+
+    kind: Literal["icepop", "dppo_tv", "ppo_clip", "gspo", "cispo", "aipo"] = "icepop"
+    """icepop: INTELLECT-3's double-sided masking; dppo_tv: mask by difference of probabilities; ppo_clip; gspo: sequence ratios; cispo, aipo: clipped, detached ratios."""
+    low: NonNegativeFloat | None = None
+    """Lower bound: icepop's ratio (0.5), dppo_tv's difference of probabilities (0.2), clip's and gspo's 1 - low (0.2, 3e-4)."""
+    high: PositiveFloat | None = None
+    """Upper bound: icepop's ratio (5), dppo_tv's difference (0.2), clip's and gspo's 1 + high (0.2, 4e-4), cispo's and aipo's cap (5)."""
+    sequence_mask_below: NonNegativeFloat = 1e-5
+    """A sequence with any token ratio under this is left out whole; 0 is off."""
+    reducer: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
+    """token_mean: over all tokens of the step; sequence_mean: mean of each sequence's mean; sequence_sum: mean of sums; constant: sums over samples x max_tokens (Dr. GRPO)."""
+    kl_tau: NonNegativeFloat = 0.0
+    """Weight of the squared log ratio between trainer and sampler; keeps the policy near the one that sampled."""
+    reference_kl: NonNegativeFloat = 0.0
+    """Weight of the KL divergence to the reference policy (the weights that RL started from); 0 loads no reference."""
+
+    @model_validator(mode="after")
+    def _no_dead_fields(self) -> Self:
+        if self.kind in ("cispo", "aipo") and self.low is not None:
+            raise ValueError(
+                f"rl.loss.low has no effect with kind = {self.kind!r}, which clips from above only; remove it"
+            )
+        if self.kind == "icepop" and self.low is not None and self.high is not None and self.low >= self.high:
+            raise ValueError(
+                f"rl.loss.low {self.low} is not below rl.loss.high {self.high}: every token would be masked"
+            )
+        return self
+
+
+class RlSection(Section):
+    """Asynchronous reinforcement learning."""
+
+    num_steps: Positive = 100
+    """Optimizer steps."""
+    batch_size: Positive = 128
+    """Rollouts of one optimizer step."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Rollouts of one task that are compared with one another."""
+    max_staleness: NonNegative = 4
+    """No sample older than this many policy versions is trained; 0 alternates generation and training."""
+    in_flight_updates: bool = True
+    """Unfinished rollouts go on under new weights; off: an update waits until the running rollouts are finished."""
+    max_concurrent: Positive | None = None
+    """Most rollouts under way; default: as many as the staleness bound admits."""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "max_rl"] = "dr_grpo"
+    """grpo: (r - mean) / std; dr_grpo: r - mean; rloo: r - mean of the others; max_rl: (r - mean) / mean."""
+    batch_normalisation: bool = False
+    """Divide the advantages of a step by their standard deviation over the step."""
+    filter_without_signal: bool = True
+    """Leave out groups whose rewards are all equal, and fill their places."""
+    loss: LossSection = LossSection()
+    optimizer: OptimizerSection = OptimizerSection(lr=1e-6)
+    sampling: SamplingSection = SamplingSection()
+    max_turns: Positive | None = None
+    """Truncate rollouts after this many turns; default: the environment's own limit."""
+    rollout_timeout_seconds: PositiveFloat = 600.0
+    """A rollout that takes longer is a failure of class timeout."""
+    max_attempts: Positive = 3
+    """How often a rollout that failed through infrastructure is tried before it is given up."""
+    stop_at_reward: float | None = None
+    """End early when the evaluation during training reaches this mean reward."""
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                f"rl.group_size {self.group_size} does not divide rl.batch_size {self.batch_size};"
+                f" use {nearest_divisors(self.batch_size, self.group_size)}"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError(
+                "rl.sampling.temperature is 0: all rollouts of a group would be equal; use a positive temperature"
+            )
+        for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+            if getattr(self.sampling, name) != off:
+                raise ValueError(
+                    f"rl.sampling.{name} cuts the distribution that the loss assumes: the importance ratios would be wrong; remove it"
+                )
+        if self.max_concurrent is not None and self.max_concurrent < self.group_size:
+            raise ValueError(f"rl.max_concurrent {self.max_concurrent} is less than one group of {self.group_size}")
+        return self
+
+    @property
+    def groups_per_batch(self) -> int:
+        return self.batch_size // self.group_size
+
+
+def nearest_divisors(total: int, wish: int) -> str:
+    """The divisors of `total` on both sides of `wish`, for an error message."""
+    divisors = [n for n in range(2, total + 1) if total % n == 0]
+    below = [n for n in divisors if n < wish][-1:]
+    above = [n for n in divisors if n > wish][:1]
+    return " or ".join(str(n) for n in below + above)
+
+
+class EngineSection(Section):
+    """The inference engine."""
+
+    block_size: Positive = 16
+    """Tokens of one KV block."""
+    num_blocks: Positive | None = None
+    """KV blocks; default: what cache_bytes holds."""
+    cache_bytes: Positive = 256 * 2**20
+    """Memory of the KV cache when num_blocks is not given."""
+    max_running: Positive = 512
+    """Most requests that decode at once."""
+    max_batch_tokens: Positive = 4096
+    """Most tokens of one engine step; longer prompts are prefilled in chunks."""
+    max_context: Positive | None = None
+    """Longest prompt plus completion; default: the model's."""
+    prefix_cache: bool = True
+    """Reuse KV blocks of equal prefixes computed under the same weights."""
+    dtype: Literal["model", "bfloat16"] = "model"
+    """Number type of the engine: the model's, or bfloat16 for speed at the price of mismatch."""
+    threads: Positive | None = None
+    """CPU threads of the engine; default: one when it shares two cores with a trainer, else all cores."""
+
+
+class ServerSection(Section):
+    """Addresses of the inference server."""
+
+    host: str = "127.0.0.1"
+    """Address that the OpenAI API and the token channel bind to."""
+    port: NonNegative = 0
+    """Port of the OpenAI API; 0 takes a free one (hone serve: 8000)."""
+    admin_host: str | None = None
+    """Address of the admin routes when they shall not share the API's."""
+    admin_port: NonNegative | None = None
+    """Port of the admin routes when they shall not share the API's; 0 takes a free one."""
+    admin_token_variable: str | None = None
+    """Environment variable that holds the bearer token of the admin routes."""
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if self.admin_host is not None and self.admin_port is None:
+            raise ValueError("server.admin_host has no effect without server.admin_port; give both or neither")
+        return self
+
+
+class EvaluationSection(Section):
+    """Evaluations: before, during and after training, through the same rollouts as training."""
+
+    num_tasks: Positive = 128
+    """Tasks of each environment, from its held-out split."""
+    attempts: Positive = 1
+    """Rollouts of each task (the k of avg@k and pass@k)."""
+    every: Positive | None = None
+    """Policy versions between two evaluations during RL; default: none during training."""
+    sampling: SamplingSection = SamplingSection()
+    max_concurrent: Positive = 256
+    """Most evaluation rollouts under way."""
+
+
+class WorkersSection(Section):
+    """The processes that run environments."""
+
+    num_workers: NonNegative = 1
+    """Env worker processes; 0 runs the environments inside the orchestrator."""
+    heartbeat_seconds: PositiveFloat = 1.0
+    """A worker reports this often; after ten silent periods it is taken for dead and its rollouts are re-issued."""
+
+
+class RunSection(Section):
+    """The run itself."""
+
+    name: str = "run"
+    """Name of the run's folder."""
+    folder: Path = Path("runs")
+    """Where the folders of runs are."""
+    seed: NonNegative = 0
+    """Every random choice of the run is derived from this number."""
+    max_restarts: NonNegative = 20
+    """How often a process that died is started again before the run is given up."""
+    metrics_port: NonNegative | None = None
+    """First of a range of ports for Prometheus endpoints, one per process; default: no endpoint."""
+
+
+class Recipe(Section):
+    """The whole tree. Each fact is stated once; every process receives the tree and reads its part."""
+
+    run: RunSection = RunSection()
+    model: ModelSection
+    tokenizer: TokenizerSection = TokenizerSection()
+    environments: tuple[EnvironmentSection, ...] = ()
+    sft: SftSection | None = None
+    rl: RlSection | None = None
+    trainer: TrainerSection = TrainerSection()
+    engine: EngineSection = EngineSection()
+    server: ServerSection = ServerSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    workers: WorkersSection = WorkersSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        needs_environments = self.rl is not None or (self.sft is not None and self.sft.data == "environments")
+        if needs_environments and not self.environments:
+            raise ValueError("no [[environments]] given: rl and sft.data = 'environments' need at least one")
+        names = [environment.name for environment in self.environments]
+        if len(set(names)) != len(names):
+            raise ValueError(
+                f"environment {max(names, key=names.count)!r} is listed twice; merge the two or rename one package"
+            )
+        if self.model.config is not None and self.tokenizer.path is None and self.tokenizer.vocab_size is None:
+            raise ValueError("a model built from model.config needs tokenizer.path or tokenizer.vocab_size")
+        if self.tokenizer.vocab_size is not None and self.tokenizer.path is not None:
+            raise ValueError("tokenizer.vocab_size trains a tokenizer, tokenizer.path loads one; give one of them")
+        if self.trainer.numerics == "strict" and (
+            self.model.dtype != "float32" or self.engine.dtype != "model" or self.trainer.autocast != "none"
+        ):
+            raise ValueError(
+                "trainer.numerics = 'strict' needs float32 everywhere: model.dtype, engine.dtype = 'model', trainer.autocast = 'none'"
+            )
+        if self.rl is not None and self.rl.stop_at_reward is not None and self.evaluation.every is None:
+            raise ValueError(
+                "rl.stop_at_reward needs evaluation.every: it is compared with the evaluations during training"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run.folder / self.run.name

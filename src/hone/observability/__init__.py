@@ -1,0 +1,1 @@
+"""Structured logs, metrics, spans and progress of every process of a run."""

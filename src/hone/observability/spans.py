@@ -1,0 +1,52 @@
+"""Timed pieces of work of the pipeline (generate, score, wait, train, broadcast), one JSON line each."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+
+class Spans:
+    """Appends the spans of one process to the run's spans.jsonl."""
+
+    def __init__(self, path: Path, process: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a", buffering=1)
+        self._process = process
+
+    @contextlib.contextmanager
+    def span(self, name: str, **fields: int | float | str) -> Iterator[None]:
+        """Record how long the body takes."""
+        started = time.time()
+        clock = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.record(name, started, time.perf_counter() - clock, **fields)
+
+    def record(self, name: str, started_at: float, seconds: float, **fields: int | float | str) -> None:
+        """Record a piece of work that was timed elsewhere; `started_at` is Unix time."""
+        line = {
+            "name": name,
+            "process": self._process,
+            "start": round(started_at, 6),
+            "seconds": round(seconds, 6),
+        }
+        self._file.write(json.dumps(line | fields) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_spans(path: Path) -> Iterator[dict[str, float | str]]:
+    """The lines of a spans.jsonl; a line that a killed process left incomplete is passed over."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue

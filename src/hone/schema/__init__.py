@@ -1,0 +1,1 @@
+"""Everything that crosses a process boundary: messages, tasks, traces, batches, policies; and the wire they travel on."""

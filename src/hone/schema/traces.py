@@ -1,0 +1,139 @@
+"""The record of a rollout: who wrote which tokens under which weights, what it earned, why it ended."""
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from hone.schema.messages import Message
+from hone.schema.sampling import Turn
+from hone.schema.tasks import Task
+
+
+class StopReason(StrEnum):
+    """Why a rollout that has a valid reward ended."""
+
+    COMPLETED = "completed"
+    """The environment said that it is over."""
+    MAX_TURNS = "max_turns"
+    """Truncated: the budget of turns is used up."""
+    MAX_TOKENS = "max_tokens"
+    """Truncated: the budget of tokens or the context is used up."""
+    TIMEOUT = "timeout"
+    """Truncated: the budget of time is used up (a budget the policy can learn to keep)."""
+
+
+TRUNCATED = frozenset({StopReason.MAX_TURNS, StopReason.MAX_TOKENS, StopReason.TIMEOUT})
+
+
+class FailureClass(StrEnum):
+    """Whose trouble kept a rollout from a valid reward. Failures are excluded from group statistics and the loss."""
+
+    MODEL = "model"
+    """The engine or endpoint did not answer."""
+    TOOL = "tool"
+    SANDBOX = "sandbox"
+    JUDGE = "judge"
+    HARNESS = "harness"
+    ENVIRONMENT = "environment"
+    """The environment's own code raised, or returned what is no reward (NaN, a wrong type)."""
+    TIMEOUT = "timeout"
+    """The environment's code or an infrastructure wait passed its deadline."""
+    WORKER = "worker"
+    """The process that ran the rollout died."""
+    CANCELLED = "cancelled"
+
+
+class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why a rollout has no valid reward: class, where it happened, what was said."""
+
+    kind: FailureClass
+    where: str
+    message: str
+
+
+class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One message of a trace's graph.
+
+    parent: index of the message before it, None for a root. turn: for what the policy wrote, the tokens it saw and
+    wrote; messages of others carry none, because the tokens between two turns belong to the later turn's context.
+    """
+
+    message: Message
+    parent: int | None = None
+    turn: Turn | None = None
+
+
+class Reward(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A named reward and the weight it has in the total."""
+
+    value: float
+    weight: float = 1.0
+
+
+class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where the time of a rollout went, in seconds; started_at is Unix time."""
+
+    started_at: float = 0.0
+    total_seconds: float = 0.0
+    setup_seconds: float = 0.0
+    generate_seconds: float = 0.0
+    environment_seconds: float = 0.0
+    score_seconds: float = 0.0
+
+
+class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One rollout of one task. Either `failure` is set, or rewards and stop reason are valid."""
+
+    environment: str
+    task: Task
+    attempt: int
+    environment_version: str = ""
+    group: str = ""
+    nodes: list[Node] = []
+    rewards: dict[str, Reward] = {}
+    metrics: dict[str, float] = {}
+    stop_reason: StopReason | None = None
+    failure: Failure | None = None
+    timing: Timing = Timing()
+    info: dict[str, Any] = {}
+
+    @property
+    def reward(self) -> float:
+        """The weighted sum of the named rewards; meaningless, hence an error, on a failed trace."""
+        if self.failure is not None:
+            raise ValueError(f"a failed trace has no reward ({self.failure.kind}: {self.failure.message})")
+        return sum(reward.value * reward.weight for reward in self.rewards.values())
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.stop_reason in TRUNCATED
+
+    @property
+    def turns(self) -> list[Turn]:
+        return [node.turn for node in self.nodes if node.turn is not None]
+
+    @property
+    def messages(self) -> list[Message]:
+        return [node.message for node in self.nodes]
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return sum(turn.num_completion_tokens for turn in self.turns)
+
+    @property
+    def min_version(self) -> int | None:
+        """The lowest policy version among the sampled tokens; None when the endpoint does not tell versions."""
+        return min((run.version for turn in self.turns for run in turn.versions), default=None)
+
+    def branches(self) -> list[list[Node]]:
+        """Paths from a root to a leaf, in the order of the leaves."""
+        inner = {node.parent for node in self.nodes}
+        return [self._path(index) for index in range(len(self.nodes)) if index not in inner]
+
+    def _path(self, index: int | None) -> list[Node]:
+        path: list[Node] = []
+        while index is not None:
+            path.append(self.nodes[index])
+            index = self.nodes[index].parent
+        return path[::-1]
