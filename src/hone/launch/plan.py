@@ -1,0 +1,71 @@
+"""Which processes a stage needs, as pure data."""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hone.config.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessPlan:
+    """One process: its name in logs and metrics, its command, what it adds to the environment.
+
+    ends_stage: the stage is over when all processes with this mark have ended with exit code 0.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+    ends_stage: bool = False
+
+
+def plan_sft(recipe: Recipe, folder: Path) -> list[ProcessPlan]:
+    """SFT is one trainer with all cores."""
+    return [_trainer("hone.trainer.sft", recipe, folder, threads=recipe.trainer.threads or num_cores())]
+
+
+def plan_rl(recipe: Recipe, folder: Path) -> list[ProcessPlan]:
+    """RL is an inference server, env workers, the orchestrator and a trainer, which share the machine's cores."""
+    share = max(1, num_cores() // 2)
+    return [
+        plan_inference(recipe, folder, threads=recipe.engine.threads or share),
+        _python("orchestrator", "hone.orchestrator.loop", str(folder), threads=1, ends_stage=True),
+        *(
+            _python(f"worker-{index}", "hone.envs.worker", str(folder), f"worker-{index}", threads=1)
+            for index in range(recipe.workers.num_workers)
+        ),
+        _trainer("hone.trainer.rl", recipe, folder, threads=recipe.trainer.threads or share),
+    ]
+
+
+def plan_inference(recipe: Recipe, folder: Path, *, threads: int | None = None, model: Path | None = None) -> ProcessPlan:
+    """The inference server of a run; `model` fixes the weights, else it serves the newest policy."""
+    arguments = [str(folder)] if model is None else [str(folder), "--model", str(model)]
+    return _python(
+        "inference", "hone.inference.server", *arguments, threads=threads or recipe.engine.threads or num_cores()
+    )
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _trainer(module: str, recipe: Recipe, folder: Path, threads: int) -> ProcessPlan:
+    ranks = recipe.trainer.num_ranks
+    if ranks == 1:
+        return _python("trainer", module, str(folder), threads=threads, ends_stage=True)
+    # --standalone: torchrun chooses a free rendezvous port on this machine.
+    launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module)
+    return _python("trainer", *launcher, str(folder), threads=max(1, threads // ranks), ends_stage=True)
+
+
+def _python(name: str, module: str, *arguments: str, threads: int, ends_stage: bool = False) -> ProcessPlan:
+    return ProcessPlan(
+        name=name,
+        command=(sys.executable, "-m", module, *arguments),
+        environment={"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+        ends_stage=ends_stage,
+    )
