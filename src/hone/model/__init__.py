@@ -1,0 +1,1 @@
+"""The one model definition that the trainer and the engine share."""

@@ -1,0 +1,165 @@
+"""The products and reductions of the model by name: native CPU kernels where they apply, torch elsewhere.
+
+N flat tokens, S sequences, D width, H query heads, K key/value heads, d head size, r rotary channels,
+E experts, k experts per token, F expert hidden, V vocabulary, X KV blocks, b block size, m blocks per sequence.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hone.model import torch_ops
+
+Backend = Literal["auto", "native", "torch"]
+
+_backend: Backend = "auto"
+
+
+class Kernels(Protocol):
+    """What a backend computes; training needs all but the paged pair to be differentiable."""
+
+    def rms_norm(self, x_xD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
+
+    def linear(self, x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor: ...
+
+    def rotary(self, q_NHd: Tensor, k_NKd: Tensor, cos_Nr: Tensor, sin_Nr: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def packed_attention(
+        self, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, sequence_starts: Tensor, scale: float
+    ) -> Tensor: ...
+
+    def paged_attention(
+        self,
+        q_NHd: Tensor,
+        key_cache_XbKd: Tensor,
+        value_cache_XbKd: Tensor,
+        block_tables_Sm: Tensor,
+        query_starts: Tensor,
+        context_lengths_S: Tensor,
+        scale: float,
+    ) -> Tensor: ...
+
+    def write_cache(
+        self, k_NKd: Tensor, v_NKd: Tensor, key_cache_XbKd: Tensor, value_cache_XbKd: Tensor, slots_N: Tensor
+    ) -> None: ...
+
+    def experts(
+        self,
+        x_ND: Tensor,
+        expert_ids_Nk: Tensor,
+        expert_weights_Nk: Tensor,
+        gate_up_E2FD: Tensor,
+        down_EDF: Tensor,
+    ) -> Tensor: ...
+
+    def swiglu(self, gate_up_N2F: Tensor) -> Tensor: ...
+
+    def token_logprobs(self, logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor | float = 1.0) -> Tensor: ...
+
+
+def set_backend(backend: Backend) -> None:
+    """Choose for this process: "auto" takes native kernels for float32 on the CPU where there are any."""
+    global _backend
+    if backend not in ("auto", "native", "torch"):
+        raise ValueError(f"backend {backend!r} must be 'auto', 'native' or 'torch'")
+    if backend == "native" and _native_kernels() is None:
+        raise ValueError("no native kernels are available on this machine; use backend 'auto' or 'torch'")
+    _backend = backend
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """`set_backend` for the time of a with block."""
+    before = _backend
+    set_backend(backend)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def rms_norm(x_xD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / root mean square of its last dimension, times weight."""
+    return _kernels_for(x_xD).rms_norm(x_xD, weight_D, eps)
+
+
+def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias."""
+    return _kernels_for(x_ND).linear(x_ND, weight_OD, bias_O)
+
+
+def rotary(q_NHd: Tensor, k_NKd: Tensor, cos_Nr: Tensor, sin_Nr: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn channel i with channel i + r/2 for the first r channels; both halves of cos and sin are equal."""
+    return _kernels_for(q_NHd).rotary(q_NHd, k_NKd, cos_Nr, sin_Nr)
+
+
+def packed_attention(
+    q_NHd: Tensor,
+    k_NKd: Tensor,
+    v_NKd: Tensor,
+    sequence_starts: Tensor,
+    scale: float,
+    max_length: int | None = None,
+) -> Tensor:
+    """Causal attention within each of the packed sequences. `max_length` spares CUDA a synchronisation."""
+    if q_NHd.is_cuda:
+        return torch_ops.packed_attention(q_NHd, k_NKd, v_NKd, sequence_starts, scale, max_length)
+    return _kernels_for(q_NHd).packed_attention(q_NHd, k_NKd, v_NKd, sequence_starts, scale)
+
+
+def paged_attention(
+    q_NHd: Tensor,
+    key_cache_XbKd: Tensor,
+    value_cache_XbKd: Tensor,
+    block_tables_Sm: Tensor,
+    query_starts: Tensor,
+    context_lengths_S: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention of each sequence's queries, the last positions of its context, over its KV blocks."""
+    return _kernels_for(q_NHd).paged_attention(
+        q_NHd, key_cache_XbKd, value_cache_XbKd, block_tables_Sm, query_starts, context_lengths_S, scale
+    )
+
+
+def write_cache(
+    k_NKd: Tensor, v_NKd: Tensor, key_cache_XbKd: Tensor, value_cache_XbKd: Tensor, slots_N: Tensor
+) -> None:
+    """Store keys and values at slot = block * block size + offset."""
+    _kernels_for(k_NKd).write_cache(k_NKd, v_NKd, key_cache_XbKd, value_cache_XbKd, slots_N)
+
+
+def experts(
+    x_ND: Tensor, expert_ids_Nk: Tensor, expert_weights_Nk: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Weighted sum over the chosen experts' gated MLPs; no token meets an expert that it did not choose."""
+    return _kernels_for(x_ND).experts(x_ND, expert_ids_Nk, expert_weights_Nk, gate_up_E2FD, down_EDF)
+
+
+def swiglu(gate_up_N2F: Tensor) -> Tensor:
+    """silu(first half) * second half."""
+    return _kernels_for(gate_up_N2F).swiglu(gate_up_N2F)
+
+
+def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor | float = 1.0) -> Tensor:
+    """Float32 logprobs of the targets under logits / temperature."""
+    return _kernels_for(logits_NV).token_logprobs(logits_NV, targets_N, temperature_N)
+
+
+def _kernels_for(x: Tensor) -> Kernels:
+    if _backend == "torch" or not x.is_cpu or x.dtype is not torch.float32:
+        return torch_ops
+    return _native_kernels() or torch_ops
+
+
+@functools.cache
+def _native_kernels() -> Kernels | None:
+    try:
+        from hone.model.native import kernels  # type: ignore[attr-defined]  # may compile, so only when needed
+    except ImportError:
+        return None
+    return kernels if kernels.available() else None

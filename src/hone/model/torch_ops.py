@@ -1,0 +1,195 @@
+"""The model's operations in plain torch: the reference for the native kernels and the path of other devices.
+
+Tensor letters as in `hone.model.ops`; G groups of sequences, L positions of a padded sequence, C context positions.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+
+# Sequences whose lengths round up to the same multiple are attended in one padded batch.
+LENGTH_BUCKET = 32
+
+
+def rms_norm(x_xD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return functional.rms_norm(x_xD, weight_D.shape, weight_D, eps)
+
+
+def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    return functional.linear(x_ND, weight_OD, bias_O)
+
+
+def rotary(q_NHd: Tensor, k_NKd: Tensor, cos_Nr: Tensor, sin_Nr: Tensor) -> tuple[Tensor, Tensor]:
+    half = cos_Nr.shape[-1] // 2
+    cos_N1r, sin_N1r = cos_Nr[:, None, :half], sin_Nr[:, None, :half]
+    return _turn(q_NHd, cos_N1r, sin_N1r), _turn(k_NKd, cos_N1r, sin_N1r)
+
+
+def write_cache(
+    k_NKd: Tensor, v_NKd: Tensor, key_cache_XbKd: Tensor, value_cache_XbKd: Tensor, slots_N: Tensor
+) -> None:
+    key_cache_XbKd.flatten(0, 1).index_copy_(0, slots_N, k_NKd)
+    value_cache_XbKd.flatten(0, 1).index_copy_(0, slots_N, v_NKd)
+
+
+def swiglu(gate_up_N2F: Tensor) -> Tensor:
+    gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
+    return functional.silu(gate_NF) * up_NF
+
+
+def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor | float = 1.0) -> Tensor:
+    scaled_NV = logits_NV.float()
+    if isinstance(temperature_N, Tensor):
+        scaled_NV = scaled_NV / temperature_N[:, None]
+    elif temperature_N != 1.0:
+        scaled_NV = scaled_NV / temperature_N
+    return scaled_NV.gather(-1, targets_N[:, None])[:, 0] - scaled_NV.logsumexp(-1)
+
+
+def packed_attention(
+    q_NHd: Tensor,
+    k_NKd: Tensor,
+    v_NKd: Tensor,
+    sequence_starts: Tensor,
+    scale: float,
+    max_length: int | None = None,
+) -> Tensor:
+    if q_NHd.is_cuda and q_NHd.dtype in (torch.bfloat16, torch.float16):
+        return _variable_length_attention(q_NHd, k_NKd, v_NKd, sequence_starts, scale, max_length)
+    starts = sequence_starts.tolist()
+    lengths = [end - start for start, end in pairwise(starts)]
+    if len(set(lengths)) == 1:
+        return _equal_lengths_attention(q_NHd, k_NKd, v_NKd, len(lengths), scale)
+    return _bucketed_attention(q_NHd, k_NKd, v_NKd, starts, lengths, scale)
+
+
+def paged_attention(
+    q_NHd: Tensor,
+    key_cache_XbKd: Tensor,
+    value_cache_XbKd: Tensor,
+    block_tables_Sm: Tensor,
+    query_starts: Tensor,
+    context_lengths_S: Tensor,
+    scale: float,
+) -> Tensor:
+    num_sequences, (num_tokens, num_heads, head_size) = len(context_lengths_S), q_NHd.shape
+    query_lengths_S = query_starts.diff()
+    # One token per sequence is the common case, and the shapes alone tell it.
+    max_queries = 1 if num_tokens == num_sequences else int(query_lengths_S.max())
+    keys_SCKd = _context(key_cache_XbKd, block_tables_Sm)
+    values_SCKd = _context(value_cache_XbKd, block_tables_Sm)
+    offsets_L = torch.arange(max_queries, device=q_NHd.device)
+    rows_SL = (query_starts[:-1, None] + offsets_L).clamp(max=num_tokens - 1)
+    positions_SL = (context_lengths_S - query_lengths_S)[:, None] + offsets_L
+    visible_SLC = torch.arange(keys_SCKd.shape[1], device=q_NHd.device) <= positions_SL[..., None]
+    out_SHLd = functional.scaled_dot_product_attention(
+        q_NHd[rows_SL].transpose(1, 2),
+        keys_SCKd.transpose(1, 2),
+        values_SCKd.transpose(1, 2),
+        attn_mask=visible_SLC[:, None],
+        scale=scale,
+        enable_gqa=True,
+    )
+    if max_queries == 1:
+        return out_SHLd.reshape(num_tokens, num_heads, head_size)
+    return out_SHLd.transpose(1, 2)[offsets_L < query_lengths_S[:, None]]
+
+
+def experts(
+    x_ND: Tensor, expert_ids_Nk: Tensor, expert_weights_Nk: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    num_tokens, choices = expert_ids_Nk.shape
+    flat_ids = expert_ids_Nk.flatten()
+    order = flat_ids.argsort(stable=True)
+    counts_E = torch.bincount(flat_ids, minlength=len(gate_up_E2FD))
+    chosen_ND = x_ND.index_select(0, order // choices)
+    products = _grouped_products if _groups_natively(x_ND) else _sliced_products
+    out_ND = products(chosen_ND, counts_E, gate_up_E2FD, down_EDF)
+    places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    out_NkD = out_ND.index_select(0, places).view(num_tokens, choices, -1)
+    return (out_NkD * expert_weights_Nk[..., None]).sum(1).to(x_ND.dtype)
+
+
+def _turn(x_NHd: Tensor, cos_N1r: Tensor, sin_N1r: Tensor) -> Tensor:
+    half = cos_N1r.shape[-1]
+    first, second, rest = x_NHd[..., :half], x_NHd[..., half : 2 * half], x_NHd[..., 2 * half :]
+    turned = (first * cos_N1r - second * sin_N1r, second * cos_N1r + first * sin_N1r)
+    return torch.cat([part.to(x_NHd.dtype) for part in turned] + [rest], dim=-1)
+
+
+def _groups_natively(x_ND: Tensor) -> bool:
+    """`grouped_mm` has a fast kernel, forward and backward, for bfloat16 on CUDA."""
+    return x_ND.is_cuda and x_ND.dtype is torch.bfloat16
+
+
+def _grouped_products(x_ND: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
+    gate_up_N2F = functional.grouped_mm(x_ND, gate_up_E2FD.transpose(1, 2), offs=ends_E)
+    return functional.grouped_mm(swiglu(gate_up_N2F), down_EDF.transpose(1, 2), offs=ends_E)
+
+
+def _sliced_products(x_ND: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+    slices = zip(torch.split_with_sizes(x_ND, counts_E.tolist()), gate_up_E2FD.unbind(), down_EDF.unbind(), strict=True)
+    outputs = [
+        functional.linear(swiglu(functional.linear(x_nD, gate_up_2FD)), down_DF)
+        for x_nD, gate_up_2FD, down_DF in slices
+        if len(x_nD)
+    ]
+    return torch.cat(outputs) if outputs else x_ND
+
+
+def _variable_length_attention(
+    q_NHd: Tensor,
+    k_NKd: Tensor,
+    v_NKd: Tensor,
+    sequence_starts: Tensor,
+    scale: float,
+    max_length: int | None,
+) -> Tensor:
+    """Flash attention over packed sequences; it wants equal heads and even-sized half precision."""
+    starts, longest = sequence_starts.to(torch.int32), max_length or int(sequence_starts.diff().max())
+    repeats = q_NHd.shape[1] // k_NKd.shape[1]
+    if repeats > 1:
+        k_NKd, v_NKd = k_NKd.repeat_interleave(repeats, 1), v_NKd.repeat_interleave(repeats, 1)
+    out_NHd = varlen_attn(q_NHd, k_NKd, v_NKd, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
+    assert isinstance(out_NHd, Tensor)
+    return out_NHd
+
+
+def _equal_lengths_attention(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, num_sequences: int, scale: float) -> Tensor:
+    q_SHLd, k_SKLd, v_SKLd = (x.view(num_sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (q_NHd, k_NKd, v_NKd))
+    return _causal(q_SHLd, k_SKLd, v_SKLd, scale).transpose(1, 2).reshape(q_NHd.shape)
+
+
+def _bucketed_attention(
+    q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, starts: list[int], lengths: list[int], scale: float
+) -> Tensor:
+    """Sequences of similar length share a batch padded on the right, where causality hides the padding."""
+    rows, outputs = [], []
+    buckets: dict[int, list[int]] = {}
+    for sequence, length in enumerate(lengths):
+        buckets.setdefault(-(-length // LENGTH_BUCKET), []).append(sequence)
+    for sequences in buckets.values():
+        max_length = max(lengths[s] for s in sequences)
+        starts_S = torch.tensor([starts[s] for s in sequences], device=q_NHd.device)
+        lengths_S = torch.tensor([lengths[s] for s in sequences], device=q_NHd.device)
+        offsets_L = torch.arange(max_length, device=q_NHd.device)
+        rows_SL = (starts_S[:, None] + offsets_L).clamp(max=len(q_NHd) - 1)
+        real_SL = offsets_L < lengths_S[:, None]
+        q_SHLd, k_SKLd, v_SKLd = (x[rows_SL].transpose(1, 2) for x in (q_NHd, k_NKd, v_NKd))
+        outputs.append(_causal(q_SHLd, k_SKLd, v_SKLd, scale).transpose(1, 2)[real_SL])
+        rows.append(rows_SL[real_SL])
+    places = torch.cat(rows).argsort()
+    return torch.cat(outputs).index_select(0, places)
+
+
+def _causal(q_SHLd: Tensor, k_SKLd: Tensor, v_SKLd: Tensor, scale: float) -> Tensor:
+    return functional.scaled_dot_product_attention(q_SHLd, k_SKLd, v_SKLd, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def _context(cache_XbKd: Tensor, block_tables_Sm: Tensor) -> Tensor:
+    # Tables are padded with any number for blocks beyond the context; those keys are masked.
+    return cache_XbKd[block_tables_Sm.clamp(min=0)].flatten(1, 2)
