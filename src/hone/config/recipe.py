@@ -10,12 +10,27 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Section(BaseModel):
     """A part of the tree: frozen, unknown fields refused, the sentence under a field is its documentation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_sections(cls, given: Any) -> Any:
+        """A section given in part keeps the rest of its parent's default: [rl.optimizer] without lr has rl's lr."""
+        if not isinstance(given, dict):
+            return given
+        defaults = {name: f.default for name, f in cls.model_fields.items() if isinstance(f.default, Section)}
+        return given | {
+            name: default.model_dump(exclude_unset=True) | given[name]
+            for name, default in defaults.items()
+            if isinstance(given.get(name), dict)
+        }
 
 
 class ModelSection(Section):
@@ -85,7 +100,7 @@ class OptimizerSection(Section):
     """AdamW, or Muon for matrices with AdamW for the rest (embeddings, output layer, vectors)."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """AdamW's decay rates."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of matrices."""
@@ -285,11 +300,11 @@ class ServerSection(Section):
 
     host: str = "127.0.0.1"
     """Address that the OpenAI API and the token channel bind to."""
-    port: NonNegative = 0
+    port: Port = 0
     """Port of the OpenAI API; 0 takes a free one (hone serve: 8000)."""
     admin_host: str | None = None
     """Address of the admin routes when they shall not share the API's."""
-    admin_port: NonNegative | None = None
+    admin_port: Port | None = None
     """Port of the admin routes when they shall not share the API's; 0 takes a free one."""
     admin_token_variable: str | None = None
     """Environment variable that holds the bearer token of the admin routes."""
@@ -335,7 +350,7 @@ class RunSection(Section):
     """Every random choice of the run is derived from this number."""
     max_restarts: NonNegative = 20
     """How often a process that died is started again before the run is given up."""
-    metrics_port: NonNegative | None = None
+    metrics_port: Port | None = None
     """First of a range of ports for Prometheus endpoints, one per process; default: no endpoint."""
 
 

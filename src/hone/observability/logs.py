@@ -1,10 +1,11 @@
 """Structured logs: one JSON line per record in the process's own file, a short line on the console."""
 
-import json
 import logging
 import sys
 import time
 from pathlib import Path
+
+from hone.observability import jsonlines
 
 FIELDS = "fields"
 
@@ -23,7 +24,7 @@ def configure(process: str, folder: Path | None = None, *, console: bool = True,
     if folder is not None:
         path = folder / "logs" / f"{process}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        root.addHandler(_handler(logging.FileHandler(path), _JsonLines(process)))
+        root.addHandler(_handler(logging.FileHandler(path, encoding="utf-8"), _JsonLines(process)))
     if console:
         root.addHandler(_handler(logging.StreamHandler(sys.stderr), _Console(process)))
 
@@ -54,7 +55,7 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return jsonlines.encode(line)
 
 
 class _Console(logging.Formatter):

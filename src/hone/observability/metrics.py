@@ -1,23 +1,23 @@
 """Numbers over time: every value goes to metrics.jsonl and, where a port is given, to a Prometheus endpoint."""
 
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self
+
+from hone.observability.jsonlines import JsonLines, read_lines
 
 
 class Metrics:
     """Appends the metrics of one process to the run's metrics.jsonl (names `area/what_unit`).
 
-    Several processes append to one file: every line is one write of less than a page, which the kernel does not tear.
+    Several processes append to one file. A value that is not finite is null in the file, and absent when it is read.
     """
 
     def __init__(self, path: Path, process: str, *, port: int | None = None, host: str = "127.0.0.1") -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("a", buffering=1)
+        self._lines = JsonLines(path)
         self._process = process
         self._exporter = None if port is None else _Exporter(process, host, port)
 
@@ -25,12 +25,12 @@ class Metrics:
         line: dict[str, object] = {"time": round(time.time(), 3), "process": self._process}
         if step is not None:
             line["step"] = step
-        self._file.write(json.dumps(line | {name: _rounded(value) for name, value in values.items()}) + "\n")
+        self._lines.write(line | {name: _rounded(value) for name, value in values.items()})
         if self._exporter is not None:
             self._exporter.update(values)
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
         if self._exporter is not None:
             self._exporter.close()
 
@@ -44,15 +44,8 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float | str]]:
-    """The lines of a metrics.jsonl; a last line that a killed process left incomplete is passed over."""
-    if not path.exists():
-        return
-    with path.open() as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
+    """The lines of a metrics.jsonl; a line that a killed process left incomplete is passed over."""
+    return read_lines(path)
 
 
 def _rounded(value: float) -> float:
@@ -68,7 +61,13 @@ class _Exporter:
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         self._process = process
-        self._server, self._thread = start_http_server(port, addr=host, registry=self._registry)
+        try:
+            self._server, self._thread = start_http_server(port, addr=host, registry=self._registry)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot serve metrics on {host}:{port} ({error.strerror}); choose another run.metrics_port",
+            ) from error
 
     def update(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -1,19 +1,18 @@
 """Timed pieces of work of the pipeline (generate, score, wait, train, broadcast), one JSON line each."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+
+from hone.observability.jsonlines import JsonLines, read_lines
 
 
 class Spans:
     """Appends the spans of one process to the run's spans.jsonl."""
 
     def __init__(self, path: Path, process: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("a", buffering=1)
+        self._lines = JsonLines(path)
         self._process = process
 
     @contextlib.contextmanager
@@ -34,19 +33,12 @@ class Spans:
             "start": round(started_at, 6),
             "seconds": round(seconds, 6),
         }
-        self._file.write(json.dumps(line | fields) + "\n")
+        self._lines.write(line | fields)
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def read_spans(path: Path) -> Iterator[dict[str, float | str]]:
     """The lines of a spans.jsonl; a line that a killed process left incomplete is passed over."""
-    if not path.exists():
-        return
-    with path.open() as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
+    return read_lines(path)

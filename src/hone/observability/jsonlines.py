@@ -1,0 +1,52 @@
+"""Files of JSON lines that several processes append to, and that survive whichever of them is killed."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """Appends lines to a file. Every line is one write, which the kernel does not mix with those of other processes."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab", buffering=0)
+        if _is_torn(path):
+            self._file.write(b"\n")
+
+    def write(self, line: Mapping[str, object]) -> None:
+        self._file.write(encode(line).encode() + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def encode(line: Mapping[str, object]) -> str:
+    """JSON text of a line; numbers that are not finite, which JSON does not have, become null."""
+    return json.dumps({name: _finite(value) for name, value in line.items()}, default=str, allow_nan=False)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file, none if there is no file; lines that a crash left incomplete and nulls are passed over."""
+    if not path.exists():
+        return
+    with path.open(errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            yield {name: value for name, value in line.items() if value is not None}
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_torn(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        return file.read(1) not in (b"", b"\n")
