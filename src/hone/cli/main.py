@@ -38,7 +38,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/reverse.")],
-    output: Annotated[Path | None, typer.Option(help="Where to write the page; default: report.html in the folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the page; default: report.html in the folder.")
+    ] = None,
 ) -> None:
     """Write a run's report: one self-contained HTML file with its curves, timeline and traces."""
     from hone.studio.report import write_report

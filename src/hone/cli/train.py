@@ -53,9 +53,7 @@ def rl(context: typer.Context, recipe: RecipePath, verbose: Verbose = False) -> 
     _perform(context, recipe, verbose, only_rl)
 
 
-def _perform(
-    context: typer.Context, path: Path, verbose: bool, job: Callable[["Stages"], Awaitable[None]]
-) -> None:
+def _perform(context: typer.Context, path: Path, verbose: bool, job: Callable[["Stages"], Awaitable[None]]) -> None:
     from hone.config.load import load_recipe
     from hone.launch.console import StageConsole
     from hone.launch.preflight import preflight

@@ -40,7 +40,9 @@ def plan_rl(recipe: Recipe, folder: Path) -> list[ProcessPlan]:
     ]
 
 
-def plan_inference(recipe: Recipe, folder: Path, *, threads: int | None = None, model: Path | None = None) -> ProcessPlan:
+def plan_inference(
+    recipe: Recipe, folder: Path, *, threads: int | None = None, model: Path | None = None
+) -> ProcessPlan:
     """The inference server of a run; `model` fixes the weights, else it serves the newest policy."""
     arguments = [str(folder)] if model is None else [str(folder), "--model", str(model)]
     return _python(

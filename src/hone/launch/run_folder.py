@@ -38,7 +38,9 @@ def claim(recipe: Recipe) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
-        raise ConfigError(f"cannot write the run's folder {folder}: {error.strerror}; choose another run.folder") from error
+        raise ConfigError(
+            f"cannot write the run's folder {folder}: {error.strerror}; choose another run.folder"
+        ) from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
