@@ -1,0 +1,1 @@
+"""Inference: the engine, its server (OpenAI API, admin routes, token channel) and the clients of both."""

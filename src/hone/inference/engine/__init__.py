@@ -1,0 +1,1 @@
+"""One model replica that schedules requests: paged KV cache, continuous batching, sampling, weights that change in flight."""

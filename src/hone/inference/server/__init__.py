@@ -1,0 +1,1 @@
+"""The inference server: an engine behind the OpenAI API, the admin routes and the token channel."""
