@@ -1,5 +1,6 @@
 """Every field of a recipe in words: path, type, default, limits and meaning, for the command line and the documentation."""
 
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", Pa
 INTRODUCTION = """\
 # Configuration reference
 
-Generated from the configuration models by `python -m hone.config.explain`; do not edit.
+Generated from the configuration models by `make docs`; do not edit.
 
 A recipe is a TOML file. Each field can also be given on the command line by its dotted path, for example
 `--rl.num_steps=200` or `--environments.0.weight=2`. Unknown fields and combinations without a meaning are refused
@@ -174,4 +175,4 @@ def _row(field: FieldDescription) -> str:
 
 
 if __name__ == "__main__":
-    print(reference_page(), end="")
+    Path(sys.argv[1]).write_text(reference_page())

@@ -17,9 +17,9 @@ class Metrics:
     """
 
     def __init__(self, path: Path, process: str, *, port: int | None = None, host: str = "127.0.0.1") -> None:
-        self._lines = JsonLines(path)
         self._process = process
         self._exporter = None if port is None else _Exporter(process, host, port)
+        self._lines = JsonLines(path)
 
     def write(self, values: Mapping[str, float], step: int | None = None) -> None:
         line: dict[str, object] = {"time": round(time.time(), 3), "process": self._process}

@@ -98,6 +98,11 @@ class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     timing: Timing = Timing()
     info: dict[str, Any] = {}
 
+    def __post_init__(self) -> None:
+        for index, node in enumerate(self.nodes):
+            if node.parent is not None and not 0 <= node.parent < index:
+                raise ValueError(f"node {index} has parent {node.parent}; a parent comes before its children")
+
     @property
     def reward(self) -> float:
         """The weighted sum of the named rewards; meaningless, hence an error, on a failed trace."""

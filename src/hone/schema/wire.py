@@ -50,7 +50,7 @@ class Wire:
                     f"message of type {envelope.kind!r} on a channel that carries {', '.join(self._decoders)}"
                 )
             return decoder.decode(envelope.body)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise WireError(f"unreadable message of {len(data)} bytes: {error}") from error
 
 
@@ -63,5 +63,5 @@ def decode(data: bytes, kind: type[T]) -> T:
     """The inverse of `encode`; raises `WireError`."""
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise WireError(f"unreadable {kind.__name__} of {len(data)} bytes: {error}") from error
