@@ -1,0 +1,344 @@
+"""The C functions on tensors, forward and backward, without autograd.
+
+Tensor letters as in `hone.model.ops`. `d_x` is the gradient of the loss by x.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hone.model.native.library import functions
+from hone.model.native.packs import pack_pointer
+
+# Work under this many multiply-adds is done before a second thread has woken up.
+THREAD_WORK = 500_000
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What the forward pass of the experts leaves for the backward pass."""
+
+    order: Tensor
+    first: Tensor
+    hidden: Tensor
+
+
+def linear(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    columns, depth = weight_OD.shape
+    x, weight_OD = _last_contiguous(x), _contiguous(weight_OD)
+    _require(x.shape[-1] == depth, "x", x, f"end in {depth} columns like the weight")
+    out = torch.empty((*x.shape[:-1], columns))
+    rows = out.numel() // columns if columns else 0
+    stride = x.stride(0) if x.dim() == 2 else depth
+    bias = 0 if bias_O is None else _contiguous(bias_O).data_ptr()
+    functions().hone_linear(
+        x.data_ptr(), stride, weight_OD.data_ptr(), pack_pointer(weight_OD), bias, out.data_ptr(),
+        rows, columns, depth, _threads(rows * columns * depth),
+    )  # fmt: skip
+    return out
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right."""
+    left, right = _contiguous(left), _contiguous(right)
+    (rows, depth), columns = left.shape, right.shape[1]
+    out = torch.empty((rows, columns))
+    functions().hone_product(
+        left.data_ptr(), right.data_ptr(), out.data_ptr(), rows, columns, depth, _threads(rows * columns * depth)
+    )
+    return out
+
+
+def product_transposed(left: Tensor, right: Tensor) -> Tensor:
+    """left.T @ right."""
+    left, right = _contiguous(left), _contiguous(right)
+    (depth, rows), columns = left.shape, right.shape[1]
+    out = torch.empty((rows, columns))
+    functions().hone_product_transposed(
+        left.data_ptr(), right.data_ptr(), out.data_ptr(), rows, columns, depth, _threads(rows * columns * depth)
+    )
+    return out
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, inverse: Tensor | None = None) -> Tensor:
+    x, width = _last_contiguous(x), x.shape[-1]
+    _require(weight_D.shape == (width,), "weight", weight_D, f"be [{width}]")
+    out = torch.empty(x.shape) if x.dim() == 2 else torch.empty_like(x)
+    stride = x.stride(0) if x.dim() == 2 else width
+    functions().hone_rms_norm(
+        x.data_ptr(), stride, _contiguous(weight_D).data_ptr(), eps, out.data_ptr(),
+        0 if inverse is None else inverse.data_ptr(), out.numel() // width, width,
+    )  # fmt: skip
+    return out
+
+
+def rms_norm_backward(d_out: Tensor, x: Tensor, weight_D: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    x, d_out, width = _last_contiguous(x), _contiguous(d_out), x.shape[-1]
+    d_x, d_weight = torch.empty(x.shape), torch.zeros_like(weight_D)
+    stride = x.stride(0) if x.dim() == 2 else width
+    functions().hone_rms_norm_backward(
+        d_out.data_ptr(), x.data_ptr(), stride, _contiguous(weight_D).data_ptr(), inverse.data_ptr(),
+        d_x.data_ptr(), d_weight.data_ptr(), d_x.numel() // width, width,
+    )  # fmt: skip
+    return d_x, d_weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, residual, width = _contiguous(x), _contiguous(residual), x.shape[-1]
+    _require(residual.shape == x.shape, "residual", residual, f"be {list(x.shape)} like x")
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    functions().hone_add_rms_norm(
+        x.data_ptr(), residual.data_ptr(), _contiguous(weight_D).data_ptr(), eps,
+        total.data_ptr(), out.data_ptr(), x.numel() // width, width,
+    )  # fmt: skip
+    return total, out
+
+
+def rotary(x_NHd: Tensor, cos_Nr: Tensor, sin_Nr: Tensor, back: bool = False) -> Tensor:
+    x_NHd, cos_Nr, sin_Nr = _rows(x_NHd), _contiguous(cos_Nr), _contiguous(sin_Nr)
+    (rows, heads, size), rotated = x_NHd.shape, cos_Nr.shape[-1]
+    _require(cos_Nr.shape == (rows, rotated) and sin_Nr.shape == cos_Nr.shape, "cos", cos_Nr, f"have {rows} rows")
+    _require(rotated <= size and rotated % 2 == 0, "cos", cos_Nr, f"turn an even number of at most {size} channels")
+    out = torch.empty((rows, heads, size))
+    functions().hone_rotary(
+        x_NHd.data_ptr(), x_NHd.stride(0), cos_Nr.data_ptr(), sin_Nr.data_ptr(), out.data_ptr(),
+        rows, heads, size, rotated, back,
+    )  # fmt: skip
+    return out
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate_up, width = _contiguous(gate_up), gate_up.shape[-1] // 2
+    out = torch.empty((*gate_up.shape[:-1], width))
+    functions().hone_swiglu(gate_up.data_ptr(), out.data_ptr(), out.numel() // max(width, 1), width)
+    return out
+
+
+def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
+    d_out, gate_up, width = _contiguous(d_out), _contiguous(gate_up), gate_up.shape[-1] // 2
+    d_gate_up = torch.empty_like(gate_up)
+    functions().hone_swiglu_backward(
+        d_out.data_ptr(), gate_up.data_ptr(), d_gate_up.data_ptr(), d_out.numel() // max(width, 1), width
+    )
+    return d_gate_up
+
+
+def token_logprobs(
+    logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor, normalizers: Tensor | None = None
+) -> Tensor:
+    logits_NV, targets_N, temperature_N = map(_contiguous, (logits_NV, targets_N, temperature_N))
+    rows, vocabulary = logits_NV.shape
+    _require(targets_N.shape == (rows,) and targets_N.dtype is torch.int64, "targets", targets_N, f"be int64 [{rows}]")
+    _require(temperature_N.numel() in (1, rows), "temperature", temperature_N, f"be one number or [{rows}]")
+    out = torch.empty(rows)
+    functions().hone_token_logprobs(
+        logits_NV.data_ptr(), targets_N.data_ptr(), temperature_N.data_ptr(), int(temperature_N.numel() > 1),
+        out.data_ptr(), 0 if normalizers is None else normalizers.data_ptr(), rows, vocabulary,
+    )  # fmt: skip
+    return out
+
+
+def token_logprobs_backward(
+    d_out: Tensor, logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor, normalizers: Tensor
+) -> Tensor:
+    d_out, logits_NV, targets_N, temperature_N = map(_contiguous, (d_out, logits_NV, targets_N, temperature_N))
+    d_logits = torch.empty_like(logits_NV)
+    functions().hone_token_logprobs_backward(
+        d_out.data_ptr(), logits_NV.data_ptr(), targets_N.data_ptr(), temperature_N.data_ptr(),
+        int(temperature_N.numel() > 1), normalizers.data_ptr(), d_logits.data_ptr(), *logits_NV.shape,
+    )  # fmt: skip
+    return d_logits
+
+
+@functools.lru_cache(maxsize=64)
+def constant(number: float) -> Tensor:
+    """A tensor of one number, made once."""
+    with torch.inference_mode(False):
+        return torch.tensor([number], dtype=torch.float32)
+
+
+def write_cache(k_NKd: Tensor, v_NKd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_N: Tensor) -> None:
+    k_NKd, v_NKd, slots_N = _rows(k_NKd), _rows(v_NKd), _contiguous(slots_N)
+    rows, width = len(k_NKd), k_NKd.shape[1] * k_NKd.shape[2]
+    _require(slots_N.shape == (rows,) and slots_N.dtype is torch.int64, "slots", slots_N, f"be int64 [{rows}]")
+    _require(key_cache.is_contiguous() and value_cache.is_contiguous(), "caches", key_cache, "be contiguous")
+    functions().hone_write_cache(
+        k_NKd.data_ptr(), k_NKd.stride(0), v_NKd.data_ptr(), v_NKd.stride(0),
+        key_cache.data_ptr(), value_cache.data_ptr(), slots_N.data_ptr(), rows, width,
+    )  # fmt: skip
+
+
+def experts(
+    x_ND: Tensor,
+    expert_ids_Nk: Tensor,
+    expert_weights_Nk: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    routing: Routing | None = None,
+) -> Tensor:
+    x_ND, ids, weights = _contiguous(x_ND), _contiguous(expert_ids_Nk.to(torch.int64)), _contiguous(expert_weights_Nk)
+    gate_up_E2FD, down_EDF = _contiguous(gate_up_E2FD), _contiguous(down_EDF)
+    (tokens, chosen), (num_experts, width, inner) = ids.shape, down_EDF.shape
+    _require(gate_up_E2FD.shape == (num_experts, 2 * inner, width), "gate_up", gate_up_E2FD, "match down")
+    _require(x_ND.shape == (tokens, width), "x", x_ND, f"be [{tokens}, {width}]")
+    _require(weights.shape == ids.shape, "expert_weights", weights, "have the shape of expert_ids")
+    gate_up_packed, down_packed = pack_pointer(gate_up_E2FD), pack_pointer(down_EDF)
+    if not (gate_up_packed and down_packed):
+        gate_up_packed = down_packed = 0
+    order, first, hidden = (
+        (routing.order.data_ptr(), routing.first.data_ptr(), routing.hidden.data_ptr()) if routing else (0, 0, 0)
+    )
+    out = torch.empty((tokens, width))
+    failed = functions().hone_experts(
+        x_ND.data_ptr(), ids.data_ptr(), weights.data_ptr(), gate_up_E2FD.data_ptr(), down_EDF.data_ptr(),
+        gate_up_packed, down_packed, out.data_ptr(), order, first, hidden,
+        tokens, chosen, num_experts, width, inner, _threads(3 * tokens * chosen * width * inner),
+    )  # fmt: skip
+    if failed:
+        raise ValueError(f"expert_ids lie in {int(ids.min())} to {int(ids.max())}; there are {num_experts} experts")
+    return out
+
+
+def empty_routing(expert_ids_Nk: Tensor, down_EDF: Tensor) -> Routing:
+    choices, (num_experts, _, inner) = expert_ids_Nk.numel(), down_EDF.shape
+    return Routing(
+        torch.empty(choices, dtype=torch.int64),
+        torch.empty(num_experts + 1, dtype=torch.int64),
+        torch.empty(choices, 2 * inner),
+    )
+
+
+def experts_backward(
+    d_out: Tensor,
+    x_ND: Tensor,
+    expert_weights_Nk: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    routing: Routing,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, expert_weights, gate_up and down; `wanted` says which of x, gate_up, down are needed."""
+    d_out, x_ND, expert_weights_Nk = map(_contiguous, (d_out, x_ND, expert_weights_Nk))
+    gate_up_E2FD, down_EDF = _contiguous(gate_up_E2FD), _contiguous(down_EDF)
+    (tokens, chosen), (num_experts, width, inner) = expert_weights_Nk.shape, down_EDF.shape
+    d_x = torch.empty_like(x_ND) if wanted[0] else None
+    d_weights = torch.empty_like(expert_weights_Nk)
+    d_gate_up = torch.zeros_like(gate_up_E2FD) if wanted[1] else None
+    d_down = torch.zeros_like(down_EDF) if wanted[2] else None
+    functions().hone_experts_backward(
+        d_out.data_ptr(), x_ND.data_ptr(), expert_weights_Nk.data_ptr(), gate_up_E2FD.data_ptr(), down_EDF.data_ptr(),
+        routing.order.data_ptr(), routing.first.data_ptr(), routing.hidden.data_ptr(),
+        _pointer(d_x), d_weights.data_ptr(), _pointer(d_gate_up), _pointer(d_down),
+        tokens, chosen, num_experts, width, inner, _threads(6 * tokens * chosen * width * inner),
+    )  # fmt: skip
+    return d_x, d_weights, d_gate_up, d_down
+
+
+def packed_attention(
+    q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, starts: Tensor, scale: float, normalizers: Tensor | None = None
+) -> Tensor:
+    q_NHd, k_NKd, v_NKd = _rows(q_NHd), _rows(k_NKd), _rows(v_NKd)
+    (tokens, heads, size), kv_heads = q_NHd.shape, k_NKd.shape[1]
+    _require_heads(q_NHd, k_NKd, v_NKd)
+    starts = _contiguous(starts.to(torch.int32))
+    out = torch.empty((tokens, heads, size))
+    functions().hone_packed_attention(
+        q_NHd.data_ptr(), q_NHd.stride(0), k_NKd.data_ptr(), k_NKd.stride(0), v_NKd.data_ptr(), v_NKd.stride(0),
+        starts.data_ptr(), scale, out.data_ptr(), _pointer(normalizers),
+        len(starts) - 1, heads, kv_heads, size, _threads(64 * tokens * heads * size),
+    )  # fmt: skip
+    return out
+
+
+def packed_attention_backward(
+    d_out: Tensor,
+    q_NHd: Tensor,
+    k_NKd: Tensor,
+    v_NKd: Tensor,
+    starts: Tensor,
+    scale: float,
+    out: Tensor,
+    normalizers: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q_NHd, k_NKd, v_NKd, d_out = _rows(q_NHd), _rows(k_NKd), _rows(v_NKd), _contiguous(d_out)
+    (tokens, heads, size), kv_heads = q_NHd.shape, k_NKd.shape[1]
+    starts = _contiguous(starts.to(torch.int32))
+    d_q, d_k, d_v = torch.empty(q_NHd.shape), torch.empty(k_NKd.shape), torch.empty(v_NKd.shape)
+    functions().hone_packed_attention_backward(
+        d_out.data_ptr(),
+        q_NHd.data_ptr(), q_NHd.stride(0), k_NKd.data_ptr(), k_NKd.stride(0), v_NKd.data_ptr(), v_NKd.stride(0),
+        starts.data_ptr(), scale, out.data_ptr(), normalizers.data_ptr(),
+        d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(),
+        len(starts) - 1, heads, kv_heads, size, _threads(160 * tokens * heads * size),
+    )  # fmt: skip
+    return d_q, d_k, d_v
+
+
+def paged_attention(
+    q_NHd: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables_Sm: Tensor,
+    query_starts: Tensor,
+    context_lengths_S: Tensor,
+    scale: float,
+) -> Tensor:
+    q_NHd, (_, block_size, kv_heads, size) = _rows(q_NHd), key_cache.shape
+    tokens, heads, _ = q_NHd.shape
+    _require(q_NHd.shape[2] == size and heads % kv_heads == 0, "q", q_NHd, f"match {kv_heads} heads of {size}")
+    _require(key_cache.is_contiguous() and value_cache.is_contiguous(), "caches", key_cache, "be contiguous")
+    tables, query_starts, contexts = (
+        _contiguous(x if x.dtype is torch.int32 else x.to(torch.int32))
+        for x in (block_tables_Sm, query_starts, context_lengths_S)
+    )
+    out = torch.empty((tokens, heads, size))
+    functions().hone_paged_attention(
+        q_NHd.data_ptr(), q_NHd.stride(0), key_cache.data_ptr(), value_cache.data_ptr(),
+        tables.data_ptr(), tables.stride(0), query_starts.data_ptr(), contexts.data_ptr(), scale, out.data_ptr(),
+        block_size, len(contexts), heads, kv_heads, size, _threads(64 * tokens * heads * size),
+    )  # fmt: skip
+    return out
+
+
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work > THREAD_WORK else 1
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    """A matrix may have its rows apart; anything else is made contiguous."""
+    if x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]):
+        return x
+    return x.contiguous()
+
+
+def _rows(x_NHd: Tensor) -> Tensor:
+    """Tokens may lie apart, the heads of one may not: so the parts of a joint projection need no copy."""
+    if x_NHd.is_contiguous() or (x_NHd.stride(2) == 1 and x_NHd.stride(1) == x_NHd.shape[2]):
+        return x_NHd
+    return x_NHd.contiguous()
+
+
+def _require_heads(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> None:
+    tokens, heads, size = q_NHd.shape
+    _require(
+        k_NKd.shape == v_NKd.shape
+        and k_NKd.shape[0] == tokens
+        and k_NKd.shape[2] == size
+        and heads % k_NKd.shape[1] == 0,
+        "k and v", k_NKd, f"match q {list(q_NHd.shape)}",
+    )  # fmt: skip
+
+
+def _require(fine: bool, name: str, x: Tensor, demand: str) -> None:
+    if not fine:
+        raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must {demand}")

@@ -1,0 +1,214 @@
+"""The native kernels under the names of `hone.model.ops`, differentiable where the model trains.
+
+A row's result depends bit for bit on its own inputs alone: not on how many rows there are, how sequences are packed,
+chunked or paged, or on the number of threads. Only float32 tensors on the CPU are welcome.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from hone.model.native import calls
+from hone.model.native.library import available
+from hone.model.native.packs import forget_packs
+
+__all__ = [
+    "add_rms_norm",
+    "available",
+    "experts",
+    "forget_packs",
+    "linear",
+    "packed_attention",
+    "paged_attention",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+    "token_logprobs",
+    "write_cache",
+]
+
+
+def rms_norm(x_xD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    if _trains(x_xD, weight_D):
+        return _applied(_RmsNorm, x_xD, weight_D, eps)
+    return calls.rms_norm(x_xD, weight_D, eps)
+
+
+def add_rms_norm(x_xD: Tensor, residual_xD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum of x and residual, and its norm: the step between two blocks of the model."""
+    if _trains(x_xD, residual_xD, weight_D):
+        total = x_xD + residual_xD
+        return total, rms_norm(total, weight_D, eps)
+    return calls.add_rms_norm(x_xD, residual_xD, weight_D, eps)
+
+
+def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    if _trains(x_ND, weight_OD) or (bias_O is not None and _trains(bias_O)):
+        return _applied(_Linear, x_ND, weight_OD, bias_O)
+    return calls.linear(x_ND, weight_OD, bias_O)
+
+
+def rotary(q_NHd: Tensor, k_NKd: Tensor, cos_Nr: Tensor, sin_Nr: Tensor) -> tuple[Tensor, Tensor]:
+    if _trains(q_NHd, k_NKd):
+        return _applied(_Rotary, q_NHd, cos_Nr, sin_Nr), _applied(_Rotary, k_NKd, cos_Nr, sin_Nr)
+    return calls.rotary(q_NHd, cos_Nr, sin_Nr), calls.rotary(k_NKd, cos_Nr, sin_Nr)
+
+
+def packed_attention(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, sequence_starts: Tensor, scale: float) -> Tensor:
+    if _trains(q_NHd, k_NKd, v_NKd):
+        return _applied(_PackedAttention, q_NHd, k_NKd, v_NKd, sequence_starts, scale)
+    return calls.packed_attention(q_NHd, k_NKd, v_NKd, sequence_starts, scale)
+
+
+def paged_attention(
+    q_NHd: Tensor,
+    key_cache_XbKd: Tensor,
+    value_cache_XbKd: Tensor,
+    block_tables_Sm: Tensor,
+    query_starts: Tensor,
+    context_lengths_S: Tensor,
+    scale: float,
+) -> Tensor:
+    return calls.paged_attention(
+        q_NHd, key_cache_XbKd, value_cache_XbKd, block_tables_Sm, query_starts, context_lengths_S, scale
+    )
+
+
+def write_cache(
+    k_NKd: Tensor, v_NKd: Tensor, key_cache_XbKd: Tensor, value_cache_XbKd: Tensor, slots_N: Tensor
+) -> None:
+    calls.write_cache(k_NKd, v_NKd, key_cache_XbKd, value_cache_XbKd, slots_N)
+
+
+def experts(
+    x_ND: Tensor, expert_ids_Nk: Tensor, expert_weights_Nk: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    if _trains(x_ND, expert_weights_Nk, gate_up_E2FD, down_EDF):
+        return _applied(_Experts, x_ND, expert_ids_Nk, expert_weights_Nk, gate_up_E2FD, down_EDF)
+    return calls.experts(x_ND, expert_ids_Nk, expert_weights_Nk, gate_up_E2FD, down_EDF)
+
+
+def swiglu(gate_up_N2F: Tensor) -> Tensor:
+    return _applied(_Swiglu, gate_up_N2F) if _trains(gate_up_N2F) else calls.swiglu(gate_up_N2F)
+
+
+def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor | float = 1.0) -> Tensor:
+    temperatures = temperature_N if isinstance(temperature_N, Tensor) else calls.constant(temperature_N)
+    if _trains(logits_NV):
+        return _applied(_TokenLogprobs, logits_NV, targets_N, temperatures)
+    return calls.token_logprobs(logits_NV, targets_N, temperatures)
+
+
+def _trains(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def _applied(function: type[Function], *inputs: Any) -> Tensor:
+    result: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_OD)
+        return calls.linear(x, weight_OD, bias_O)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OD = ctx.saved_tensors
+        d_rows = d_out.reshape(-1, weight_OD.shape[0])
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            calls.product(d_rows, weight_OD).view(x.shape) if wants_x else None,
+            calls.product_transposed(d_rows, x.reshape(-1, weight_OD.shape[1])) if wants_weight else None,
+            d_rows.sum(0) if wants_bias else None,
+        )
+
+
+class _RmsNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x_xD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        inverse = torch.empty(x_xD.shape[:-1])
+        ctx.save_for_backward(x_xD, weight_D, inverse)
+        return calls.rms_norm(x_xD, weight_D, eps, inverse)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *calls.rms_norm_backward(d_out, *ctx.saved_tensors), None
+
+
+class _Rotary(Function):
+    @staticmethod
+    def forward(ctx: Any, x_NHd: Tensor, cos_Nr: Tensor, sin_Nr: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_Nr, sin_Nr)
+        return calls.rotary(x_NHd, cos_Nr, sin_Nr)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
+        return calls.rotary(d_out, *ctx.saved_tensors, back=True), None, None
+
+
+class _PackedAttention(Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sequence_starts: Tensor, scale: float) -> Tensor:
+        normalizers = torch.empty(q.shape[:2])
+        out = calls.packed_attention(q, k, v, sequence_starts, scale, normalizers)
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, sequence_starts, out, normalizers)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, starts, out, normalizers = ctx.saved_tensors
+        return *calls.packed_attention_backward(d_out, q, k, v, starts, ctx.scale, out, normalizers), None, None
+
+
+class _Experts(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        routing = calls.empty_routing(ids, down)
+        ctx.save_for_backward(x, weights, gate_up, down, routing.order, routing.first, routing.hidden)
+        return calls.experts(x, ids, weights, gate_up, down, routing)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, gate_up, down, *routing = ctx.saved_tensors
+        wants_x, _, _, wants_gate_up, wants_down = ctx.needs_input_grad
+        d_x, d_weights, d_gate_up, d_down = calls.experts_backward(
+            d_out, x, weights, gate_up, down, calls.Routing(*routing), (wants_x, wants_gate_up, wants_down)
+        )
+        return d_x, None, d_weights, d_gate_up, d_down
+
+
+class _Swiglu(Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return calls.swiglu(gate_up)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> Tensor:
+        return calls.swiglu_backward(d_out, *ctx.saved_tensors)
+
+
+class _TokenLogprobs(Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, temperatures: Tensor) -> Tensor:
+        normalizers = torch.empty(len(logits_NV))
+        ctx.save_for_backward(logits_NV, targets_N, temperatures, normalizers)
+        return calls.token_logprobs(logits_NV, targets_N, temperatures, normalizers)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
+        return calls.token_logprobs_backward(d_out, *ctx.saved_tensors), None, None
