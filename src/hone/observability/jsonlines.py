@@ -13,8 +13,6 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)
-        if _is_torn(path):
-            self._file.write(b"\n")
 
     def write(self, line: Mapping[str, object]) -> None:
         self._file.write(encode(line).encode() + b"\n")
@@ -43,10 +41,3 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _is_torn(path: Path) -> bool:
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 1))
-        return file.read(1) not in (b"", b"\n")
