@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,23 +88,17 @@ def hugging_face_tensors(state: Mapping[str, Tensor], config: ModelConfig) -> It
 def load_hugging_face_tensors(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
     """Fill a model; names or shapes that do not fit its config are all listed in one ValueError."""
     pieces = layout(model.config)
-    _check_names({piece.name for parts in pieces.values() for piece in parts}, tensors, model.config)
+    _check_fit([piece for stacked in pieces.values() for piece in stacked], tensors, model.config)
     targets = model.state_dict(keep_vars=True)
-    misfits: list[str] = []
-    for name, parts in pieces.items():
+    for name, stacked in pieces.items():
         target = targets[name]
-        if len(parts) == 1:
-            value = _checked(tensors, parts[0], misfits)
-        else:
-            value = torch.empty(target.shape, dtype=target.dtype)
-            for piece in parts:
-                part = _checked(tensors, piece, misfits)
-                if part is not None:
-                    value[piece.index] = part
-        if value is not None and not misfits:
-            fill(target, value)
-    if misfits:
-        raise ValueError(f"tensors do not fit the config of this {model.config.family} model: {_some(misfits)}")
+        if len(stacked) == 1:
+            fill(target, tensors[stacked[0].name])
+            continue
+        value = torch.empty(target.shape, dtype=target.dtype)
+        for piece in stacked:
+            value[piece.index] = tensors[piece.name]
+        fill(target, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +190,8 @@ class SafetensorsFolder(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.file_of = _files_by_tensor(folder)
-        self._open: dict[str, safe_open] = {}
+        self.file_names = _files_by_tensor(folder)
+        self._open: dict[Path, safe_open] = {}
 
     def __enter__(self) -> "SafetensorsFolder":
         return self
@@ -205,20 +200,33 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         self._open.clear()
 
     def __getitem__(self, name: str) -> Tensor:
-        file = self.file_of[name]
-        if file not in self._open:
-            self._open[file] = _open_safetensors(self.folder / file)
-        try:
-            tensor: Tensor = self._open[file].get_tensor(name)  # type: ignore[no-untyped-call]
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.folder / file} holds no readable {name}: {error}") from error
+        with self._file_of(name) as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, from the headers of the files alone."""
+        shapes = {}
+        for name in self:
+            with self._file_of(name) as file:
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+        return shapes
+
+    @contextmanager
+    def _file_of(self, name: str) -> Iterator[Any]:
+        path = self.folder / self.file_names[name]
+        if path not in self._open:
+            self._open[path] = _open_safetensors(path)
+        try:
+            yield self._open[path]
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} holds no readable {name}: {error}") from error
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self.file_of)
+        return iter(self.file_names)
 
     def __len__(self) -> int:
-        return len(self.file_of)
+        return len(self.file_names)
 
 
 def _files_by_tensor(folder: Path) -> dict[str, str]:
@@ -242,13 +250,24 @@ def _open_safetensors(path: Path) -> safe_open:
         raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
 
 
-def _check_names(expected: set[str], tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
-    missing = sorted(expected - tensors.keys())
-    extra = sorted(name for name in tensors.keys() - expected if not _is_spare(name, config))
-    complaints = [f"{_some(missing)} missing"] if missing else []
-    complaints += [f"{_some(extra)} not part of it"] if extra else []
+def _check_fit(pieces: list[Piece], tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
+    expected = {piece.name: piece.shape for piece in pieces}
+    found = tensors.shapes() if isinstance(tensors, SafetensorsFolder) else _shapes(tensors)
+    misshapen = sorted(
+        f"{name} has shape {list(found[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    )
+    extra = [name for name in found if name not in expected and not _is_spare(name, config)]
+    complaints = [f"{_some(missing)} missing"] if (missing := sorted(expected.keys() - found)) else []
+    complaints += [f"{_some(sorted(extra))} not part of it"] if extra else []
+    complaints += [_some(misshapen)] if misshapen else []
     if complaints:
         raise ValueError(f"tensors do not fit the config of this {config.family} model: {'; '.join(complaints)}")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _is_spare(name: str, config: ModelConfig) -> bool:
@@ -260,14 +279,6 @@ def _is_spare(name: str, config: ModelConfig) -> bool:
     parts = name.split(".")
     after_the_last = parts[:2] == ["model", "layers"] and parts[2].isdecimal() and int(parts[2]) >= config.num_layers
     return after_the_last and config.family == "glm4_moe"
-
-
-def _checked(tensors: Mapping[str, Tensor], piece: Piece, misfits: list[str]) -> Tensor | None:
-    tensor = tensors[piece.name]
-    if tuple(tensor.shape) == piece.shape:
-        return tensor
-    misfits.append(f"{piece.name} has shape {list(tensor.shape)}, not {list(piece.shape)}")
-    return None
 
 
 def _some(names: list[str]) -> str:

@@ -422,6 +422,8 @@ def _check_moe(moe: MoeConfig) -> None:
             f"n_group {moe.num_groups} must divide the {moe.num_experts} experts, "
             f"and topk_group {moe.groups_per_token} must lie between 1 and n_group"
         )
+    if moe.num_groups > 1 and moe.num_experts // moe.num_groups < 2:
+        raise ValueError(f"n_group {moe.num_groups} leaves one expert per group; groups need at least 2 experts")
     reachable = moe.groups_per_token * moe.num_experts // moe.num_groups
     if moe.experts_per_token > reachable:
         raise ValueError(

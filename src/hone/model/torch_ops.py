@@ -109,7 +109,7 @@ def experts(
     products = _grouped_products if _groups_natively(x_ND) else _sliced_products
     out_ND = products(chosen_ND, counts_E, gate_up_E2FD, down_EDF)
     places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-    out_NkD = out_ND.index_select(0, places).view(num_tokens, choices, -1)
+    out_NkD = out_ND.index_select(0, places).view(num_tokens, choices, x_ND.shape[-1])
     return (out_NkD * expert_weights_Nk[..., None]).sum(1).to(x_ND.dtype)
 
 

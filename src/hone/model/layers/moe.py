@@ -47,17 +47,24 @@ class Moe(nn.Module):
 
 def route(logits_NE: Tensor, correction_bias_E: Tensor | None, config: MoeConfig) -> Routing:
     """Choose by score plus correction, within the best groups; weigh by the scores alone."""
-    scores_NE = logits_NE.sigmoid() if config.score == "sigmoid" else logits_NE.softmax(-1)
+    scores_NE = _sigmoid(logits_NE) if config.score == "sigmoid" else logits_NE.softmax(-1)
     merits_NE = scores_NE if correction_bias_E is None else scores_NE + correction_bias_E
     if config.groups_per_token < config.num_groups:
         merits_NE = _within_best_groups(merits_NE.detach(), config.num_groups, config.groups_per_token)
     expert_ids_Nk = merits_NE.topk(config.experts_per_token, dim=-1, sorted=False).indices
     weights_Nk = scores_NE.gather(1, expert_ids_Nk)
     if config.normalise_weights:
-        weights_Nk = weights_Nk / (weights_Nk.sum(-1, keepdim=True) + 1e-20)
+        # A running sum adds in the same order whatever the number of rows; `sum` does not.
+        weights_Nk = weights_Nk / (weights_Nk.cumsum(-1)[:, -1:] + 1e-20)
     if config.weight_scale != 1.0:
         weights_Nk = weights_Nk * config.weight_scale
     return Routing(expert_ids_Nk, weights_Nk)
+
+
+def _sigmoid(logits_NE: Tensor) -> Tensor:
+    # torch's own sigmoid rounds an element differently by its place in the tensor (vector lanes or the tail),
+    # so a token's weights would depend on its neighbours; its softmax over the last dimension does not.
+    return torch.stack((logits_NE, torch.zeros_like(logits_NE)), -1).softmax(-1)[..., 0]
 
 
 def _within_best_groups(merits_NE: Tensor, num_groups: int, groups_per_token: int) -> Tensor:
