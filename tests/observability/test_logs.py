@@ -29,7 +29,10 @@ def lines(folder: Path, process: str) -> list[dict[str, object]]:
 
 def test_a_record_is_one_json_line_with_its_values(tmp_path: Path) -> None:
     configure("trainer", tmp_path, console=False)
-    logger.info("weights loaded\nfor good", extra=fields(version=3, folder=Path("weights/v000003"), loss=float("nan")))
+    logger.info(
+        "weights loaded\nfor good",
+        extra=fields(version=3, folder=Path("weights/v000003"), loss=float("nan"), norms=[1.0, float("inf")]),
+    )
     (line,) = lines(tmp_path, "trainer")
     assert line.pop("time") > 1e9  # type: ignore[operator]
     assert line == {
@@ -40,6 +43,7 @@ def test_a_record_is_one_json_line_with_its_values(tmp_path: Path) -> None:
         "version": 3,
         "folder": "weights/v000003",
         "loss": None,
+        "norms": [1.0, None],
     }
 
 

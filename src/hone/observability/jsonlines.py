@@ -23,7 +23,7 @@ class JsonLines:
 
 def encode(line: Mapping[str, object]) -> str:
     """JSON text of a line; numbers that are not finite, which JSON does not have, become null."""
-    return json.dumps({name: _finite(value) for name, value in line.items()}, default=str, allow_nan=False)
+    return json.dumps(_finite(line), default=str, allow_nan=False)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -40,4 +40,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
