@@ -15,7 +15,12 @@ def shard(model: Transformer, mesh: DeviceMesh, compute_dtype: torch.dtype | Non
     With `compute_dtype` (bfloat16) products run in it, while the parameters that the optimizer sees, and the
     reduction of gradients, keep the dtype of the model.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None)
+    # Casting inputs would round the tables of positions; the hidden states follow the embedding's dtype anyway.
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype,
+        reduce_dtype=torch.float32 if compute_dtype else None,
+        cast_forward_inputs=False,
+    )
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # The root's parameters stay gathered after the forward pass, so that `unembed` can use them.
@@ -24,5 +29,8 @@ def shard(model: Transformer, mesh: DeviceMesh, compute_dtype: torch.dtype | Non
 
 
 def full_state(model: Transformer) -> dict[str, Tensor]:
-    """The whole state on every rank: a collective call on a sharded model."""
+    """The whole state on every rank: a collective call on a sharded model.
+
+    A tensor that is not sharded is the model's own, not a copy.
+    """
     return {name: whole(tensor) for name, tensor in model.state_dict().items()}
