@@ -1,0 +1,51 @@
+"""What an environment author imports: tasks, environments, rewards and metrics, and the rollout they see."""
+
+from hone.envs.environment import Environment, MultiTurn, SingleTurn
+from hone.envs.failures import RolloutFailure, failures_as
+from hone.envs.messages import assistant, system, user
+from hone.envs.registry import EnvironmentLoadError, installed_environments, load_environment
+from hone.envs.rollout import Limits, Rollout, run_group, run_rollout
+from hone.envs.rubric import Measure, Rubric, metric, reward
+from hone.envs.sampler import Sampler
+from hone.envs.sources import Tasks, is_held_out
+from hone.envs.validation import check_gold, play
+from hone.schema.messages import Message, ToolCall, ToolSpec
+from hone.schema.sampling import SamplingParameters, Turn
+from hone.schema.tasks import Task
+from hone.schema.traces import FailureClass, StopReason, Trace
+
+__all__ = [
+    "Environment",
+    "EnvironmentLoadError",
+    "FailureClass",
+    "Limits",
+    "Measure",
+    "Message",
+    "MultiTurn",
+    "Rollout",
+    "RolloutFailure",
+    "Rubric",
+    "Sampler",
+    "SamplingParameters",
+    "SingleTurn",
+    "StopReason",
+    "Task",
+    "Tasks",
+    "ToolCall",
+    "ToolSpec",
+    "Trace",
+    "Turn",
+    "assistant",
+    "check_gold",
+    "failures_as",
+    "installed_environments",
+    "is_held_out",
+    "load_environment",
+    "metric",
+    "play",
+    "reward",
+    "run_group",
+    "run_rollout",
+    "system",
+    "user",
+]

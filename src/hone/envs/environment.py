@@ -1,0 +1,114 @@
+"""What an environment is: tasks, a rubric, and how a rollout goes on after each turn of the policy."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from hone.envs.failures import failures_as
+from hone.envs.rollout import Rollout
+from hone.envs.rubric import Rubric
+from hone.envs.sources import Tasks, tasks_from
+from hone.schema.messages import Message, ToolSpec
+from hone.schema.tasks import Task
+from hone.schema.traces import FailureClass, Trace
+
+
+class Environment(ABC):
+    """Tasks, a rubric and the course of a rollout. One instance serves many rollouts at once.
+
+    What belongs to one rollout is kept in `rollout.state`, never on the environment.
+
+    name: as in recipes; version: filled from the installed package by `load_environment` when empty.
+    train, held_out: lists of tasks, or `Tasks` made on demand. max_turns: None means no limit of the environment's own.
+    gold: what a perfect policy says to a task, for SFT data and for testing the environment itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        rubric: Rubric,
+        train: Sequence[Task] | Tasks,
+        held_out: Sequence[Task] | Tasks = (),
+        version: str = "",
+        max_turns: int | None = None,
+        tools: Sequence[ToolSpec] = (),
+        gold: Callable[[Task], Sequence[Message]] | None = None,
+    ) -> None:
+        if max_turns is not None and max_turns < 1:
+            raise ValueError(f"environment {name!r}: max_turns {max_turns} leaves no turn; use 1 or more, or None")
+        self.name = name
+        self.version = version
+        self.rubric = rubric
+        self.max_turns = max_turns
+        self.tools = tuple(tools)
+        self._train = tasks_from(train)
+        self._held_out = tasks_from(held_out)
+        self._gold = gold
+
+    @property
+    def num_train_tasks(self) -> int | None:
+        """How many train tasks there are; None: endless."""
+        return self._train.count
+
+    @property
+    def num_held_out_tasks(self) -> int | None:
+        """How many held-out tasks there are; None: endless."""
+        return self._held_out.count
+
+    def train_task(self, index: int) -> Task:
+        """The train task at `index`, the same in every process; `IndexError` outside the count."""
+        return self._train[index]
+
+    def held_out_task(self, index: int) -> Task:
+        """The held-out task at `index`; no task is both held-out and a train task."""
+        return self._held_out[index]
+
+    def gold(self, task: Task) -> list[Message] | None:
+        """A correct conversation after the prompt: what the assistant says and what the environment replies.
+
+        None where nobody knows a correct answer.
+        """
+        return None if self._gold is None else list(self._gold(task))
+
+    def is_solved(self, trace: Trace) -> bool:
+        """Whether a scored trace counts as a success for pass@k; by default a reward of 1 or more."""
+        return trace.reward >= 1 - 1e-9
+
+    async def setup(self, rollout: Rollout) -> None:  # noqa: B027 - most environments need none
+        """Prepare `rollout.state` before the first turn. The default does nothing."""
+
+    @abstractmethod
+    async def run(self, rollout: Rollout) -> None:
+        """Drive one rollout: `await rollout.turn()` for what the policy says, `rollout.append(...)` for replies.
+
+        Returning means that the rollout is complete. When a budget is used up, `turn()` ends the rollout by itself.
+        """
+
+    async def teardown(self, rollout: Rollout) -> None:  # noqa: B027 - most environments need none
+        """Release what `setup` took; called once for every rollout, also after failures. The default does nothing."""
+
+
+class SingleTurn(Environment):
+    """One answer to each prompt."""
+
+    async def run(self, rollout: Rollout) -> None:
+        """Ask for the answer."""
+        await rollout.turn()
+
+
+class MultiTurn(Environment):
+    """A conversation: after each turn of the policy the environment replies, or says that it is over."""
+
+    async def run(self, rollout: Rollout) -> None:
+        """Alternate turns and replies until `reply` returns None."""
+        while True:
+            await rollout.turn()
+            with failures_as(FailureClass.ENVIRONMENT, "reply"):
+                messages = await self.reply(rollout)
+            if messages is None:
+                return
+            rollout.append(*messages)
+
+    @abstractmethod
+    async def reply(self, rollout: Rollout) -> Sequence[Message] | None:
+        """What the environment says to the policy's latest turn (`rollout.answer`); None ends the rollout."""

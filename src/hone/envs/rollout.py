@@ -1,0 +1,333 @@
+"""The activity: the policy attempts a task once, under budgets and a deadline, and leaves a trace whatever happens."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from hone.envs.failures import RolloutFailure, failures_as
+from hone.envs.rubric import NO_SCORES
+from hone.envs.sampler import Sampler
+from hone.schema.messages import Message, ToolSpec
+from hone.schema.sampling import FinishReason, SamplingParameters, Turn
+from hone.schema.seeds import derive_seed
+from hone.schema.tasks import Task
+from hone.schema.traces import Failure, FailureClass, Node, Reward, StopReason, Timing, Trace
+
+if TYPE_CHECKING:  # environment.py imports this module
+    from hone.envs.environment import Environment
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Budgets, which truncate a rollout that is scored all the same, and deadlines, which fail it.
+
+    max_turns: the lower of this and the environment's own holds. max_tokens: sampled tokens over all turns.
+    budget_seconds: no further turn begins after this long. deadline_seconds: for setup, turns and rewards together.
+    teardown_seconds: for the environment's teardown.
+    """
+
+    max_turns: int | None = None
+    max_tokens: int | None = None
+    budget_seconds: float | None = None
+    deadline_seconds: float = 600.0
+    teardown_seconds: float = 60.0
+
+
+class Rollout:
+    """One rollout under way, as the environment sees it.
+
+    task: what is attempted. attempt: the rollout's number within its group. state: whatever the environment wants to
+    keep for this rollout. info: what the trace shall remember; JSON-like values only. nodes: the messages so far, each
+    the child of the one before.
+    """
+
+    __slots__ = (
+        "_budget_ends",
+        "_max_tokens",
+        "_max_turns",
+        "_sampler",
+        "_sampling",
+        "_seed",
+        "attempt",
+        "failure",
+        "generate_seconds",
+        "info",
+        "nodes",
+        "num_turns",
+        "state",
+        "stop_reason",
+        "task",
+        "tools",
+    )
+
+    def __init__(
+        self,
+        task: Task,
+        attempt: int,
+        sampler: Sampler,
+        sampling: SamplingParameters,
+        seed: int,
+        *,
+        max_turns: int | None = None,
+        max_tokens: int | None = None,
+        budget_seconds: float | None = None,
+        tools: Sequence[ToolSpec] = (),
+    ) -> None:
+        self.task = task
+        self.attempt = attempt
+        self.tools = tools
+        self.state: Any = None
+        self.info: dict[str, Any] = {}
+        self.nodes = [Node(message, index - 1 if index else None) for index, message in enumerate(task.prompt)]
+        self.num_turns = 0
+        self.stop_reason: StopReason | None = None
+        self.failure: Failure | None = None
+        self.generate_seconds = 0.0
+        self._sampler = sampler
+        self._sampling = sampling
+        self._seed = seed
+        self._max_turns = max_turns
+        self._max_tokens = max_tokens
+        self._budget_ends = None if budget_seconds is None else time.perf_counter() + budget_seconds
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far, prompt included."""
+        return [node.message for node in self.nodes]
+
+    @property
+    def answer(self) -> str:
+        """What the policy said last; empty before its first turn."""
+        return next((node.message.content for node in reversed(self.nodes) if node.turn is not None), "")
+
+    def append(self, *messages: Message) -> None:
+        """Add messages of the environment to the conversation; at least one."""
+        if not messages:
+            raise ValueError("a reply without a message; return None from reply() to end the rollout")
+        for message in messages:
+            if not isinstance(message, Message):
+                raise TypeError(f"a reply must be messages, not {type(message).__name__}; use user(...) to make one")
+            self._add(Node(message, self._leaf))
+
+    async def turn(self) -> Turn:
+        """Let the policy continue the conversation. When a budget is used up, the rollout ends here."""
+        sampling = self._next_sampling()
+        started = time.perf_counter()
+        try:
+            with failures_as(FailureClass.MODEL, "sample"):
+                turn = await self._sampler.sample(self.nodes, self.tools, sampling)
+                if turn.finish_reason is FinishReason.CANCELLED:
+                    raise RolloutFailure(FailureClass.CANCELLED, "sample", "the engine gave up the request")
+        except RolloutFailure as error:
+            self.failure = error.failure
+            raise
+        finally:
+            self.generate_seconds += time.perf_counter() - started
+        self._add(Node(turn.message, self._leaf, turn))
+        self.num_turns += 1
+        if self._max_tokens is not None:
+            self._max_tokens -= turn.num_completion_tokens
+        if turn.finish_reason is FinishReason.LENGTH:
+            self._stop(StopReason.MAX_TOKENS)
+        return turn
+
+    def derive_seed(self, purpose: str, *identity: str | int) -> int:
+        """A seed for a random choice of the environment: of this run, task and attempt, and of nothing else."""
+        return derive_seed(self._seed, purpose, self.task.key, self.attempt, *identity)
+
+    @property
+    def _leaf(self) -> int | None:
+        return len(self.nodes) - 1 if self.nodes else None
+
+    def _add(self, node: Node) -> None:
+        self.nodes.append(node)
+
+    def _next_sampling(self) -> SamplingParameters:
+        """The parameters of the next turn, if the budgets leave one; the first budget found used up stays the reason."""
+        if self.failure is not None:
+            raise RolloutFailure(self.failure.kind, self.failure.where, self.failure.message)
+        if self.stop_reason is not None:
+            raise Stopped
+        if self._max_turns is not None and self.num_turns >= self._max_turns:
+            self._stop(StopReason.MAX_TURNS)
+        if self._max_tokens is not None and self._max_tokens <= 0:
+            self._stop(StopReason.MAX_TOKENS)
+        if self._budget_ends is not None and time.perf_counter() >= self._budget_ends:
+            self._stop(StopReason.TIMEOUT)
+        budgets = [tokens for tokens in (self._sampling.max_tokens, self._max_tokens) if tokens is not None]
+        return msgspec.structs.replace(
+            self._sampling,
+            seed=self.derive_seed("sampling", self.num_turns),
+            max_tokens=min(budgets, default=None),
+        )
+
+    def _stop(self, reason: StopReason) -> None:
+        self.stop_reason = reason
+        raise Stopped
+
+
+class Stopped(Exception):
+    """Ends a rollout from inside `Rollout.turn`; environment code lets it pass."""
+
+
+async def run_rollout(
+    environment: "Environment",
+    task: Task,
+    attempt: int,
+    sampler: Sampler,
+    sampling: SamplingParameters,
+    seed: int,
+    limits: Limits = Limits(),
+    *,
+    group: str = "",
+) -> Trace:
+    """Attempt `task` once. Never raises for what happens in there: the trace has either rewards or a failure.
+
+    The sampling seed of a turn is derived from (seed, "sampling", task.key, attempt, turn). Only a cancellation of the
+    calling task passes, after the environment's teardown.
+    """
+    started_at, stopwatch = time.time(), _Stopwatch()
+    rollout = Rollout(
+        task,
+        attempt,
+        sampler,
+        sampling,
+        seed,
+        max_turns=_lower(environment.max_turns, limits.max_turns),
+        max_tokens=limits.max_tokens,
+        budget_seconds=limits.budget_seconds,
+        tools=environment.tools,
+    )
+    failure: Failure | None = None
+    scores = NO_SCORES
+    try:
+        async with asyncio.timeout(limits.deadline_seconds):
+            with failures_as(FailureClass.ENVIRONMENT, "setup"):
+                await environment.setup(rollout)
+            stopwatch.enter("run")
+            await _drive(environment, rollout)
+            stopwatch.enter("score")
+            scores = await environment.rubric.score(_record(environment, rollout, group), rollout.state)
+    except RolloutFailure as error:
+        failure = rollout.failure or error.failure
+    except TimeoutError:
+        late = f"the rollout took longer than {limits.deadline_seconds:g} s"
+        failure = Failure(FailureClass.TIMEOUT, stopwatch.phase, late)
+    finally:
+        stopwatch.enter("teardown")
+        await _teardown(environment, rollout, limits.teardown_seconds)
+    if scores.failed_metrics:
+        rollout.info["failed_metrics"] = scores.failed_metrics
+    return _record(
+        environment,
+        rollout,
+        group,
+        rewards=scores.rewards,
+        metrics=scores.metrics,
+        failure=failure,
+        timing=stopwatch.timing(started_at, rollout.generate_seconds),
+    )
+
+
+async def run_group(
+    environment: "Environment",
+    task: Task,
+    attempts: Sequence[int],
+    sampler: Sampler,
+    sampling: SamplingParameters,
+    seed: int,
+    limits: Limits = Limits(),
+    *,
+    group: str = "",
+) -> list[Trace]:
+    """Attempt `task` once for each of `attempts`, at the same time; the traces come in the order of `attempts`."""
+    async with asyncio.TaskGroup() as tasks:
+        running = [
+            tasks.create_task(run_rollout(environment, task, attempt, sampler, sampling, seed, limits, group=group))
+            for attempt in attempts
+        ]
+    return [rollout.result() for rollout in running]
+
+
+async def _drive(environment: "Environment", rollout: Rollout) -> None:
+    with failures_as(FailureClass.ENVIRONMENT, "run"):
+        try:
+            await environment.run(rollout)
+        except Stopped:
+            return
+    if rollout.failure is not None:  # environment code caught what `turn` raised
+        raise RolloutFailure(rollout.failure.kind, rollout.failure.where, rollout.failure.message)
+    if rollout.stop_reason is None:
+        rollout.stop_reason = StopReason.COMPLETED
+
+
+async def _teardown(environment: "Environment", rollout: Rollout, seconds: float) -> None:
+    """Trouble in here costs no reward that was earned before; the trace remembers it."""
+    try:
+        async with asyncio.timeout(seconds):
+            with failures_as(FailureClass.ENVIRONMENT, "teardown"):
+                await environment.teardown(rollout)
+    except RolloutFailure as error:
+        rollout.info["teardown_failure"] = error.failure.message
+    except TimeoutError:
+        rollout.info["teardown_failure"] = f"took longer than {seconds:g} s"
+
+
+def _record(
+    environment: "Environment",
+    rollout: Rollout,
+    group: str,
+    *,
+    rewards: dict[str, Reward] | None = None,
+    metrics: dict[str, float] | None = None,
+    failure: Failure | None = None,
+    timing: Timing = Timing(),
+) -> Trace:
+    return Trace(
+        environment=environment.name,
+        task=rollout.task,
+        attempt=rollout.attempt,
+        environment_version=environment.version,
+        group=group,
+        nodes=rollout.nodes,
+        rewards=rewards or {},
+        metrics=metrics or {},
+        stop_reason=None if failure is not None else rollout.stop_reason,
+        failure=failure,
+        timing=timing,
+        info=rollout.info,
+    )
+
+
+def _lower(first: int | None, second: int | None) -> int | None:
+    return first if second is None else second if first is None else min(first, second)
+
+
+class _Stopwatch:
+    """Seconds of each phase of a rollout: setup, run, score, teardown."""
+
+    __slots__ = ("_entered", "_seconds", "_started", "phase")
+
+    def __init__(self) -> None:
+        self.phase = "setup"
+        self._seconds = {"setup": 0.0, "run": 0.0, "score": 0.0}
+        self._started = self._entered = time.perf_counter()
+
+    def enter(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[self.phase] = now - self._entered
+        self.phase, self._entered = phase, now
+
+    def timing(self, started_at: float, generate_seconds: float) -> Timing:
+        return Timing(
+            started_at=started_at,
+            total_seconds=time.perf_counter() - self._started,
+            setup_seconds=self._seconds["setup"],
+            generate_seconds=generate_seconds,
+            environment_seconds=max(0.0, self._seconds["run"] - generate_seconds),
+            score_seconds=self._seconds["score"],
+        )
