@@ -51,7 +51,7 @@ def test_the_list_of_decodes_stays_the_same_object_while_nobody_comes_or_goes():
 
 
 def test_a_prompt_that_fills_the_context_is_refused():
-    with pytest.raises(RequestTooLong, match="64 tokens.*room for 64"):
+    with pytest.raises(RequestTooLong, match=r"64 tokens.*room for 64"):
         make_scheduler(num_blocks=99).add(Request("a", [1] * 64, 100))
 
 

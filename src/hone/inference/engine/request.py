@@ -18,7 +18,7 @@ class Request:
     request_id: str
     token_ids: list[int]
     max_length: int
-    sampling: SamplingParameters = SamplingParameters()
+    sampling: SamplingParameters = field(default_factory=SamplingParameters)
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
     streams: bool = False
