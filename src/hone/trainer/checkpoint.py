@@ -1,0 +1,110 @@
+"""Resumable checkpoints: sharded by rank on disk, complete or not there, loadable at another number of ranks."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from hone.trainer.ranks import Ranks
+from hone.trainer.step import Trainer
+
+logger = logging.getLogger(__name__)
+
+COMMIT = "complete.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where training stands: steps done, bad steps skipped so far, and what the data was (`step` is a position in it)."""
+
+    step: int = 0
+    num_bad_steps: int = 0
+    data: Mapping[str, int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """The checkpoints of one stage in `folder`, the newest `keep` of them. All methods are collective calls."""
+
+    folder: Path
+    keep: int
+    ranks: Ranks
+
+    def save(self, trainer: Trainer, progress: Progress) -> Path:
+        """Write model, optimizer and progress; the folder appears under its name when all of it is on disk."""
+        target = self.folder / f"step_{progress.step:06d}"
+        unfinished = target.with_suffix(".tmp")
+        if self.ranks.leads:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        self.ranks.wait_for_all()
+        state_dict_saver.save(_state(trainer), checkpoint_id=unfinished, **self._group())
+        if self.ranks.leads:
+            _commit(unfinished, target, progress)
+            self._prune()
+        self.ranks.wait_for_all()
+        return target
+
+    def resume(self, trainer: Trainer) -> Progress | None:
+        """Load the newest complete checkpoint; None when there is none."""
+        newest = complete_checkpoints(self.folder)[-1:] if self.ranks.leads else []
+        name = self.ranks.share(newest[0].name.encode() if newest else b"").decode()
+        if not name:
+            return None
+        state = _state(trainer)
+        state_dict_loader.load(state, checkpoint_id=self.folder / name, **self._group())
+        set_state_dict(
+            trainer.model,
+            trainer.optimizers,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizers"],
+        )
+        return _progress(self.folder / name)
+
+    def _group(self) -> dict[str, Any]:
+        if self.ranks.num_ranks == 1:
+            return {"no_dist": True}
+        return {"process_group": self.ranks.control}
+
+    def _prune(self) -> None:
+        for old in complete_checkpoints(self.folder)[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that can be loaded, oldest first; incomplete and damaged ones are passed over."""
+    return sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp" and _is_complete(path))
+
+
+def _state(trainer: Trainer) -> dict[str, Any]:
+    model, optimizers = get_state_dict(trainer.model, trainer.optimizers)
+    return {"model": model, "optimizers": optimizers}
+
+
+def _commit(unfinished: Path, target: Path, progress: Progress) -> None:
+    """The list of files with their sizes is written last; then one rename makes the checkpoint visible."""
+    sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
+    (unfinished / COMMIT).write_text(json.dumps({"progress": asdict(progress), "files": sizes}))
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.replace(target)
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        sizes = json.loads((path / COMMIT).read_text())["files"]
+        complete = all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        complete = False
+    if not complete:
+        logger.warning("checkpoint %s is incomplete or damaged; it is passed over", path)
+    return complete
+
+
+def _progress(path: Path) -> Progress:
+    return Progress(**json.loads((path / COMMIT).read_text())["progress"])

@@ -1,0 +1,209 @@
+"""Samples of a step to micro-batches: which sample goes where, and the tensors that a rank forwards at once.
+
+N flat tokens, S sequences, T trained tokens (those whose logprob is wanted).
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hone.schema.batches import TrainingBatch
+from hone.trainer.losses import Denominators, SampledTokens
+
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The training samples of one optimizer step as flat arrays, every rank holds all of them."""
+
+    lengths_S: Integers
+    versions_S: Integers
+    temperatures_S: Floats
+    rewards_S: Floats
+    token_ids_N: Integers
+    trains_N: npt.NDArray[np.bool_]
+    sampler_logprobs_N: Floats
+    advantages_N: Floats
+
+    @classmethod
+    def from_batch(cls, batch: TrainingBatch) -> Self:
+        lengths_S = np.frombuffer(batch.lengths, "<i4").astype(np.int64)
+        trains_N = np.frombuffer(batch.loss_mask, np.uint8).astype(np.bool_)
+        # Nothing precedes a first token, so nothing predicts it.
+        trains_N[_starts(lengths_S)[:-1][lengths_S > 0]] = False
+        return cls(
+            lengths_S=lengths_S,
+            versions_S=np.frombuffer(batch.versions, "<i4").astype(np.int64),
+            temperatures_S=np.frombuffer(batch.temperatures, "<f4"),
+            rewards_S=np.frombuffer(batch.rewards, "<f4"),
+            token_ids_N=np.frombuffer(batch.token_ids, "<i4").astype(np.int64),
+            trains_N=trains_N,
+            sampler_logprobs_N=np.frombuffer(batch.logprobs, "<f4"),
+            advantages_N=np.frombuffer(batch.advantages, "<f4"),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids_N)
+
+    @property
+    def starts(self) -> Integers:
+        """Where each sample begins in the flat arrays, and where the last one ends."""
+        return _starts(self.lengths_S)
+
+    def denominators(self) -> Denominators:
+        num_tokens_S = np.add.reduceat(np.append(self.trains_N, False), self.starts[:-1], dtype=np.int64)
+        num_tokens_S[self.lengths_S == 0] = 0
+        return Denominators(max(1, int(num_tokens_S.sum())), max(1, int((num_tokens_S > 0).sum())))
+
+    def trained_tokens(self) -> SampledTokens:
+        """All trained tokens of the step, in the order of the samples."""
+        places_T = np.flatnonzero(self.trains_N)
+        return SampledTokens(
+            sampler_logprobs_T=torch.from_numpy(self.sampler_logprobs_N[places_T]),
+            advantages_T=torch.from_numpy(self.advantages_N[places_T]),
+            sequence_ids_T=torch.from_numpy(np.repeat(np.arange(len(self.lengths_S)), self.lengths_S)[places_T]),
+            num_sequences=len(self.lengths_S),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Samples packed behind one another without padding.
+
+    rows_T: the hidden states that predict the trained tokens `targets_T`. places_T: where these tokens are among all
+    trained tokens of the step. A rank that has nothing left to do gets one token that does not train.
+    """
+
+    token_ids_N: Tensor
+    positions_N: Tensor
+    sequence_starts: Tensor
+    max_length: int
+    rows_T: Tensor
+    targets_T: Tensor
+    temperatures_T: Tensor
+    places_T: Tensor
+    sampled: SampledTokens
+
+
+def pack(lengths: Sequence[int], max_tokens: int, num_ranks: int = 1) -> list[list[list[int]]]:
+    """Samples to micro-batches of at most `max_tokens`, as [rank][micro-batch][sample].
+
+    All ranks get the same number of micro-batches, because each of them takes part in every collective; some may be
+    empty. The longest samples are placed first, each into the emptiest micro-batch, which balances the ranks; the
+    number of micro-batches is the smallest for which that works, and never above first-fit-decreasing's.
+    """
+    longest = max(lengths, default=0)
+    if longest > max_tokens:
+        raise ValueError(
+            f"a sample of {longest} tokens does not fit into trainer.micro_batch_tokens = {max_tokens};"
+            f" set it to {longest} or more"
+        )
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    first_fit = _first_fit(order, lengths, max_tokens)
+    fewest = max(1, -(-sum(lengths) // max_tokens))
+    for num_bins in range(_round_up(fewest, num_ranks), len(first_fit), num_ranks):
+        if (bins := _emptiest_first(order, lengths, max_tokens, num_bins)) is not None:
+            return _deal(bins, num_ranks)
+    num_bins = _round_up(max(1, len(first_fit)), num_ranks)
+    balanced = _emptiest_first(order, lengths, max_tokens, num_bins)
+    return _deal(balanced or first_fit + [[]] * (num_bins - len(first_fit)), num_ranks)
+
+
+def micro_batch(samples: Samples, chosen: Sequence[int], device: torch.device) -> MicroBatch:
+    """The tensors of some of a step's samples."""
+    if not chosen:
+        return _idle_micro_batch(device)
+    starts_S, lengths_S = samples.starts[:-1][chosen], samples.lengths_S[chosen]
+    packed_starts = _starts(lengths_S)
+    positions_N = np.arange(packed_starts[-1]) - np.repeat(packed_starts[:-1], lengths_S)
+    source_N = positions_N + np.repeat(starts_S, lengths_S)
+    trained_T = np.flatnonzero(samples.trains_N[source_N])
+    sequence_ids_T = np.repeat(np.arange(len(chosen)), lengths_S)[trained_T]
+    source_T = source_N[trained_T]
+    places_N = np.cumsum(samples.trains_N) - 1
+
+    def tensor(array: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    return MicroBatch(
+        token_ids_N=tensor(samples.token_ids_N[source_N]),
+        positions_N=tensor(positions_N),
+        sequence_starts=tensor(packed_starts.astype(np.int32)),
+        max_length=int(lengths_S.max()),
+        rows_T=tensor(trained_T - 1),
+        targets_T=tensor(samples.token_ids_N[source_T]),
+        temperatures_T=tensor(samples.temperatures_S[chosen][sequence_ids_T]),
+        places_T=tensor(places_N[source_T]),
+        sampled=SampledTokens(
+            sampler_logprobs_T=tensor(samples.sampler_logprobs_N[source_T]),
+            advantages_T=tensor(samples.advantages_N[source_T]),
+            sequence_ids_T=tensor(sequence_ids_T),
+            num_sequences=len(chosen),
+        ),
+    )
+
+
+def _idle_micro_batch(device: torch.device) -> MicroBatch:
+    one, none = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    return MicroBatch(
+        token_ids_N=one,
+        positions_N=one,
+        sequence_starts=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        max_length=1,
+        rows_T=none,
+        targets_T=none,
+        temperatures_T=none.float(),
+        places_T=none,
+        sampled=SampledTokens(none.float(), none.float(), none, num_sequences=1),
+    )
+
+
+def _first_fit(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in order:
+        fitting = next((b for b, free in enumerate(room) if free >= lengths[index]), None)
+        if fitting is None:
+            fitting = len(bins)
+            bins.append([])
+            room.append(max_tokens)
+        bins[fitting].append(index)
+        room[fitting] -= lengths[index]
+    return bins
+
+
+def _emptiest_first(
+    order: Sequence[int], lengths: Sequence[int], max_tokens: int, num_bins: int
+) -> list[list[int]] | None:
+    """None when a sample finds no room: it did not fit into the emptiest bin, so into none."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    heap = [(0, index) for index in range(num_bins)]
+    for index in order:
+        load, emptiest = heap[0]
+        if load + lengths[index] > max_tokens:
+            return None
+        bins[emptiest].append(index)
+        heapq.heapreplace(heap, (load + lengths[index], emptiest))
+    return bins
+
+
+def _deal(bins: list[list[int]], num_ranks: int) -> list[list[list[int]]]:
+    """The bins filled one after the other go to different ranks; samples keep their order inside."""
+    return [[sorted(part) for part in bins[rank::num_ranks]] for rank in range(num_ranks)]
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _starts(lengths_S: Integers) -> Integers:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_S)])
