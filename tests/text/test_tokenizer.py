@@ -86,6 +86,11 @@ def test_the_byte_alphabet_is_that_of_the_library():
     assert sorted(BYTE_OF_CHARACTER) == sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
+def test_text_that_is_not_unicode_is_refused():
+    with pytest.raises(ValueError, match="lone surrogate"):
+        CHATML.encode("a\ud800")
+
+
 def test_tokens_have_names_and_unknown_ones_are_refused():
     assert CHATML.token(CHATML.token_id("<think>")) == "<think>"
     with pytest.raises(ValueError, match="no token '<nope>'"):

@@ -278,7 +278,7 @@ def read_json_call(body: str, tools: Sequence[ToolSpec]) -> Call | None:
 
 
 def call_if_valid(name: object, arguments: object, spelled: str) -> Call | None:
-    if not isinstance(name, str) or not name.strip() or not isinstance(arguments, dict):
+    if not isinstance(name, str) or not NAME.fullmatch(name) or not isinstance(arguments, dict):
         return None
     return Call(name, spelled) if is_text(name) and is_text(spelled) else None
 
@@ -326,6 +326,7 @@ def skip_blank(text: str, position: int) -> int:
     return blank.end() if blank else position
 
 
+NAME = re.compile(r"""[^\s<>{}"']+""")
 DECODER = json.JSONDecoder(parse_constant=refuse)
 BLANK = re.compile(r"[ \t\r\n]*")
 
@@ -356,7 +357,7 @@ def read_pairs(name: str, text: str, pair: re.Pattern[str], tools: Sequence[Tool
         key = found[1].strip()
         arguments[key] = argument_value(found[2], types.get(key))
         position = found.end()
-    if text[position:].strip() or "<" in name or "\n" in name:
+    if text[position:].strip():
         return None
     return call_if_valid(name, arguments, json.dumps(arguments, ensure_ascii=False))
 

@@ -141,7 +141,7 @@ class Renderer:
             return [self._render_declared(messages, tools, variables)]
         branches: list[list[Turn]] = []
         for turn in reversed(self._turns(messages, tools, variables)):
-            if branches and continues(branches[-1][0].text, turn, self._end):
+            if branches and branches[-1][0].text.startswith(turn.text):
                 branches[-1].append(turn)
             else:
                 branches.append([turn])
@@ -206,7 +206,7 @@ class Renderer:
     def _masked(self, text: str, turns: Sequence[Turn]) -> Rendered:
         spans = []
         for turn in turns:
-            if continues(text, turn, self._end):
+            if text.startswith(turn.text):
                 end = self._end.match(text, len(turn.text)) if turn.is_open else None
                 spans.append(Span(turn.start, end.end() if end else len(turn.text)))
         rendered = self._cut(text, spans)
@@ -218,7 +218,7 @@ class Renderer:
     def _end_token_id(self, calls_tools: bool) -> int:
         """What ends a turn in a template that writes no end: the first token of what follows, if one ends turns."""
         following = Message(role="tool" if calls_tools else "user", content="?")
-        gap = self._encode(self._gap_text([following], (), {}))
+        gap = self.extend([], [following])
         ends = self.tokenizer.eos_token_ids
         if not ends:
             raise ValueError("the tokenizer names no token that ends a turn; set eos_token in tokenizer_config.json")
@@ -282,13 +282,6 @@ class Remembered:
         else:
             self._made.move_to_end(key)
         return found
-
-
-def continues(text: str, turn: Turn, end: re.Pattern[str]) -> bool:
-    """Whether `text` holds the turn and its context unchanged."""
-    if not text.startswith(turn.text):
-        return False
-    return not turn.is_open or len(text) == len(turn.text) or end.match(text, len(turn.text)) is not None
 
 
 def placeholder_answers(following: Sequence[Message]) -> list[Message]:

@@ -80,7 +80,10 @@ class Tokenizer:
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Token ids of `text`. Control tokens spelled out in it count as such only where allowed."""
         backend = self.backend if allow_special else self._literal_backend()
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # what the library says of text that has no UTF-8 form
+            raise ValueError(f"the text is not valid Unicode, it holds a lone surrogate: {text[:80]!r}") from error
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = False) -> str:
         return self.backend.decode(token_ids, skip_special_tokens=skip_special)
