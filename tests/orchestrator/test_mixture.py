@@ -1,0 +1,82 @@
+"""The order of tasks: by weight, without repetition, derived from the seed, resumable."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hone.orchestrator.mixture import Draw, Mixture, permuted
+from hone.schema.messages import Message
+from hone.schema.tasks import Task
+
+
+class Numbers:
+    def __init__(self, count):
+        self.num_train_tasks = count
+
+    def train_task(self, index):
+        return Task(prompt=(Message("user", str(index)),))
+
+
+def mixture(weights, counts=None, seed=0):
+    lists = {name: Numbers((counts or {}).get(name, 5)) for name in weights}
+    return Mixture(weights, lists, seed)
+
+
+weights_of = st.dictionaries(st.sampled_from("abcde"), st.floats(0.1, 10), min_size=1)
+
+
+@given(weights_of, st.integers(1, 200))
+def test_every_prefix_keeps_the_shares_to_within_one_task(weights, num_draws):
+    mix = mixture(weights)
+    counts = dict.fromkeys(weights, 0)
+    for total in range(1, num_draws + 1):
+        counts[mix.draw().environment] += 1
+        for name, weight in weights.items():
+            assert abs(counts[name] - total * weight / sum(weights.values())) < 1 + 1e-9
+
+
+@given(weights_of, st.integers(0, 50), st.integers(1, 50))
+def test_a_resumed_mixture_goes_on_as_the_interrupted_one_would_have(weights, before, after):
+    mix = mixture(weights)
+    counts = {}
+    for _ in range(before):
+        draw = mix.draw()
+        counts[draw.environment] = draw.number + 1
+    resumed = mixture(weights)
+    resumed.restore(counts)
+    assert [resumed.draw() for _ in range(after)] == [mix.draw() for _ in range(after)]
+
+
+@given(st.integers(1, 300), st.integers(0, 2**63 - 1))
+def test_permuted_is_a_permutation(count, seed):
+    assert sorted(permuted(position, count, seed) for position in range(count)) == list(range(count))
+
+
+def test_permutations_of_two_seeds_differ():
+    assert [permuted(i, 100, 1) for i in range(100)] != [permuted(i, 100, 2) for i in range(100)]
+
+
+def test_the_permutation_does_not_drift_between_releases():
+    assert [permuted(i, 10, 7) for i in range(10)] == [6, 2, 0, 8, 9, 5, 3, 7, 1, 4]
+
+
+def test_every_task_comes_once_before_any_comes_again():
+    mix = mixture({"a": 1.0}, {"a": 7})
+    prompts = [mix.task(mix.draw()).prompt[0].content for _ in range(14)]
+    assert sorted(prompts[:7]) == sorted(prompts[7:]) == [str(i) for i in range(7)]
+    assert prompts[:7] != prompts[7:]
+
+
+def test_endless_tasks_come_in_their_own_order():
+    mix = mixture({"a": 1.0}, {"a": None})
+    assert mix.task(Draw("a", 12345)).prompt[0].content == "12345"
+
+
+def test_an_environment_without_tasks_is_refused():
+    with pytest.raises(ValueError, match="no train tasks"):
+        mixture({"a": 1.0, "b": 1.0}, {"b": 0})
+
+
+def test_a_ledger_of_other_environments_is_refused():
+    with pytest.raises(ValueError, match="'z'"):
+        mixture({"a": 1.0}).restore({"z": 3})
