@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from hone.model import ops
+from hone.model import ops, torch_ops
 from hone.model.families import ModelConfig
 from hone.model.layers.moe import route
 
@@ -34,6 +34,20 @@ def test_grouped_experts_equal_every_expert_masked(num_tokens, num_experts, choi
     differentiable = [argument for argument in arguments if argument.requires_grad]
     gradients = [torch.autograd.grad(out.sin().sum(), differentiable) for out in outputs]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_call_for_all_experts_equals_one_product_for_each(dtype):
+    x_ND, _, _, gate_up_E2FD, down_EDF = (x.to(dtype).detach() for x in random_experts(40, 4, 2))
+    gate_up_E2FD, down_EDF = gate_up_E2FD[:, :16].contiguous(), down_EDF[..., :8].contiguous()
+    arguments = [x.requires_grad_() for x in (x_ND, gate_up_E2FD, down_EDF)]
+    ends_E = torch.tensor([7, 7, 30, 40], dtype=torch.int32)
+    gradients = []
+    for products in (torch_ops.grouped_products, torch_ops.sliced_products):
+        out_ND = products(x_ND, ends_E, gate_up_E2FD, down_EDF)
+        gradients.append((out_ND, *torch.autograd.grad(out_ND.sin().sum(), arguments)))
+    tolerance = 0.02 if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
 
 
 def test_no_tokens_pass_through_experts(backend):

@@ -24,6 +24,10 @@ class Kernels(Protocol):
 
     def rms_norm(self, x_xD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
 
+    def add_rms_norm(
+        self, x_xD: Tensor, residual_xD: Tensor, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
+
     def linear(self, x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor: ...
 
     def rotary(self, q_NHd: Tensor, k_NKd: Tensor, cos_Nr: Tensor, sin_Nr: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -85,6 +89,11 @@ def use_backend(backend: Backend) -> Iterator[None]:
 def rms_norm(x_xD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / root mean square of its last dimension, times weight."""
     return _kernels_for(x_xD).rms_norm(x_xD, weight_D, eps)
+
+
+def add_rms_norm(x_xD: Tensor, residual_xD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual, and the norm of it."""
+    return _kernels_for(x_xD).add_rms_norm(x_xD, residual_xD, weight_D, eps)
 
 
 def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -159,7 +168,7 @@ def _kernels_for(x: Tensor) -> Kernels:
 @functools.cache
 def _native_kernels() -> Kernels | None:
     try:
-        from hone.model.native import kernels  # type: ignore[attr-defined]  # may compile, so only when needed
+        from hone.model.native import kernels  # may compile, so only when needed
     except ImportError:
         return None
     return kernels if kernels.available() else None

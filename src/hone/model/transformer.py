@@ -136,8 +136,9 @@ class DecoderLayer(nn.Module):
 
     def _compute(self, hidden_ND: Tensor, cos_Nr: Tensor, sin_Nr: Tensor, attend: Attend) -> Tensor:
         x_ND = self.attention_norm.forward(hidden_ND)
-        hidden_ND = hidden_ND + self.attention.forward(x_ND, cos_Nr, sin_Nr, attend)
-        return hidden_ND + self.mlp.forward(self.mlp_norm.forward(hidden_ND))
+        mixed_ND = self.attention.forward(x_ND, cos_Nr, sin_Nr, attend)
+        hidden_ND, x_ND = ops.add_rms_norm(mixed_ND, hidden_ND, self.mlp_norm.weight, self.mlp_norm.eps)
+        return hidden_ND + self.mlp.forward(x_ND)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), self._uncounted()

@@ -40,7 +40,8 @@ class Moe(nn.Module):
         logits_NE = ops.linear(x_ND.float(), self.router.float())
         expert_ids_Nk, expert_weights_Nk = route(logits_NE, self.correction_bias, self.config)
         if self.expert_counts_E is not None:
-            self.expert_counts_E += torch.bincount(expert_ids_Nk.flatten(), minlength=self.config.num_experts)
+            chosen = expert_ids_Nk.flatten()
+            self.expert_counts_E.scatter_add_(0, chosen, torch.ones_like(chosen))
         out_ND = ops.experts(x_ND, expert_ids_Nk, expert_weights_Nk, self.gate_up, self.down)
         return out_ND if self.shared is None else out_ND + self.shared.forward(x_ND)
 
