@@ -61,27 +61,34 @@ static void scaled_queries(const struct attention *w, struct piece p, long row, 
     }
 }
 
-/* Scores become weights e^(score - max) in place, 0 from `keys` up to `end`; returns max and sum. */
+/* Scores become weights e^(score - max) in place, 0 from `keys` up to `end`, a multiple of LANES; returns max, sum. */
 struct softmax {
     float top, sum;
 };
 static struct softmax softmax(float *scores, long keys, long end) {
     vec largest = spread(-INFINITY), sums = {};
-    for (long i = 0; i < keys; i += LANES)
-        largest = larger_of(largest, load_up_to(scores + i, keys - i, -INFINITY));
-    float top = largest_of(largest);
-    for (long i = 0; i < keys; i += LANES) {
-        vec weight = exponential(load_up_to(scores + i, keys - i, -INFINITY) - top);
+    long i = 0;
+    for (; i + LANES <= keys; i += LANES) largest = larger_of(largest, load(scores + i));
+    vec last = i < keys ? first_lanes(load(scores + i), keys - i, -INFINITY) : spread(-INFINITY);
+    float top = largest_of(larger_of(largest, last));
+    for (i = 0; i + LANES <= keys; i += LANES) {
+        vec weight = exponential(load(scores + i) - top);
         sums += weight;
-        store_up_to(scores + i, weight, keys - i);
+        store(scores + i, weight);
     }
-    for (long i = keys; i < end; i++) scores[i] = 0;
+    if (i < keys) {
+        vec weight = exponential(last - top);
+        sums += weight;
+        store(scores + i, weight);
+        i += LANES;
+    }
+    for (; i < end; i += LANES) store(scores + i, (vec){});
     return (struct softmax){top, sum_of(sums)};
 }
 
 static void attend_rows(const struct attention *w, struct piece p, long row, long count, struct packed keys,
                         struct packed values) {
-    long size = w->size, end = keys_of(p, row + count - 1);
+    long size = w->size, seen = keys_of(p, row + count - 1), end = round_up(seen, LANES);
     float *queries = scratch(SCRATCH_ROWS, TILE_ROWS * size), *sums = scratch(SCRATCH_OUTPUT, TILE_ROWS * size);
     float *scores = scratch(SCRATCH_HIDDEN, TILE_ROWS * end), inverse[TILE_ROWS];
     scaled_queries(w, p, row, count, queries);
@@ -91,7 +98,7 @@ static void attend_rows(const struct attention *w, struct piece p, long row, lon
         inverse[r] = 1.0f / s.sum;
         if (w->normalizers) w->normalizers[row_place(w, p, row + r)] = s.top + (float)log((double)s.sum);
     }
-    multiply(scores, end, 1, values, count, size, end, sums, size, FROM_ZERO, NULL);
+    multiply(scores, end, 1, values, count, size, seen, sums, size, FROM_ZERO, NULL);
     for (long r = 0; r < count; r++) {
         float *to = w->output + row_place(w, p, row + r) * size;
         for (long i = 0; i < size; i += LANES)
@@ -159,14 +166,14 @@ struct packed_for_backward {
 static void backward_rows(struct attention_backward *b, struct piece p, long row, long count,
                           struct packed_for_backward *x) {
     const struct attention *w = &b->forward;
-    long size = w->size, end = keys_of(p, row + count - 1);
+    long size = w->size, all_seen = keys_of(p, row + count - 1), end = round_up(all_seen, LANES);
     float *queries = scratch(SCRATCH_ROWS, 2 * ROWS_BACKWARD * size), *d_output = queries + ROWS_BACKWARD * size;
     float *weights = scratch(SCRATCH_HIDDEN, ROWS_BACKWARD * end), *d_scores = scratch(SCRATCH_ACTIVE, ROWS_BACKWARD * end);
     scaled_queries(w, p, row, count, queries);
     for (long r = 0; r < count; r++)
         memcpy(d_output + r * size, b->d_output + row_place(w, p, row + r) * size, 4 * size);
     for (long r = 0; r < count; r += TILE_ROWS) { /* each tile of rows only as far as its last row sees */
-        long rows = smaller(TILE_ROWS, count - r), seen = keys_of(p, row + r + rows - 1);
+        long rows = smaller(TILE_ROWS, count - r), seen = round_up(keys_of(p, row + r + rows - 1), LANES);
         multiply(queries + r * size, size, 1, x->keys, rows, seen, size, weights + r * end, end, FROM_ZERO, NULL);
         multiply(d_output + r * size, size, 1, x->values_as_columns, rows, seen, size, d_scores + r * end, end,
                  FROM_ZERO, NULL);
@@ -179,22 +186,25 @@ static void backward_rows(struct attention_backward *b, struct piece p, long row
             dots += load_up_to(d_output + r * size + i, size - i, 0) *
                     load_up_to(w->output + place * size + i, size - i, 0);
         float delta = sum_of(dots);
-        for (long i = 0; i < keys; i += LANES) {
-            vec part = exponential(load_up_to(weight + i, keys - i, -INFINITY) - normalizer);
-            store_up_to(d_score + i, part * (load_up_to(d_score + i, keys - i, 0) - delta), keys - i);
-            store_up_to(weight + i, part, keys - i);
+        long i = 0;
+        for (; i < keys; i += LANES) {
+            vec part = first_lanes(exponential(load(weight + i) - normalizer), keys - i, 0);
+            store(d_score + i, part * (load(d_score + i) - delta));
+            store(weight + i, part);
         }
-        memset(weight + keys, 0, 4 * (end - keys));
-        memset(d_score + keys, 0, 4 * (end - keys));
+        for (; i < end; i += LANES) {
+            store(weight + i, (vec){});
+            store(d_score + i, (vec){});
+        }
     }
     float *d_queries = scratch(SCRATCH_OUTPUT, ROWS_BACKWARD * size);
-    multiply(d_scores, end, 1, x->keys_as_rows, count, size, end, d_queries, size, FROM_ZERO, NULL);
+    multiply(d_scores, end, 1, x->keys_as_rows, count, size, all_seen, d_queries, size, FROM_ZERO, NULL);
     for (long r = 0; r < count; r++)
         for (long i = 0; i < size; i += LANES)
             store_up_to(b->d_queries + row_place(w, p, row + r) * size + i,
                         load_up_to(d_queries + r * size + i, size - i, 0) * w->scale, size - i);
-    multiply_transposed(d_scores, end, queries, size, count, end, size, x->d_keys, size);
-    multiply_transposed(weights, end, d_output, size, count, end, size, x->d_values, size);
+    multiply_transposed(d_scores, end, queries, size, count, all_seen, size, x->d_keys, size);
+    multiply_transposed(weights, end, d_output, size, count, all_seen, size, x->d_values, size);
 }
 
 static void attention_backward_part(void *given, int part, int parts) {

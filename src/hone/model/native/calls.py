@@ -4,7 +4,9 @@ Tensor letters as in `hone.model.ops`. `d_x` is the gradient of the loss by x.
 """
 
 import functools
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,14 @@ from hone.model.native.packs import pack_pointer
 
 # Work under this many multiply-adds is done before a second thread has woken up.
 THREAD_WORK = 500_000
+
+
+class Scoring(NamedTuple):
+    """How the weights of the chosen experts come from the router's logits."""
+
+    sigmoids: bool
+    normalise: bool
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +38,11 @@ class Routing:
 def linear(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
     columns, depth = weight_OD.shape
     x, weight_OD = _last_contiguous(x), _contiguous(weight_OD)
-    _require(x.shape[-1] == depth, "x", x, f"end in {depth} columns like the weight")
-    out = torch.empty((*x.shape[:-1], columns))
-    rows = out.numel() // columns if columns else 0
-    stride = x.stride(0) if x.dim() == 2 else depth
+    *outer, width = x.shape
+    if width != depth:
+        raise _mismatch("x", x, f"end in {depth} columns like the weight")
+    out = x.new_empty(*outer, columns)
+    rows, stride = (outer[0], x.stride()[0]) if len(outer) == 1 else (math.prod(outer), depth)
     bias = 0 if bias_O is None else _contiguous(bias_O).data_ptr()
     functions().hone_linear(
         x.data_ptr(), stride, weight_OD.data_ptr(), pack_pointer(weight_OD), bias, out.data_ptr(),
@@ -44,7 +55,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right."""
     left, right = _contiguous(left), _contiguous(right)
     (rows, depth), columns = left.shape, right.shape[1]
-    out = torch.empty((rows, columns))
+    out = left.new_empty(rows, columns)
     functions().hone_product(
         left.data_ptr(), right.data_ptr(), out.data_ptr(), rows, columns, depth, _threads(rows * columns * depth)
     )
@@ -55,7 +66,7 @@ def product_transposed(left: Tensor, right: Tensor) -> Tensor:
     """left.T @ right."""
     left, right = _contiguous(left), _contiguous(right)
     (depth, rows), columns = left.shape, right.shape[1]
-    out = torch.empty((rows, columns))
+    out = left.new_empty(rows, columns)
     functions().hone_product_transposed(
         left.data_ptr(), right.data_ptr(), out.data_ptr(), rows, columns, depth, _threads(rows * columns * depth)
     )
@@ -63,31 +74,31 @@ def product_transposed(left: Tensor, right: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, inverse: Tensor | None = None) -> Tensor:
-    x, width = _last_contiguous(x), x.shape[-1]
-    _require(weight_D.shape == (width,), "weight", weight_D, f"be [{width}]")
-    out = torch.empty(x.shape) if x.dim() == 2 else torch.empty_like(x)
-    stride = x.stride(0) if x.dim() == 2 else width
+    x, (*outer, width) = _rows(x), x.shape
+    if weight_D.shape != (width,):
+        raise _mismatch("weight", weight_D, f"be [{width}]")
+    out = x.new_empty(*outer, width)
     functions().hone_rms_norm(
-        x.data_ptr(), stride, _contiguous(weight_D).data_ptr(), eps, out.data_ptr(),
-        0 if inverse is None else inverse.data_ptr(), out.numel() // width, width,
+        x.data_ptr(), *_grouped(x), _contiguous(weight_D).data_ptr(), eps, out.data_ptr(), _pointer(inverse),
+        math.prod(outer), width,
     )  # fmt: skip
     return out
 
 
 def rms_norm_backward(d_out: Tensor, x: Tensor, weight_D: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    x, d_out, width = _last_contiguous(x), _contiguous(d_out), x.shape[-1]
-    d_x, d_weight = torch.empty(x.shape), torch.zeros_like(weight_D)
-    stride = x.stride(0) if x.dim() == 2 else width
+    x, d_out, (*outer, width) = _rows(x), _contiguous(d_out), x.shape
+    d_x, d_weight = x.new_empty(*outer, width), torch.zeros_like(weight_D)
     functions().hone_rms_norm_backward(
-        d_out.data_ptr(), x.data_ptr(), stride, _contiguous(weight_D).data_ptr(), inverse.data_ptr(),
-        d_x.data_ptr(), d_weight.data_ptr(), d_x.numel() // width, width,
+        d_out.data_ptr(), x.data_ptr(), *_grouped(x), _contiguous(weight_D).data_ptr(), inverse.data_ptr(),
+        d_x.data_ptr(), d_weight.data_ptr(), math.prod(outer), width,
     )  # fmt: skip
     return d_x, d_weight
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x, residual, width = _contiguous(x), _contiguous(residual), x.shape[-1]
-    _require(residual.shape == x.shape, "residual", residual, f"be {list(x.shape)} like x")
+    if residual.shape != x.shape or weight_D.shape != (width,):
+        raise _mismatch("residual", residual, f"be {list(x.shape)} like x, and the weight [{width}]")
     total, out = torch.empty_like(x), torch.empty_like(x)
     functions().hone_add_rms_norm(
         x.data_ptr(), residual.data_ptr(), _contiguous(weight_D).data_ptr(), eps,
@@ -96,23 +107,25 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
     return total, out
 
 
-def rotary(x_NHd: Tensor, cos_Nr: Tensor, sin_Nr: Tensor, back: bool = False) -> Tensor:
-    x_NHd, cos_Nr, sin_Nr = _rows(x_NHd), _contiguous(cos_Nr), _contiguous(sin_Nr)
-    (rows, heads, size), rotated = x_NHd.shape, cos_Nr.shape[-1]
-    _require(cos_Nr.shape == (rows, rotated) and sin_Nr.shape == cos_Nr.shape, "cos", cos_Nr, f"have {rows} rows")
-    _require(rotated <= size and rotated % 2 == 0, "cos", cos_Nr, f"turn an even number of at most {size} channels")
-    out = torch.empty((rows, heads, size))
+def rotary(q_NHd: Tensor, k_NKd: Tensor, cos_Nr: Tensor, sin_Nr: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
+    q_NHd, k_NKd, cos_Nr, sin_Nr = _rows(q_NHd), _rows(k_NKd), _contiguous(cos_Nr), _contiguous(sin_Nr)
+    (rows, heads, size), (_, kv_heads, _), rotated = q_NHd.shape, k_NKd.shape, cos_Nr.shape[1]
+    if cos_Nr.shape != sin_Nr.shape or len(cos_Nr) != rows or rotated > size or rotated % 2:
+        raise _mismatch("cos", cos_Nr, f"be [{rows}, an even number up to {size}] like sin")
+    if k_NKd.shape != (rows, kv_heads, size):
+        raise _mismatch("k", k_NKd, f"match q {list(q_NHd.shape)}")
+    turned_q, turned_k = q_NHd.new_empty(rows, heads, size), q_NHd.new_empty(rows, kv_heads, size)
     functions().hone_rotary(
-        x_NHd.data_ptr(), x_NHd.stride(0), cos_Nr.data_ptr(), sin_Nr.data_ptr(), out.data_ptr(),
-        rows, heads, size, rotated, back,
+        q_NHd.data_ptr(), q_NHd.stride()[0], heads, k_NKd.data_ptr(), k_NKd.stride()[0], kv_heads,
+        cos_Nr.data_ptr(), sin_Nr.data_ptr(), turned_q.data_ptr(), turned_k.data_ptr(), rows, size, rotated, back,
     )  # fmt: skip
-    return out
+    return turned_q, turned_k
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    gate_up, width = _contiguous(gate_up), gate_up.shape[-1] // 2
-    out = torch.empty((*gate_up.shape[:-1], width))
-    functions().hone_swiglu(gate_up.data_ptr(), out.data_ptr(), out.numel() // max(width, 1), width)
+    gate_up, (*outer, both) = _contiguous(gate_up), gate_up.shape
+    out = gate_up.new_empty(*outer, both // 2)
+    functions().hone_swiglu(gate_up.data_ptr(), out.data_ptr(), math.prod(outer), both // 2)
     return out
 
 
@@ -130,9 +143,11 @@ def token_logprobs(
 ) -> Tensor:
     logits_NV, targets_N, temperature_N = map(_contiguous, (logits_NV, targets_N, temperature_N))
     rows, vocabulary = logits_NV.shape
-    _require(targets_N.shape == (rows,) and targets_N.dtype is torch.int64, "targets", targets_N, f"be int64 [{rows}]")
-    _require(temperature_N.numel() in (1, rows), "temperature", temperature_N, f"be one number or [{rows}]")
-    out = torch.empty(rows)
+    if targets_N.shape != (rows,) or targets_N.dtype is not torch.int64:
+        raise _mismatch("targets", targets_N, f"be int64 [{rows}]")
+    if temperature_N.numel() not in (1, rows) or temperature_N.dtype is not torch.float32:
+        raise _mismatch("temperature", temperature_N, f"be one number or float32 [{rows}]")
+    out = logits_NV.new_empty(rows)
     functions().hone_token_logprobs(
         logits_NV.data_ptr(), targets_N.data_ptr(), temperature_N.data_ptr(), int(temperature_N.numel() > 1),
         out.data_ptr(), 0 if normalizers is None else normalizers.data_ptr(), rows, vocabulary,
@@ -162,12 +177,50 @@ def constant(number: float) -> Tensor:
 def write_cache(k_NKd: Tensor, v_NKd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_N: Tensor) -> None:
     k_NKd, v_NKd, slots_N = _rows(k_NKd), _rows(v_NKd), _contiguous(slots_N)
     rows, width = len(k_NKd), k_NKd.shape[1] * k_NKd.shape[2]
-    _require(slots_N.shape == (rows,) and slots_N.dtype is torch.int64, "slots", slots_N, f"be int64 [{rows}]")
-    _require(key_cache.is_contiguous() and value_cache.is_contiguous(), "caches", key_cache, "be contiguous")
+    if slots_N.shape != (rows,) or slots_N.dtype is not torch.int64:
+        raise _mismatch("slots", slots_N, f"be int64 [{rows}]")
+    if k_NKd.shape != v_NKd.shape or k_NKd.shape[1:] != key_cache.shape[2:]:
+        raise _mismatch("k", k_NKd, f"be like v {list(v_NKd.shape)} and match the cache {list(key_cache.shape)}")
+    if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+        raise _mismatch("the cache", key_cache, "be contiguous")
     functions().hone_write_cache(
-        k_NKd.data_ptr(), k_NKd.stride(0), v_NKd.data_ptr(), v_NKd.stride(0),
+        k_NKd.data_ptr(), k_NKd.stride()[0], v_NKd.data_ptr(), v_NKd.stride()[0],
         key_cache.data_ptr(), value_cache.data_ptr(), slots_N.data_ptr(), rows, width,
     )  # fmt: skip
+
+
+def route(
+    logits_NE: Tensor,
+    correction_bias_E: Tensor | None,
+    num_chosen: int,
+    num_groups: int,
+    groups_per_token: int,
+    scoring: Scoring,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Expert ids and weights of each row, and the scores for the backward pass."""
+    logits_NE = _contiguous(logits_NE)
+    rows, num_experts = logits_NE.shape
+    if not (num_chosen <= num_experts // num_groups * groups_per_token and num_experts % num_groups == 0):
+        raise _mismatch("logits", logits_NE, f"have room for {num_chosen} of {groups_per_token}/{num_groups} groups")
+    if correction_bias_E is not None and correction_bias_E.shape != (num_experts,):
+        raise _mismatch("correction_bias", correction_bias_E, f"be [{num_experts}]")
+    ids = torch.empty(rows, num_chosen, dtype=torch.int64)
+    weights, scores = logits_NE.new_empty(rows, num_chosen), torch.empty_like(logits_NE)
+    functions().hone_route(
+        logits_NE.data_ptr(), 0 if correction_bias_E is None else _contiguous(correction_bias_E).data_ptr(),
+        ids.data_ptr(), weights.data_ptr(), scores.data_ptr(), rows, num_experts, num_chosen, num_groups,
+        groups_per_token, *scoring,
+    )  # fmt: skip
+    return ids, weights, scores
+
+
+def route_backward(d_weights: Tensor, ids: Tensor, scores: Tensor, scoring: Scoring) -> Tensor:
+    d_weights, d_logits = _contiguous(d_weights), torch.empty_like(scores)
+    functions().hone_route_backward(
+        d_weights.data_ptr(), ids.data_ptr(), scores.data_ptr(), d_logits.data_ptr(),
+        *scores.shape, ids.shape[1], *scoring,
+    )  # fmt: skip
+    return d_logits
 
 
 def experts(
@@ -178,19 +231,21 @@ def experts(
     down_EDF: Tensor,
     routing: Routing | None = None,
 ) -> Tensor:
-    x_ND, ids, weights = _contiguous(x_ND), _contiguous(expert_ids_Nk.to(torch.int64)), _contiguous(expert_weights_Nk)
+    ids = expert_ids_Nk if expert_ids_Nk.dtype is torch.int64 else expert_ids_Nk.to(torch.int64)
+    x_ND, ids, weights = _contiguous(x_ND), _contiguous(ids), _contiguous(expert_weights_Nk)
     gate_up_E2FD, down_EDF = _contiguous(gate_up_E2FD), _contiguous(down_EDF)
     (tokens, chosen), (num_experts, width, inner) = ids.shape, down_EDF.shape
-    _require(gate_up_E2FD.shape == (num_experts, 2 * inner, width), "gate_up", gate_up_E2FD, "match down")
-    _require(x_ND.shape == (tokens, width), "x", x_ND, f"be [{tokens}, {width}]")
-    _require(weights.shape == ids.shape, "expert_weights", weights, "have the shape of expert_ids")
+    if gate_up_E2FD.shape != (num_experts, 2 * inner, width):
+        raise _mismatch("gate_up", gate_up_E2FD, f"match down {list(down_EDF.shape)}")
+    if x_ND.shape != (tokens, width) or weights.shape != (tokens, chosen):
+        raise _mismatch("x", x_ND, f"be [{tokens}, {width}], and the weights [{tokens}, {chosen}] like the ids")
     gate_up_packed, down_packed = pack_pointer(gate_up_E2FD), pack_pointer(down_EDF)
     if not (gate_up_packed and down_packed):
         gate_up_packed = down_packed = 0
     order, first, hidden = (
         (routing.order.data_ptr(), routing.first.data_ptr(), routing.hidden.data_ptr()) if routing else (0, 0, 0)
     )
-    out = torch.empty((tokens, width))
+    out = x_ND.new_empty(tokens, width)
     failed = functions().hone_experts(
         x_ND.data_ptr(), ids.data_ptr(), weights.data_ptr(), gate_up_E2FD.data_ptr(), down_EDF.data_ptr(),
         gate_up_packed, down_packed, out.data_ptr(), order, first, hidden,
@@ -241,11 +296,12 @@ def packed_attention(
 ) -> Tensor:
     q_NHd, k_NKd, v_NKd = _rows(q_NHd), _rows(k_NKd), _rows(v_NKd)
     (tokens, heads, size), kv_heads = q_NHd.shape, k_NKd.shape[1]
-    _require_heads(q_NHd, k_NKd, v_NKd)
-    starts = _contiguous(starts.to(torch.int32))
-    out = torch.empty((tokens, heads, size))
+    if k_NKd.shape != (tokens, kv_heads, size) or v_NKd.shape != k_NKd.shape or heads % kv_heads:
+        raise _mismatch("k", k_NKd, f"be like v {list(v_NKd.shape)} and match q {list(q_NHd.shape)}")
+    starts = _int32(starts)
+    out = q_NHd.new_empty(tokens, heads, size)
     functions().hone_packed_attention(
-        q_NHd.data_ptr(), q_NHd.stride(0), k_NKd.data_ptr(), k_NKd.stride(0), v_NKd.data_ptr(), v_NKd.stride(0),
+        q_NHd.data_ptr(), q_NHd.stride()[0], k_NKd.data_ptr(), k_NKd.stride()[0], v_NKd.data_ptr(), v_NKd.stride()[0],
         starts.data_ptr(), scale, out.data_ptr(), _pointer(normalizers),
         len(starts) - 1, heads, kv_heads, size, _threads(64 * tokens * heads * size),
     )  # fmt: skip
@@ -264,11 +320,11 @@ def packed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q_NHd, k_NKd, v_NKd, d_out = _rows(q_NHd), _rows(k_NKd), _rows(v_NKd), _contiguous(d_out)
     (tokens, heads, size), kv_heads = q_NHd.shape, k_NKd.shape[1]
-    starts = _contiguous(starts.to(torch.int32))
-    d_q, d_k, d_v = torch.empty(q_NHd.shape), torch.empty(k_NKd.shape), torch.empty(v_NKd.shape)
+    starts = _int32(starts)
+    d_q, d_k, d_v = q_NHd.new_empty(q_NHd.shape), q_NHd.new_empty(k_NKd.shape), q_NHd.new_empty(v_NKd.shape)
     functions().hone_packed_attention_backward(
         d_out.data_ptr(),
-        q_NHd.data_ptr(), q_NHd.stride(0), k_NKd.data_ptr(), k_NKd.stride(0), v_NKd.data_ptr(), v_NKd.stride(0),
+        q_NHd.data_ptr(), q_NHd.stride()[0], k_NKd.data_ptr(), k_NKd.stride()[0], v_NKd.data_ptr(), v_NKd.stride()[0],
         starts.data_ptr(), scale, out.data_ptr(), normalizers.data_ptr(),
         d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(),
         len(starts) - 1, heads, kv_heads, size, _threads(160 * tokens * heads * size),
@@ -287,16 +343,17 @@ def paged_attention(
 ) -> Tensor:
     q_NHd, (_, block_size, kv_heads, size) = _rows(q_NHd), key_cache.shape
     tokens, heads, _ = q_NHd.shape
-    _require(q_NHd.shape[2] == size and heads % kv_heads == 0, "q", q_NHd, f"match {kv_heads} heads of {size}")
-    _require(key_cache.is_contiguous() and value_cache.is_contiguous(), "caches", key_cache, "be contiguous")
-    tables, query_starts, contexts = (
-        _contiguous(x if x.dtype is torch.int32 else x.to(torch.int32))
-        for x in (block_tables_Sm, query_starts, context_lengths_S)
-    )
-    out = torch.empty((tokens, heads, size))
+    if q_NHd.shape[2] != size or heads % kv_heads or value_cache.shape != key_cache.shape:
+        raise _mismatch("q", q_NHd, f"match the cache {list(key_cache.shape)}")
+    if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+        raise _mismatch("the cache", key_cache, "be contiguous")
+    tables, query_starts, contexts = _int32(block_tables_Sm), _int32(query_starts), _int32(context_lengths_S)
+    if not len(tables) == len(contexts) == len(query_starts) - 1:
+        raise _mismatch("block_tables", tables, f"have {len(contexts)} rows, and query_starts one more number")
+    out = q_NHd.new_empty(tokens, heads, size)
     functions().hone_paged_attention(
-        q_NHd.data_ptr(), q_NHd.stride(0), key_cache.data_ptr(), value_cache.data_ptr(),
-        tables.data_ptr(), tables.stride(0), query_starts.data_ptr(), contexts.data_ptr(), scale, out.data_ptr(),
+        q_NHd.data_ptr(), q_NHd.stride()[0], key_cache.data_ptr(), value_cache.data_ptr(),
+        tables.data_ptr(), tables.shape[1], query_starts.data_ptr(), contexts.data_ptr(), scale, out.data_ptr(),
         block_size, len(contexts), heads, kv_heads, size, _threads(64 * tokens * heads * size),
     )  # fmt: skip
     return out
@@ -314,6 +371,10 @@ def _contiguous(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
 
+def _int32(x: Tensor) -> Tensor:
+    return _contiguous(x if x.dtype is torch.int32 else x.to(torch.int32))
+
+
 def _last_contiguous(x: Tensor) -> Tensor:
     """A matrix may have its rows apart; anything else is made contiguous."""
     if x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]):
@@ -321,24 +382,19 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _rows(x_NHd: Tensor) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
     """Tokens may lie apart, the heads of one may not: so the parts of a joint projection need no copy."""
-    if x_NHd.is_contiguous() or (x_NHd.stride(2) == 1 and x_NHd.stride(1) == x_NHd.shape[2]):
-        return x_NHd
-    return x_NHd.contiguous()
+    if x.is_contiguous() or (x.dim() == 3 and x.stride()[1:] == (x.shape[2], 1)):
+        return x
+    return _last_contiguous(x)
 
 
-def _require_heads(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> None:
-    tokens, heads, size = q_NHd.shape
-    _require(
-        k_NKd.shape == v_NKd.shape
-        and k_NKd.shape[0] == tokens
-        and k_NKd.shape[2] == size
-        and heads % k_NKd.shape[1] == 0,
-        "k and v", k_NKd, f"match q {list(q_NHd.shape)}",
-    )  # fmt: skip
+def _grouped(x: Tensor) -> tuple[int, int]:
+    """How far apart groups of rows lie, and how many rows lie together."""
+    if x.dim() == 3:
+        return x.stride()[0], x.shape[1]
+    return (x.stride()[0] if x.dim() == 2 else x.shape[-1]), 1
 
 
-def _require(fine: bool, name: str, x: Tensor, demand: str) -> None:
-    if not fine:
-        raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must {demand}")
+def _mismatch(name: str, x: Tensor, demand: str) -> ValueError:
+    return ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must {demand}")

@@ -4,7 +4,7 @@ A row's result depends bit for bit on its own inputs alone: not on how many rows
 chunked or paged, or on the number of threads. Only float32 tensors on the CPU are welcome.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary",
+    "route",
     "swiglu",
     "token_logprobs",
     "write_cache",
@@ -33,7 +34,8 @@ __all__ = [
 
 def rms_norm(x_xD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     if _trains(x_xD, weight_D):
-        return _applied(_RmsNorm, x_xD, weight_D, eps)
+        out: Tensor = _applied(_RmsNorm, x_xD, weight_D, eps)
+        return out
     return calls.rms_norm(x_xD, weight_D, eps)
 
 
@@ -47,19 +49,22 @@ def add_rms_norm(x_xD: Tensor, residual_xD: Tensor, weight_D: Tensor, eps: float
 
 def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
     if _trains(x_ND, weight_OD) or (bias_O is not None and _trains(bias_O)):
-        return _applied(_Linear, x_ND, weight_OD, bias_O)
+        out: Tensor = _applied(_Linear, x_ND, weight_OD, bias_O)
+        return out
     return calls.linear(x_ND, weight_OD, bias_O)
 
 
 def rotary(q_NHd: Tensor, k_NKd: Tensor, cos_Nr: Tensor, sin_Nr: Tensor) -> tuple[Tensor, Tensor]:
     if _trains(q_NHd, k_NKd):
-        return _applied(_Rotary, q_NHd, cos_Nr, sin_Nr), _applied(_Rotary, k_NKd, cos_Nr, sin_Nr)
-    return calls.rotary(q_NHd, cos_Nr, sin_Nr), calls.rotary(k_NKd, cos_Nr, sin_Nr)
+        turned: tuple[Tensor, Tensor] = _applied(_Rotary, q_NHd, k_NKd, cos_Nr, sin_Nr)
+        return turned
+    return calls.rotary(q_NHd, k_NKd, cos_Nr, sin_Nr)
 
 
 def packed_attention(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, sequence_starts: Tensor, scale: float) -> Tensor:
     if _trains(q_NHd, k_NKd, v_NKd):
-        return _applied(_PackedAttention, q_NHd, k_NKd, v_NKd, sequence_starts, scale)
+        out: Tensor = _applied(_PackedAttention, q_NHd, k_NKd, v_NKd, sequence_starts, scale)
+        return out
     return calls.packed_attention(q_NHd, k_NKd, v_NKd, sequence_starts, scale)
 
 
@@ -83,22 +88,49 @@ def write_cache(
     calls.write_cache(k_NKd, v_NKd, key_cache_XbKd, value_cache_XbKd, slots_N)
 
 
+def route(
+    logits_NE: Tensor,
+    correction_bias_E: Tensor | None,
+    num_chosen: int,
+    *,
+    score: Literal["sigmoid", "softmax"],
+    num_groups: int = 1,
+    groups_per_token: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Ids and weights of the chosen experts, best first: chosen by score plus correction within the best groups
+    (those with the best two experts), weighed by the scores alone."""
+    scoring = calls.Scoring(score == "sigmoid", normalise, scale)
+    if _trains(logits_NE):
+        chosen: tuple[Tensor, Tensor] = _applied(
+            _Route, logits_NE, correction_bias_E, num_chosen, num_groups, groups_per_token, scoring
+        )
+        return chosen
+    return calls.route(logits_NE, correction_bias_E, num_chosen, num_groups, groups_per_token, scoring)[:2]
+
+
 def experts(
     x_ND: Tensor, expert_ids_Nk: Tensor, expert_weights_Nk: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
     if _trains(x_ND, expert_weights_Nk, gate_up_E2FD, down_EDF):
-        return _applied(_Experts, x_ND, expert_ids_Nk, expert_weights_Nk, gate_up_E2FD, down_EDF)
+        out: Tensor = _applied(_Experts, x_ND, expert_ids_Nk, expert_weights_Nk, gate_up_E2FD, down_EDF)
+        return out
     return calls.experts(x_ND, expert_ids_Nk, expert_weights_Nk, gate_up_E2FD, down_EDF)
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
-    return _applied(_Swiglu, gate_up_N2F) if _trains(gate_up_N2F) else calls.swiglu(gate_up_N2F)
+    if _trains(gate_up_N2F):
+        out: Tensor = _applied(_Swiglu, gate_up_N2F)
+        return out
+    return calls.swiglu(gate_up_N2F)
 
 
 def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor | float = 1.0) -> Tensor:
     temperatures = temperature_N if isinstance(temperature_N, Tensor) else calls.constant(temperature_N)
     if _trains(logits_NV):
-        return _applied(_TokenLogprobs, logits_NV, targets_N, temperatures)
+        out: Tensor = _applied(_TokenLogprobs, logits_NV, targets_N, temperatures)
+        return out
     return calls.token_logprobs(logits_NV, targets_N, temperatures)
 
 
@@ -106,9 +138,8 @@ def _trains(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
-def _applied(function: type[Function], *inputs: Any) -> Tensor:
-    result: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
-    return result
+def _applied(function: type[Function], *inputs: Any) -> Any:
+    return function.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
 class _Linear(Function):
@@ -118,7 +149,7 @@ class _Linear(Function):
         return calls.linear(x, weight_OD, bias_O)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OD = ctx.saved_tensors
         d_rows = d_out.reshape(-1, weight_OD.shape[0])
@@ -138,21 +169,22 @@ class _RmsNorm(Function):
         return calls.rms_norm(x_xD, weight_D, eps, inverse)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
         return *calls.rms_norm_backward(d_out, *ctx.saved_tensors), None
 
 
 class _Rotary(Function):
     @staticmethod
-    def forward(ctx: Any, x_NHd: Tensor, cos_Nr: Tensor, sin_Nr: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos_Nr: Tensor, sin_Nr: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos_Nr, sin_Nr)
-        return calls.rotary(x_NHd, cos_Nr, sin_Nr)
+        return calls.rotary(q, k, cos_Nr, sin_Nr)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
-        return calls.rotary(d_out, *ctx.saved_tensors, back=True), None, None
+    @once_differentiable
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor) -> tuple[Tensor | None, ...]:
+        cos_Nr, sin_Nr = ctx.saved_tensors
+        return *calls.rotary(d_q, d_k, cos_Nr, sin_Nr, back=True), None, None
 
 
 class _PackedAttention(Function):
@@ -165,10 +197,36 @@ class _PackedAttention(Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, starts, out, normalizers = ctx.saved_tensors
         return *calls.packed_attention_backward(d_out, q, k, v, starts, ctx.scale, out, normalizers), None, None
+
+
+class _Route(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_NE: Tensor,
+        correction_bias_E: Tensor | None,
+        num_chosen: int,
+        num_groups: int,
+        groups_per_token: int,
+        scoring: calls.Scoring,
+    ) -> tuple[Tensor, Tensor]:
+        ids, weights, scores = calls.route(
+            logits_NE, correction_bias_E, num_chosen, num_groups, groups_per_token, scoring
+        )
+        ctx.scoring = scoring
+        ctx.mark_non_differentiable(ids)
+        ctx.save_for_backward(ids, scores)
+        return ids, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor, d_weights: Tensor) -> tuple[Tensor | None, ...]:
+        ids, scores = ctx.saved_tensors
+        return calls.route_backward(d_weights, ids, scores, ctx.scoring), None, None, None, None, None
 
 
 class _Experts(Function):
@@ -179,7 +237,7 @@ class _Experts(Function):
         return calls.experts(x, ids, weights, gate_up, down, routing)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, gate_up, down, *routing = ctx.saved_tensors
         wants_x, _, _, wants_gate_up, wants_down = ctx.needs_input_grad
@@ -196,7 +254,7 @@ class _Swiglu(Function):
         return calls.swiglu(gate_up)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Tensor:
         return calls.swiglu_backward(d_out, *ctx.saved_tensors)
 
@@ -209,6 +267,6 @@ class _TokenLogprobs(Function):
         return calls.token_logprobs(logits_NV, targets_N, temperatures, normalizers)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
         return calls.token_logprobs_backward(d_out, *ctx.saved_tensors), None, None

@@ -15,6 +15,7 @@ class _Pack:
     version: int
     pointer: int
     packed: Tensor
+    packed_pointer: int
 
 
 _packs: dict[int, _Pack] = {}
@@ -30,9 +31,9 @@ def pack_pointer(weight: Tensor) -> int:
     if weight.requires_grad:
         return 0
     pack = _packs.get(id(weight))
-    if pack is None or pack.pointer != weight.data_ptr():
+    if pack is None or pack.pointer != weight.data_ptr() or pack.version != weight._version:
         return _remember(weight)
-    return pack.packed.data_ptr() if pack.version == weight._version else _remember(weight)
+    return pack.packed_pointer
 
 
 def forget_packs() -> None:
@@ -46,7 +47,7 @@ def _remember(weight: Tensor) -> int:
     key, version, pointer = id(weight), weight._version, weight.data_ptr()
     owner = weakref.ref(weight, lambda _: _packs.pop(key, None))
     packed = _pack(weight.detach())
-    _packs[key] = _Pack(owner, version, pointer, packed)
+    _packs[key] = _Pack(owner, version, pointer, packed, packed.data_ptr())
     return packed.data_ptr()
 
 

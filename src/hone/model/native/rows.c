@@ -99,11 +99,12 @@ static float inverse_rms(const float *x, long width, float epsilon) {
     return 1.0f / sqrtf(sum_of((sums[0] + sums[1]) + (sums[2] + sums[3])) / (float)width + epsilon);
 }
 
-/* `inverse` keeps 1 / rms of each row for the backward pass; it may be NULL. Rows of x lie `stride` apart. */
-EXPORT void hone_rms_norm(const float *x, long stride, const float *weight, float epsilon, float *output,
+/* `inverse` keeps 1 / rms of each row for the backward pass; it may be NULL. Every `group` rows of x lie together,
+   and the groups `stride` apart. */
+EXPORT void hone_rms_norm(const float *x, long stride, long group, const float *weight, float epsilon, float *output,
                           float *inverse, long rows, long width) {
     for (long row = 0; row < rows; row++) {
-        const float *from = x + row * stride;
+        const float *from = x + row / group * stride + row % group * width;
         float *to = output + row * width, scale = inverse_rms(from, width, epsilon);
         if (inverse) inverse[row] = scale;
         for (long i = 0; i < width; i += LANES) {
@@ -120,14 +121,14 @@ EXPORT void hone_add_rms_norm(const float *x, const float *residual, const float
         store_up_to(sum + i,
                     load_up_to(x + i, rows * width - i, 0) + load_up_to(residual + i, rows * width - i, 0),
                     rows * width - i);
-    hone_rms_norm(sum, width, weight, epsilon, output, NULL, rows, width);
+    hone_rms_norm(sum, width, 1, weight, epsilon, output, NULL, rows, width);
 }
 
 /* d_weight must begin at zero. */
-EXPORT void hone_rms_norm_backward(const float *d_output, const float *x, long stride, const float *weight,
-                                   const float *inverse, float *d_x, float *d_weight, long rows, long width) {
+EXPORT void hone_rms_norm_backward(const float *d_output, const float *x, long stride, long group,
+                                   const float *weight, const float *inverse, float *d_x, float *d_weight, long rows, long width) {
     for (long row = 0; row < rows; row++) {
-        const float *dy = d_output + row * width, *from = x + row * stride;
+        const float *dy = d_output + row * width, *from = x + row / group * stride + row % group * width;
         float scale = inverse[row];
         vec dots = {};
         for (long i = 0; i < width; i += LANES) {
@@ -147,32 +148,35 @@ EXPORT void hone_rms_norm_backward(const float *d_output, const float *x, long s
 
 /* ---- rotary ---- */
 
-/* Turns the pairs (i, i + rotated/2) of each head by the row's angle; the rest of the head is copied. With `back`
-   it applies the transpose, which is the gradient. cos and sin are [rows, rotated]. */
-EXPORT void hone_rotary(const float *x, long stride, const float *cosines, const float *sines, float *output,
-                        long rows, long heads, long size, long rotated, int back) {
-    long half = rotated / 2;
+static void turn(const float *from, const float *c, const float *s, float *to, long half, bool back) {
+    for (long i = 0; i < half; i += LANES) {
+        long left = half - i;
+        vec first = load_up_to(from + i, left, 0), second = load_up_to(from + half + i, left, 0);
+        vec cosine = load_up_to(c + i, left, 0), sine = load_up_to(s + i, left, 0);
+        if (back) sine = -sine;
+        vec cross_first = second * sine, cross_second = first * sine;
+        store_up_to(to + i, first * cosine - cross_first, left);
+        store_up_to(to + half + i, second * cosine + cross_second, left);
+    }
+}
+
+static void turn_heads(const float *x, const float *c, const float *s, float *to, long heads, long size, long rotated,
+                       bool back) {
+    for (long head = 0; head < heads; head++, x += size, to += size) {
+        turn(x, c, s, to, rotated / 2, back);
+        if (size > rotated) memcpy(to + rotated, x + rotated, 4 * (size - rotated));
+    }
+}
+
+/* Turns the pairs (i, i + rotated/2) of each head by the row's angle; the rest of the head is copied. `back` turns
+   the other way, which is the gradient. cos and sin are [rows, rotated], both halves equal. */
+EXPORT void hone_rotary(const float *queries, long query_stride, long heads, const float *keys, long key_stride,
+                        long kv_heads, const float *cosines, const float *sines, float *turned_queries,
+                        float *turned_keys, long rows, long size, long rotated, int back) {
     for (long row = 0; row < rows; row++) {
         const float *c = cosines + row * rotated, *s = sines + row * rotated;
-        for (long head = 0; head < heads; head++) {
-            const float *from = x + row * stride + head * size;
-            float *to = output + (row * heads + head) * size;
-            for (long i = 0; i < half; i += LANES) {
-                long left = half - i;
-                vec first = load_up_to(from + i, left, 0), second = load_up_to(from + half + i, left, 0);
-                vec cos_1 = load_up_to(c + i, left, 0), cos_2 = load_up_to(c + half + i, left, 0);
-                vec sin_1 = load_up_to(s + i, left, 0), sin_2 = load_up_to(s + half + i, left, 0);
-                if (back) {
-                    vec swap = sin_1;
-                    sin_1 = -sin_2;
-                    sin_2 = -swap;
-                }
-                vec cross_1 = second * sin_1, cross_2 = first * sin_2;
-                store_up_to(to + i, first * cos_1 - cross_1, left);
-                store_up_to(to + half + i, second * cos_2 + cross_2, left);
-            }
-            if (size > rotated) memcpy(to + rotated, from + rotated, 4 * (size - rotated));
-        }
+        turn_heads(queries + row * query_stride, c, s, turned_queries + row * heads * size, heads, size, rotated, back);
+        turn_heads(keys + row * key_stride, c, s, turned_keys + row * kv_heads * size, kv_heads, size, rotated, back);
     }
 }
 

@@ -32,19 +32,26 @@ INLINE vec spread(float x) { return x - (vec){}; }
 INLINE vec load(const float *from) { return *(const unaligned_vec *)from; }
 INLINE void store(float *to, vec x) { *(unaligned_vec *)to = x; }
 
-/* The first `count` floats, `fill` in the lanes after them. */
-INLINE vec load_part(const float *from, long count, float fill) {
-    vec x = spread(fill);
-    memcpy(&x, from, 4 * count);
-    return x;
-}
-INLINE void store_part(float *to, vec x, long count) { memcpy(to, &x, 4 * count); }
+/* Up to LANES floats: `fill` in the lanes after the first `count`, which are neither read nor written. */
 INLINE vec load_up_to(const float *from, long count, float fill) {
-    return count >= LANES ? load(from) : load_part(from, count, fill);
+#if defined(__AVX512F__)
+    __mmask16 mask = count >= LANES ? 0xffff : (1u << count) - 1;
+    return (vec)_mm512_mask_loadu_ps((__m512)spread(fill), mask, from);
+#else
+    if (count >= LANES) return load(from);
+    vec x = spread(fill);
+    for (long i = 0; i < count; i++) x[i] = from[i];
+    return x;
+#endif
 }
 INLINE void store_up_to(float *to, vec x, long count) {
+#if defined(__AVX512F__)
+    __mmask16 mask = count >= LANES ? 0xffff : (1u << count) - 1;
+    _mm512_mask_storeu_ps(to, mask, (__m512)x);
+#else
     if (count >= LANES) store(to, x);
-    else store_part(to, x, count);
+    else for (long i = 0; i < count; i++) to[i] = x[i];
+#endif
 }
 
 /* Both return the second argument when one is not a number, so a NaN there travels on. */
@@ -63,6 +70,12 @@ INLINE vec smaller_of(vec a, vec b) {
     ivec first = a < b;
     return (vec)((first & (ivec)a) | (~first & (ivec)b));
 #endif
+}
+
+/* x in the lanes before `count`, `fill` after them. */
+INLINE vec first_lanes(vec x, long count, float fill) {
+    ivec kept = iota < (int32_t)smaller(count, LANES);
+    return (vec)((kept & (ivec)x) | (~kept & (ivec)spread(fill)));
 }
 
 INLINE vec rotated(vec x, int by) { return __builtin_shuffle(x, (iota + by) & (LANES - 1)); }
