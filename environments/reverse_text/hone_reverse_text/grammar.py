@@ -54,7 +54,7 @@ FILLERS = {
         as ice, quite famous, covered with dust, almost finished, made of glass, worth a fortune
     """,
 }
-SLOTS = {slot: tuple(text.strip() for text in fillers.split(",")) for slot, fillers in FILLERS.items()}
+SLOTS = {slot: tuple(" ".join(text.split()) for text in fillers.split(",")) for slot, fillers in FILLERS.items()}
 
 PATTERNS = (
     "{person} {gave} {thing}.",

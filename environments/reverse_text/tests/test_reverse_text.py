@@ -132,7 +132,8 @@ def test_sentences_have_no_slot_left_and_begin_with_a_capital():
     for text in (sentence(draw) for _ in range(500)):
         assert text[0].isupper()
         assert text[-1] in ".?"
-        assert not set("{}") & set(text)
+        assert not set("{}\n") & set(text)
+        assert "  " not in text
     assert all(slot in SLOTS for pattern in PATTERNS for slot in pattern.replace("}", "{").split("{")[1::2])
 
 
