@@ -94,7 +94,7 @@ def test_the_router_chooses_by_corrected_score_and_weighs_by_raw_score(seed, gro
         assert sorted(chosen) == sorted(best)
 
 
-def test_the_correction_gets_no_gradient_and_the_router_does():
+def test_the_correction_gets_no_gradient_and_the_router_does(backend):
     logits_NE = torch.randn(4, 8, requires_grad=True)
     bias_E = torch.randn(8, requires_grad=True)
     route(logits_NE, bias_E, moe_config()).weights.square().sum().backward()
@@ -102,7 +102,7 @@ def test_the_correction_gets_no_gradient_and_the_router_does():
     assert bias_E.grad is None
 
 
-def test_the_route_of_a_token_does_not_depend_on_its_neighbours():
+def test_the_route_of_a_token_does_not_depend_on_its_neighbours(backend):
     logits_NE, bias_E, config = torch.randn(37, 8), torch.randn(8), moe_config(num_experts_per_tok=5)
     ids_Nk, weights_Nk = route(logits_NE, bias_E, config)
     for row in range(37):
@@ -111,7 +111,7 @@ def test_the_route_of_a_token_does_not_depend_on_its_neighbours():
         assert torch.equal(alone.weights[0], weights_Nk[row])
 
 
-def test_scores_are_those_of_the_sigmoid_even_where_it_is_tiny():
+def test_scores_are_those_of_the_sigmoid_even_where_it_is_tiny(backend):
     logits_NE = torch.tensor([[-100.0, -30.0, -9.0, 0.0, 3.0, 30.0, 100.0, 1.0]])
     weights_Nk = route(logits_NE, None, moe_config(num_experts_per_tok=8, norm_topk_prob=False)).weights
     torch.testing.assert_close(weights_Nk[0].sort().values, logits_NE[0].sort().values.sigmoid())

@@ -15,6 +15,7 @@ from torch import Tensor
 from hone.model import torch_ops
 
 Backend = Literal["auto", "native", "torch"]
+Score = Literal["sigmoid", "softmax"]
 
 _backend: Backend = "auto"
 
@@ -50,6 +51,19 @@ class Kernels(Protocol):
     def write_cache(
         self, k_NKd: Tensor, v_NKd: Tensor, key_cache_XbKd: Tensor, value_cache_XbKd: Tensor, slots_N: Tensor
     ) -> None: ...
+
+    def route(
+        self,
+        logits_NE: Tensor,
+        correction_bias_E: Tensor | None,
+        num_chosen: int,
+        *,
+        score: Score,
+        num_groups: int = 1,
+        groups_per_token: int = 1,
+        normalise: bool = True,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]: ...
 
     def experts(
         self,
@@ -140,6 +154,31 @@ def write_cache(
 ) -> None:
     """Store keys and values at slot = block * block size + offset."""
     _kernels_for(k_NKd).write_cache(k_NKd, v_NKd, key_cache_XbKd, value_cache_XbKd, slots_N)
+
+
+def route(
+    logits_NE: Tensor,
+    correction_bias_E: Tensor | None,
+    num_chosen: int,
+    *,
+    score: Score,
+    num_groups: int = 1,
+    groups_per_token: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Ids and weights of the chosen experts, best first: chosen by score plus correction within the best groups
+    (those with the best two experts), weighed by the scores alone."""
+    return _kernels_for(logits_NE).route(
+        logits_NE,
+        correction_bias_E,
+        num_chosen,
+        score=score,
+        num_groups=num_groups,
+        groups_per_token=groups_per_token,
+        normalise=normalise,
+        scale=scale,
+    )
 
 
 def experts(

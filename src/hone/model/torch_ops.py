@@ -4,6 +4,7 @@ Tensor letters as in `hone.model.ops`; G groups of sequences, L positions of a p
 """
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -105,6 +106,29 @@ def paged_attention(
     return out_SHLd.transpose(1, 2)[offsets_L < query_lengths_S[:, None]]
 
 
+def route(
+    logits_NE: Tensor,
+    correction_bias_E: Tensor | None,
+    num_chosen: int,
+    *,
+    score: Literal["sigmoid", "softmax"],
+    num_groups: int = 1,
+    groups_per_token: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    scores_NE = _sigmoid(logits_NE) if score == "sigmoid" else logits_NE.softmax(-1)
+    merits_NE = scores_NE.detach() if correction_bias_E is None else scores_NE.detach() + correction_bias_E
+    if groups_per_token < num_groups:
+        merits_NE = _within_best_groups(merits_NE, num_groups, groups_per_token)
+    expert_ids_Nk = merits_NE.topk(num_chosen, dim=-1).indices
+    weights_Nk = scores_NE.gather(1, expert_ids_Nk)
+    if normalise:
+        # A running sum adds in the same order whatever the number of rows; `sum` does not.
+        weights_Nk = weights_Nk / (weights_Nk.cumsum(-1)[:, -1:] + 1e-20)
+    return expert_ids_Nk, weights_Nk if scale == 1.0 else weights_Nk * scale
+
+
 def experts(
     x_ND: Tensor, expert_ids_Nk: Tensor, expert_weights_Nk: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
@@ -143,6 +167,21 @@ def _turn(x_NHd: Tensor, cos_N1r: Tensor, sin_N1r: Tensor) -> Tensor:
     first, second, rest = x_NHd[..., :half], x_NHd[..., half : 2 * half], x_NHd[..., 2 * half :]
     turned = (first * cos_N1r - second * sin_N1r, second * cos_N1r + first * sin_N1r)
     return torch.cat([part.to(x_NHd.dtype) for part in turned] + [rest], dim=-1)
+
+
+def _sigmoid(logits_NE: Tensor) -> Tensor:
+    # torch's own sigmoid rounds an element differently by its place in the tensor (vector lanes or the tail),
+    # so a token's weights would depend on its neighbours; its softmax over the last dimension does not.
+    return torch.stack((logits_NE, torch.zeros_like(logits_NE)), -1).softmax(-1)[..., 0]
+
+
+def _within_best_groups(merits_NE: Tensor, num_groups: int, groups_per_token: int) -> Tensor:
+    """Leaves out the experts of all but the best groups; a group is as good as its two best experts."""
+    merits_Nge = merits_NE.view(len(merits_NE), num_groups, -1)
+    group_merits_Ng = merits_Nge.topk(2, dim=-1).values.sum(-1)
+    best = group_merits_Ng.topk(groups_per_token, dim=-1, sorted=False).indices
+    closed_Ng = torch.ones_like(group_merits_Ng, dtype=torch.bool).scatter(1, best, False)
+    return merits_Nge.masked_fill(closed_Ng[..., None], -torch.inf).flatten(1)
 
 
 def _grouping_pays(x_ND: Tensor, down_EDF: Tensor) -> bool:

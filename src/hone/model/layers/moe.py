@@ -48,30 +48,14 @@ class Moe(nn.Module):
 
 def route(logits_NE: Tensor, correction_bias_E: Tensor | None, config: MoeConfig) -> Routing:
     """Choose by score plus correction, within the best groups; weigh by the scores alone."""
-    scores_NE = _sigmoid(logits_NE) if config.score == "sigmoid" else logits_NE.softmax(-1)
-    merits_NE = scores_NE if correction_bias_E is None else scores_NE + correction_bias_E
-    if config.groups_per_token < config.num_groups:
-        merits_NE = _within_best_groups(merits_NE.detach(), config.num_groups, config.groups_per_token)
-    expert_ids_Nk = merits_NE.topk(config.experts_per_token, dim=-1, sorted=False).indices
-    weights_Nk = scores_NE.gather(1, expert_ids_Nk)
-    if config.normalise_weights:
-        # A running sum adds in the same order whatever the number of rows; `sum` does not.
-        weights_Nk = weights_Nk / (weights_Nk.cumsum(-1)[:, -1:] + 1e-20)
-    if config.weight_scale != 1.0:
-        weights_Nk = weights_Nk * config.weight_scale
-    return Routing(expert_ids_Nk, weights_Nk)
-
-
-def _sigmoid(logits_NE: Tensor) -> Tensor:
-    # torch's own sigmoid rounds an element differently by its place in the tensor (vector lanes or the tail),
-    # so a token's weights would depend on its neighbours; its softmax over the last dimension does not.
-    return torch.stack((logits_NE, torch.zeros_like(logits_NE)), -1).softmax(-1)[..., 0]
-
-
-def _within_best_groups(merits_NE: Tensor, num_groups: int, groups_per_token: int) -> Tensor:
-    """Leaves out the experts of all but the best groups; a group is as good as its two best experts."""
-    merits_Nge = merits_NE.view(len(merits_NE), num_groups, -1)
-    group_merits_Ng = merits_Nge.topk(2, dim=-1).values.sum(-1)
-    best = group_merits_Ng.topk(groups_per_token, dim=-1, sorted=False).indices
-    closed_Ng = torch.ones_like(group_merits_Ng, dtype=torch.bool).scatter(1, best, False)
-    return merits_Nge.masked_fill(closed_Ng[..., None], -torch.inf).flatten(1)
+    chosen = ops.route(
+        logits_NE,
+        correction_bias_E,
+        config.experts_per_token,
+        score=config.score,
+        num_groups=config.num_groups,
+        groups_per_token=config.groups_per_token,
+        normalise=config.normalise_weights,
+        scale=config.weight_scale,
+    )
+    return Routing(*chosen)
