@@ -32,6 +32,11 @@ class RunFolder:
         return self.path / "sft"
 
     @property
+    def sft_conversations(self) -> Path:
+        """The environments' gold answers as conversations, where sft.data = "environments"; the launcher writes them."""
+        return self.sft / "conversations.jsonl"
+
+    @property
     def sft_checkpoints(self) -> Path:
         return self.sft / "checkpoints"
 
