@@ -113,7 +113,7 @@ def test_a_taken_port_is_told_with_advice(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(OSError, match=r"cannot serve metrics on .*choose another run\.metrics_port"):
+        with pytest.raises(ValueError, match=r"cannot serve metrics on .*choose another run\.metrics_port"):
             Metrics(tmp_path / "metrics.jsonl", "trainer", port=taken.getsockname()[1])
 
 

@@ -64,9 +64,8 @@ class _Exporter:
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=self._registry)
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"cannot serve metrics on {host}:{port} ({error.strerror}); choose another run.metrics_port",
+            raise ValueError(
+                f"cannot serve metrics on {host}:{port} ({error.strerror}); choose another run.metrics_port"
             ) from error
 
     def update(self, values: Mapping[str, float]) -> None:
