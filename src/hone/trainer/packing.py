@@ -50,6 +50,21 @@ class Samples:
             advantages_N=np.frombuffer(batch.advantages, "<f4"),
         )
 
+    def to_batch(self, step: int) -> TrainingBatch:
+        """The inverse of `from_batch`, to keep a batch for inspection."""
+        return TrainingBatch(
+            step=step,
+            num_groups=0,
+            lengths=self.lengths_S.astype("<i4").tobytes(),
+            versions=self.versions_S.astype("<i4").tobytes(),
+            temperatures=self.temperatures_S.astype("<f4").tobytes(),
+            rewards=self.rewards_S.astype("<f4").tobytes(),
+            token_ids=self.token_ids_N.astype("<i4").tobytes(),
+            loss_mask=self.trains_N.astype(np.uint8).tobytes(),
+            logprobs=self.sampler_logprobs_N.astype("<f4").tobytes(),
+            advantages=self.advantages_N.astype("<f4").tobytes(),
+        )
+
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids_N)

@@ -1,0 +1,152 @@
+"""Supervised fine-tuning: `python -m hone.trainer.sft RUN_FOLDER`, alone or under torchrun.
+
+Trains the model in R/model on conversations into R/sft/export; that folder is the mark that SFT is done. Resumes from
+R/sft/checkpoints.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable
+
+from hone.config.recipe import SftSection
+from hone.observability.logs import fields
+from hone.schema.seeds import derive_seed
+from hone.text.rendering import Rendered, Renderer
+from hone.text.tokenizer import Tokenizer
+from hone.trainer.checkpoint import Checkpoints, Progress
+from hone.trainer.data import (
+    Conversation,
+    Conversations,
+    plan_steps,
+    read_conversations,
+    render_conversations,
+)
+from hone.trainer.losses import supervised_loss
+from hone.trainer.optim import learning_rate, set_learning_rate
+from hone.trainer.packing import Integers, Samples
+from hone.trainer.start import Run, after, build_trainer, check_bad_steps, export, run_process
+from hone.trainer.step import Objective, StepOutcome, Trainer, train_step
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    return run_process(fine_tune, sys.argv[1:])
+
+
+def fine_tune(run: Run) -> None:
+    """From the base model to R/sft/export; does nothing when that is there."""
+    if run.folder.sft_export.exists():
+        return
+    section = run.recipe.sft
+    if section is None:
+        raise ValueError("the recipe has no [sft] section; add one to fine-tune")
+    conversations = load_conversations(run, section)
+    steps = plan_steps(
+        conversations.lengths_S, section.batch_tokens, section.epochs, derive_seed(run.recipe.run.seed, "sft")
+    )[: section.max_steps]
+    trainer = build_trainer(run, run.folder.model, section.optimizer)
+    checkpoints = Checkpoints(run.folder.sft_checkpoints, run.recipe.trainer.keep_checkpoints, run.ranks)
+    progress = resume(checkpoints, trainer, data_identity(conversations, section))
+    train(run, trainer, checkpoints, progress, conversations, steps)
+    export(run, trainer, run.folder.sft_export, tokenizer_from=run.folder.model)
+
+
+def load_conversations(run: Run, section: SftSection) -> Conversations:
+    """All conversations of the recipe's data, rendered with the model's tokenizer and template."""
+    source = run.folder.sft_conversations if section.data == "environments" else section.data
+    renderer = Renderer(Tokenizer.load(run.folder.model))
+
+    def render(conversation: Conversation) -> Iterable[Rendered]:
+        return renderer.render_branches(conversation.messages, conversation.tools)
+
+    with run.spans.span("render"):
+        found = render_conversations(read_conversations(source, section.num_conversations), render, section.max_length)
+    longest, budget = int(found.lengths_S.max()), run.recipe.trainer.micro_batch_tokens
+    if longest > budget:
+        raise ValueError(
+            f"a conversation has {longest} tokens, trainer.micro_batch_tokens is {budget}; raise it or lower sft.max_length"
+        )
+    logger.info(
+        "rendered conversations",
+        extra=fields(
+            sequences=len(found.lengths_S),
+            tokens=len(found.token_ids_N),
+            too_long=found.num_too_long,
+            without_answer=found.num_without_answer,
+        ),
+    )
+    return found
+
+
+def data_identity(conversations: Conversations, section: SftSection) -> dict[str, int | str]:
+    """What a number of steps is a position in."""
+    return {"conversations": conversations.fingerprint, "batch_tokens": section.batch_tokens}
+
+
+def resume(checkpoints: Checkpoints, trainer: Trainer, data: dict[str, int | str]) -> Progress:
+    """Progress of the newest checkpoint, loaded into the trainer, or a new beginning."""
+    progress = checkpoints.resume(trainer)
+    if progress is None:
+        return Progress(data=data)
+    if progress.data != data:
+        raise ValueError(
+            f"{checkpoints.folder} was made with other data ({progress.data}, now {data});"
+            " give the run another name, or delete that folder to start over"
+        )
+    logger.info("resumed", extra=fields(step=progress.step))
+    return progress
+
+
+def train(
+    run: Run,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    conversations: Conversations,
+    steps: list[Integers],
+) -> None:
+    """The remaining optimizer steps, with a checkpoint every so often and one at the end."""
+    assert run.recipe.sft is not None
+    section, every = run.recipe.sft.optimizer, run.recipe.trainer.checkpoint_every
+    while progress.step < len(steps):
+        started = time.perf_counter()
+        step = progress.step + 1
+        samples = conversations.samples(steps[progress.step])
+        lr = learning_rate(section, step, len(steps))
+        set_learning_rate(trainer.optimizers, lr)
+        with run.spans.span("train", step=step):
+            outcome = train_step(trainer, samples, supervised(samples))
+        progress = after(progress, outcome)
+        measure(run, progress, outcome, samples, lr, time.perf_counter() - started)
+        check_bad_steps(run, progress, outcome, samples)
+        if step % every == 0 or step == len(steps):
+            checkpoints.save(trainer, progress)
+
+
+def supervised(samples: Samples) -> Objective:
+    denominators = samples.denominators()
+    return lambda logprobs_T, _: supervised_loss(logprobs_T, denominators)
+
+
+def measure(run: Run, progress: Progress, outcome: StepOutcome, samples: Samples, lr: float, seconds: float) -> None:
+    run.metrics.write(
+        {
+            "sft/loss": outcome.loss,
+            "sft/grad_norm": outcome.grad_norm,
+            "sft/lr": lr,
+            "sft/num_tokens": samples.num_tokens,
+            "sft/num_trained_tokens": len(outcome.logprobs_T),
+            "sft/num_sequences": len(samples.lengths_S),
+            "sft/num_micro_batches": outcome.num_micro_batches,
+            "sft/num_bad_steps": progress.num_bad_steps,
+            "sft/step_seconds": seconds,
+            "sft/tokens_per_second": samples.num_tokens / seconds,
+        },
+        step=progress.step,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
