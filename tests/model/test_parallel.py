@@ -58,6 +58,7 @@ def test_two_ranks_give_the_losses_gradients_and_state_of_one(model, tmp_path):
     loss = script.loss_of(model, 0) + script.loss_of(model, 1)
     loss.backward()
     expected = (loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()})
+    assert sharded["counts"] == {1: 28, 2: 28}
     torch.testing.assert_close(sharded["scored"], loss.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sharded["step"], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sharded["recomputed"], expected, rtol=1e-4, atol=1e-5)

@@ -69,6 +69,16 @@ def test_expert_counts_add_up_until_they_are_taken(glm4_moe, random_model, pack)
     assert model.take_expert_tokens() == {}
 
 
+def test_a_load_balancer_steers_the_choice_through_the_correction_biases(glm4_moe, random_model, pack):
+    model, packed = random_model(glm4_moe), pack(40)
+    model.count_expert_tokens()
+    for bias_E in model.correction_biases().values():
+        bias_E[3] = 10.0
+    with torch.no_grad():
+        packed.logits(model)
+    assert [counts_E[3].item() for counts_E in model.take_expert_tokens().values()] == [40, 40]
+
+
 def test_a_cast_to_bfloat16_keeps_positions_and_router_corrections_exact(glm4_moe, random_model, pack):
     model, packed = random_model(glm4_moe), pack(30, 9)
     exact = packed.logits(model)

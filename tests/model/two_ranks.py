@@ -56,9 +56,11 @@ def main(rank, world_size, port, folder, out):
         timeout=datetime.timedelta(seconds=60),
     )
     model = sharded_model(folder, world_size, checkpointed=False)
+    model.count_expert_tokens()
     with torch.no_grad():
         dist.all_reduce(scored := loss_of(model, rank))
-    seen = {"scored": scored, "step": step(model, rank, world_size)}
+    counts = {layer: counts_E.sum().item() for layer, counts_E in model.take_expert_tokens().items()}
+    seen = {"scored": scored, "counts": counts, "step": step(model, rank, world_size)}
     seen["recomputed"] = step(sharded_model(folder, world_size, checkpointed=True), rank, world_size)
     seen["in_bfloat16"], gradients = step(sharded_model(folder, world_size, False, torch.bfloat16), rank, world_size)
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}

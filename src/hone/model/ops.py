@@ -143,7 +143,10 @@ def paged_attention(
     context_lengths_S: Tensor,
     scale: float,
 ) -> Tensor:
-    """Causal attention of each sequence's queries, the last positions of its context, over its KV blocks."""
+    """Causal attention of each sequence's queries, the last positions of its context, over its KV blocks.
+
+    Every sequence has at least one query. What the blocks hold beyond a context has no effect if it is finite.
+    """
     return _kernels_for(q_NHd).paged_attention(
         q_NHd, key_cache_XbKd, value_cache_XbKd, block_tables_Sm, query_starts, context_lengths_S, scale
     )

@@ -57,9 +57,8 @@ class Transformer(nn.Module):
         """Draw every parameter from (seed, its name) alone: the same on any device and world size."""
         for name, parameter in self.named_parameters():
             fill(parameter, _initial_value(name, parameter.shape, self.config.initializer_range, seed))
-        for moe in self._moes():
-            if moe.correction_bias is not None:
-                moe.correction_bias.zero_()
+        for bias_E in self.correction_biases().values():
+            bias_E.zero_()
         return self
 
     @property
@@ -74,25 +73,31 @@ class Transformer(nn.Module):
 
     def count_expert_tokens(self, on: bool = True) -> None:
         """Start (or stop) adding up how many tokens visit each expert."""
-        for moe in self._moes():
-            moe.expert_counts_E = torch.zeros_like(moe.router[:, 0], dtype=torch.int64) if on else None
+        for moe in self._moes().values():
+            device = moe.router.device
+            moe.expert_counts_E = torch.zeros(len(moe.router), dtype=torch.int64, device=device) if on else None
 
     def take_expert_tokens(self) -> dict[int, Tensor]:
-        """Tokens per expert of each sparse layer since the last take; the counts start again at 0."""
+        """Tokens per expert of each sparse layer since the last take, on this rank; the counts start again at 0."""
         taken = {}
-        for layer in self._decoder_layers():
-            if isinstance(layer.mlp, Moe) and layer.mlp.expert_counts_E is not None:
-                taken[layer.index] = layer.mlp.expert_counts_E.clone()
-                layer.mlp.expert_counts_E.zero_()
+        for index, moe in self._moes().items():
+            if moe.expert_counts_E is not None:
+                taken[index] = moe.expert_counts_E.clone()
+                moe.expert_counts_E.zero_()
         return taken
+
+    def correction_biases(self) -> dict[int, Tensor]:
+        """The biases by which a load balancer steers the choice of experts, per sparse layer; write to them in place."""
+        biases = {index: moe.correction_bias for index, moe in self._moes().items()}
+        return {index: bias_E for index, bias_E in biases.items() if bias_E is not None}
 
     def _decoder_layers(self) -> Iterator["DecoderLayer"]:
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             yield layer
 
-    def _moes(self) -> Iterator[Moe]:
-        return (layer.mlp for layer in self._decoder_layers() if isinstance(layer.mlp, Moe))
+    def _moes(self) -> dict[int, Moe]:
+        return {layer.index: layer.mlp for layer in self._decoder_layers() if isinstance(layer.mlp, Moe)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Positions and router corrections need float32 whatever the parameters are cast to.
