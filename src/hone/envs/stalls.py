@@ -1,0 +1,67 @@
+"""How long the event loop stands still, and in which code: environments share one loop, and one may block all."""
+
+import asyncio
+import logging
+import sys
+import threading
+import time
+import traceback
+from types import FrameType, TracebackType
+from typing import Self
+
+logger = logging.getLogger("hone.envs.stalls")
+
+TICK_SECONDS = 0.05
+
+
+class StallMeter:
+    """Measures the longest stall of the running event loop; a stall over `report_seconds` is logged with its place."""
+
+    def __init__(self, *, report_seconds: float = 1.0) -> None:
+        self._report_seconds = report_seconds
+        self._longest = 0.0
+        self._closed = threading.Event()
+
+    def take_longest(self) -> float:
+        """Seconds of the longest stall since the last call."""
+        longest, self._longest = self._longest, 0.0
+        return longest
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
+        self._due = time.monotonic() + TICK_SECONDS
+        self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
+        self._watcher = threading.Thread(target=self._watch, name="stalls", daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        self._closed.set()
+        self._watcher.join(timeout=2 * self._report_seconds)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._due)
+        self._due = now + TICK_SECONDS
+        self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
+
+    def _watch(self) -> None:
+        """In a thread of its own: once per stall, say where the loop's thread is."""
+        reported = 0.0
+        while not self._closed.wait(self._report_seconds / 2):
+            due = self._due
+            if due != reported and time.monotonic() - due > self._report_seconds:
+                reported = due
+                place = _place(sys._current_frames().get(self._loop_thread))
+                logger.warning("the event loop stands still for more than %g s in %s", self._report_seconds, place)
+
+
+def _place(frame: FrameType | None) -> str:
+    if frame is None:
+        return "a thread that has ended"
+    calls = [call for call in traceback.extract_stack(frame) if "/asyncio/" not in call.filename]
+    return " > ".join(f"{call.name} ({call.filename.rpartition('/')[2]}:{call.lineno})" for call in calls[-4:])

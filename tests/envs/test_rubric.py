@@ -1,0 +1,187 @@
+import asyncio
+import time
+
+import pytest
+
+from hone.envs import RolloutFailure, Rubric, Task, metric, reward, user
+from hone.schema.messages import Message
+from hone.schema.sampling import FinishReason, Turn
+from hone.schema.traces import FailureClass, Node, Trace
+
+TASK = Task(prompt=(user("say yes"),), reference="yes", info={"level": 3})
+
+
+def trace_of(answer="yes"):
+    message = Message("assistant", answer)
+    nodes = [Node(TASK.prompt[0]), Node(message, 0, Turn(message, FinishReason.STOP)), Node(user("thanks"), 1)]
+    return Trace(environment="test", task=TASK, attempt=0, nodes=nodes)
+
+
+async def test_rewards_and_metrics_are_kept_by_name_and_weight():
+    @reward
+    def exact(answer, reference):
+        return answer == reference
+
+    @reward(weight=0.5)
+    async def later(answer):
+        await asyncio.sleep(0)
+        return len(answer)
+
+    @metric(name="size")
+    def anything(completion):
+        return len(completion)
+
+    scores = await Rubric([exact, later, anything]).score(trace_of())
+    assert {name: (r.value, r.weight) for name, r in scores.rewards.items()} == {"exact": (1, 1), "later": (3, 0.5)}
+    assert scores.metrics == {"size": 2}
+
+
+async def test_functions_get_what_they_name():
+    seen = []
+
+    @reward
+    def look(task, trace, prompt, completion, answer, reference, info, state, *, scale=2.0):
+        seen.append((task, trace, prompt, completion, answer, reference, info, state, scale))
+        return scale
+
+    trace = trace_of()
+    await Rubric([look]).score(trace, "mine")
+    completion = [Message("assistant", "yes"), user("thanks")]
+    assert seen == [(TASK, trace, TASK.prompt, completion, "yes", "yes", {"level": 3}, "mine", 2.0)]
+
+
+def test_a_declared_function_can_still_be_called():
+    @reward
+    def exact(answer, reference):
+        return answer == reference
+
+    assert exact("a", "a") is True
+
+
+@pytest.mark.parametrize(
+    ("declare", "complaint"),
+    [
+        (lambda: Rubric([]), "without a reward"),
+        (lambda: Rubric([metric(lambda answer: 1)]), "without a reward"),
+        (lambda: Rubric([reward(lambda answer: 1), reward(lambda answer: 2)]), "given twice"),
+        (lambda: reward(lambda answr: 1), "'answr', which is unknown"),
+        (lambda: reward(lambda *answers: 1), "name the arguments"),
+        (lambda: reward(lambda **arguments: 1), "name the arguments"),
+        (lambda: reward(weight=float("nan")), "not a finite number"),
+        (lambda: reward(deadline_seconds=3)(lambda answer: 1), "add blocking=True"),
+        (lambda: reward(blocking=True, deadline_seconds=0)(lambda answer: 1), "not positive"),
+        (lambda: reward(blocking=True)(asyncio.sleep), "for synchronous functions"),
+    ],
+)
+def test_mistakes_are_found_when_the_rubric_is_built(declare, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        declare()
+
+
+def test_a_plain_function_is_refused():
+    with pytest.raises(TypeError, match="declared with @reward or @metric"):
+        Rubric([lambda answer: 1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), None, "1", [1.0], 1j, 10**400])
+async def test_what_is_no_finite_number_is_a_failure_and_never_a_zero(value):
+    rubric = Rubric([reward(name="odd")(lambda answer: value)])
+    with pytest.raises(RolloutFailure) as caught:
+        await rubric.score(trace_of())
+    assert caught.value.failure.kind is FailureClass.ENVIRONMENT
+    assert caught.value.failure.where == "reward odd"
+
+
+@pytest.mark.parametrize(("value", "expected"), [(True, 1.0), (False, 0.0), (3, 3.0), (-0.25, -0.25)])
+async def test_numbers_and_claims_are_rewards(value, expected):
+    scores = await Rubric([reward(name="fine")(lambda answer: value)]).score(trace_of())
+    assert scores.rewards["fine"].value == expected
+    assert type(scores.rewards["fine"].value) is float
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), SystemExit(1), StopIteration(), asyncio.CancelledError()])
+@pytest.mark.parametrize("blocking", [False, True])
+async def test_a_reward_that_raises_is_a_failure_that_says_where(error, blocking):
+    @reward(blocking=blocking)
+    def broken(answer):
+        raise error
+
+    with pytest.raises(RolloutFailure) as caught:
+        await Rubric([broken]).score(trace_of())
+    assert caught.value.failure.kind is FailureClass.ENVIRONMENT
+    assert caught.value.failure.where == "reward broken"
+
+
+async def test_the_message_names_error_file_and_function():
+    @reward
+    def broken(answer):
+        return {}[answer]
+
+    with pytest.raises(RolloutFailure, match=r"KeyError: 'yes' \(test_rubric.py:\d+ in broken\)"):
+        await Rubric([broken]).score(trace_of())
+
+
+async def test_a_hanging_async_reward_ends_at_its_deadline():
+    @reward(deadline_seconds=0.02)
+    async def hangs(answer):
+        await asyncio.sleep(60)
+
+    with pytest.raises(RolloutFailure, match=r"took longer than 0.02 s") as caught:
+        await Rubric([hangs]).score(trace_of())
+    assert caught.value.failure.kind is FailureClass.TIMEOUT
+
+
+async def test_a_hanging_blocking_reward_ends_at_its_deadline_and_keeps_the_loop_free():
+    @reward(blocking=True)
+    def hangs(answer):
+        time.sleep(0.4)
+        return 1.0
+
+    ticks = 0
+
+    async def tick():
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0.005)
+
+    ticking = asyncio.create_task(tick())
+    with pytest.raises(RolloutFailure, match=r"took longer than 0.1 s") as caught:
+        await Rubric([hangs], deadline_seconds=0.1).score(trace_of())
+    ticking.cancel()
+    assert caught.value.failure.kind is FailureClass.TIMEOUT
+    assert ticks > 3
+
+
+async def test_hanging_threads_do_not_take_the_places_of_others():
+    @reward(blocking=True, deadline_seconds=0.02)
+    def hangs(answer):
+        time.sleep(0.5)
+
+    @reward(blocking=True)
+    def fine(answer):
+        return 1.0
+
+    hanging = Rubric([hangs])
+    for _ in range(3):
+        await asyncio.gather(*(hanging.score(trace_of()) for _ in range(8)), return_exceptions=True)
+    assert (await Rubric([fine]).score(trace_of())).rewards["fine"].value == 1
+
+
+async def test_a_failing_metric_costs_no_reward_and_is_told():
+    @metric
+    def broken(answer):
+        raise ValueError("no such thing")
+
+    scores = await Rubric([reward(name="fine")(lambda answer: 1), broken]).score(trace_of())
+    assert scores.rewards["fine"].value == 1
+    assert scores.metrics == {}
+    assert "no such thing" in scores.failed_metrics["broken"]
+
+
+async def test_an_async_result_of_a_sync_function_is_a_failure():
+    async def later():
+        return 1.0
+
+    with pytest.raises(RolloutFailure, match="returned coroutine, not a number"):
+        await Rubric([reward(name="odd")(lambda answer: later())]).score(trace_of())
