@@ -1,18 +1,25 @@
 """A tiny mixture of experts, random samples, and a trainer around them."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from hone.config.load import recipe_from, save_recipe
 from hone.config.recipe import OptimizerSection
+from hone.model.checkpoint import save_model
 from hone.model.families import ModelConfig
 from hone.model.transformer import Transformer
+from hone.text.training import train_tokenizer
 from hone.trainer.optim import build_optimizers
 from hone.trainer.packing import Samples
 from hone.trainer.ranks import Ranks
 from hone.trainer.step import Trainer
+from hone.transport.folders import RunFolder
 
 CONFIG = {
     "model_type": "glm4_moe",
@@ -73,3 +80,45 @@ def random_samples() -> Callable[..., Samples]:
         )
 
     return build
+
+
+WORDS = ["abc", "bcd", "cda", "dab", "acbd", "bdac", "ccd", "aab"]
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Callable[..., RunFolder]:
+    """A run's folder with a recipe, a tiny model with its tokenizer, and 40 conversations."""
+
+    def build(name: str = "run", **sections: dict[str, Any]) -> RunFolder:
+        folder = RunFolder(tmp_path / name)
+        tokenizer = train_tokenizer(WORDS, None, chat_template="chatml", alphabet="seen")
+        tokenizer.save(tmp_path / "tokenizer")
+        config = ModelConfig.from_hugging_face(CONFIG | {"vocab_size": tokenizer.vocab_size})
+        save_model(Transformer(config).initialize(seed=3), config, folder.model, tokenizer_from=tmp_path / "tokenizer")
+        write_conversations(tmp_path / "data.jsonl")
+        save_recipe(recipe_from(recipe_tree(tmp_path, name, sections), "test"), folder.config)
+        return folder
+
+    return build
+
+
+def recipe_tree(path: Path, name: str, sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {
+        "run": {"name": name, "folder": str(path)},
+        "model": {"path": "base", "device": "cpu"},
+        "environments": [{"name": "reverse_text"}],
+        "trainer": {"micro_batch_tokens": 128},
+        "sft": {"data": str(path / "data.jsonl"), "batch_tokens": 200, "optimizer": {"lr": 5e-3}},
+        "rl": {"batch_size": 4, "group_size": 2, "optimizer": {"lr": 1e-3}},
+    }
+    for section, values in sections.items():
+        tree[section] = tree[section] | values
+    return tree
+
+
+def write_conversations(path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": word[::-1]}]}
+        for word in WORDS * 5
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))

@@ -1,9 +1,11 @@
 """Resumable checkpoints: sharded by rank on disk, complete or not there, loadable at another number of ranks."""
 
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,8 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         self.ranks.wait_for_all()
-        state_dict_saver.save(_state(trainer), checkpoint_id=unfinished, **self._group())
+        with _alone_without_a_warning():
+            state_dict_saver.save(_state(trainer), checkpoint_id=unfinished, **self._group())
         if self.ranks.leads:
             _commit(unfinished, target, progress)
             self._prune()
@@ -58,7 +61,8 @@ class Checkpoints:
         if not name:
             return None
         state = _state(trainer)
-        state_dict_loader.load(state, checkpoint_id=self.folder / name, **self._group())
+        with _alone_without_a_warning():
+            state_dict_loader.load(state, checkpoint_id=self.folder / name, **self._group())
         set_state_dict(
             trainer.model,
             trainer.optimizers,
@@ -80,6 +84,14 @@ class Checkpoints:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that can be loaded, oldest first; incomplete and damaged ones are passed over."""
     return sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp" and _is_complete(path))
+
+
+@contextlib.contextmanager
+def _alone_without_a_warning() -> Iterator[None]:
+    """torch warns of a single process without a process group, though it was told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:

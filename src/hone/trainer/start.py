@@ -1,5 +1,6 @@
 """What the two trainer processes share: start-up, the policy with its optimizer, publishing, and how they end."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -47,6 +48,11 @@ class Run:
     metrics: Metrics
     spans: Spans
 
+    def close(self) -> None:
+        self.metrics.close()
+        self.spans.close()
+        self.ranks.leave()
+
 
 def run_process(body: Callable[[Run], None], arguments: list[str]) -> int:
     """Run `body` for the folder in `arguments`; returns the exit code: 0 done, 2 will never work."""
@@ -56,9 +62,8 @@ def run_process(body: Callable[[Run], None], arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     logs.configure("trainer" if rank == 0 else f"trainer-{rank}", folder.path)
     try:
-        run = join_run(folder)
-        body(run)
-        run.ranks.leave()
+        with contextlib.closing(join_run(folder)) as run:
+            body(run)
     except (ValueError, CheckpointError, Diverged) as error:
         return _complain(str(error))
     except OSError as error:
