@@ -418,6 +418,13 @@ class AdminClient:
             raise EngineLost(f"{self._base_url}/health answered {status}: {error_message(answer)}")
         return msgspec.convert(answer, Health)
 
+    async def is_ready(self) -> bool:
+        """Whether the server is there and its engine serves."""
+        try:
+            return (await self.health()).ready
+        except EngineLost:
+            return False
+
     async def _post(self, path: str, body: dict[str, Any]) -> None:
         status, answer = await self._http.post(self._base_url + path, body, self._headers)
         if status != 200:

@@ -1,0 +1,205 @@
+"""Starts everything that serves a model: the engine's thread, the HTTP servers, the token channel."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from hone.config.recipe import EngineSection
+from hone.inference.engine.engine import Engine
+from hone.inference.server import errors
+from hone.inference.server.admin import admin_router
+from hone.inference.server.api import Service, api_app
+from hone.inference.server.frontend import Frontend
+from hone.inference.server.loop import EngineLoop
+from hone.inference.server.tokens import AddressInUseError
+from hone.model.checkpoint import load_model
+from hone.observability.logs import fields
+from hone.text.rendering import Renderer
+from hone.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_SECONDS = 2
+# The engine shares the interpreter with HTTP; the default of 5 ms would let one request hold up several steps.
+SWITCH_SECONDS = 0.0005
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A host and a port."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What to serve and where.
+
+    tokenizer_folder: default the model's. admin: an address of their own for the admin routes; admin_token: what they
+    want as bearer token. tokens: ZeroMQ address of the token channel. dtype: of the weights as they are loaded.
+    """
+
+    model_folder: Path
+    name: str
+    engine: EngineSection
+    api: Endpoint
+    version: int = 0
+    tokenizer_folder: Path | None = None
+    admin: Endpoint | None = None
+    admin_token: str | None = None
+    tokens: str | None = None
+    dtype: torch.dtype = torch.float32
+    device: str = "auto"
+    report: Callable[[Engine], None] | None = None
+    started: Callable[[str], None] = field(default=lambda _: None)
+
+
+def serve(
+    model_folder: Path,
+    engine: EngineSection,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    admin_token: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "auto",
+    started: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Serve a plain model folder until interrupted; `started` gets the address. `ValueError` for what cannot be."""
+    run(
+        Serving(
+            model_folder,
+            name or model_folder.resolve().name,
+            engine,
+            Endpoint(host, port),
+            admin_token=admin_token,
+            dtype=dtype,
+            device=device,
+            started=started,
+        )
+    )
+
+
+def run(serving: Serving) -> None:
+    """Serve until SIGINT or SIGTERM; `RuntimeError` when the engine dies."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(bind(serving.api))]
+        if serving.admin is not None:
+            sockets.append(held.enter_context(bind(serving.admin)))
+        engine, service, frontend = load(serving)
+        sys.setswitchinterval(SWITCH_SECONDS)
+        asyncio.run(_serve(serving, engine, service, frontend, sockets))
+
+
+def load(serving: Serving) -> tuple[Engine, Service, Frontend]:
+    """The engine with its weights, and the text side of the model."""
+    tokenizer = Tokenizer.load(serving.tokenizer_folder or serving.model_folder)
+    if serving.engine.threads is not None:
+        torch.set_num_threads(serving.engine.threads)
+    dtype = torch.bfloat16 if serving.engine.dtype == "bfloat16" else serving.dtype
+    model = load_model(serving.model_folder, dtype, choose_device(serving.device))
+    ends = {*tokenizer.eos_token_ids, *model.config.eos_token_ids}
+    engine = Engine(model, ends, serving.engine, decode=tokenizer.decode, version=serving.version)
+    renderer = Renderer(tokenizer) if tokenizer.chat_template is not None else None
+    frontend = Frontend()
+    logger.info(
+        "model loaded",
+        extra=fields(folder=serving.model_folder, version=serving.version, context=engine.max_context, dtype=dtype),
+    )
+    return engine, Service(frontend, tokenizer, renderer, serving.name, engine.max_context), frontend
+
+
+def choose_device(wish: str) -> torch.device:
+    if wish == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wish)
+
+
+def bind(endpoint: Endpoint) -> socket.socket:
+    """A listening socket, before anything slow is done; `AddressInUseError` when the port is taken."""
+    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((endpoint.host, endpoint.port))
+    except OSError as error:
+        listener.close()
+        raise AddressInUseError(
+            f"cannot bind {endpoint.host}:{endpoint.port} ({os.strerror(error.errno or 0)}); choose another port, or"
+            " stop what uses it"
+        ) from error
+    return listener
+
+
+async def _serve(
+    serving: Serving, engine: Engine, service: Service, frontend: Frontend, sockets: list[socket.socket]
+) -> None:
+    event_loop = asyncio.get_running_loop()
+    servers: list[uvicorn.Server] = []
+
+    def stop() -> None:
+        for server in servers:
+            server.should_exit = True
+
+    def died() -> None:
+        event_loop.call_soon_threadsafe(stop)
+
+    engine_loop = EngineLoop(
+        engine,
+        tokens_address=serving.tokens,
+        deliver=frontend.deliver,
+        report=serving.report,
+        died=died,
+    )
+    with engine_loop:
+        frontend.attach(engine_loop)
+        apps = applications(service, engine_loop, serving)
+        servers.extend(_Server(_settings(app)) for app in apps)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            event_loop.add_signal_handler(number, stop)
+        address, port = sockets[0].getsockname()[:2]
+        serving.started(f"http://{address}:{port}")
+        logger.info("serving", extra=fields(api=f"http://{address}:{port}", tokens=serving.tokens))
+        await asyncio.gather(*(server.serve([sock]) for server, sock in zip(servers, sockets, strict=True)))
+    if engine_loop.failure is not None:
+        raise RuntimeError(f"the engine failed: {engine_loop.failure!r}") from engine_loop.failure
+
+
+def applications(service: Service, engine_loop: EngineLoop, serving: Serving) -> list[FastAPI]:
+    """The API, and the admin routes in it or beside it."""
+    api = api_app(service)
+    routes = admin_router(engine_loop, serving.admin_token)
+    if serving.admin is None:
+        api.include_router(routes)
+        return [api]
+    admin = FastAPI(title="hone admin", docs_url=None, redoc_url=None)
+    errors.install(admin)
+    admin.include_router(routes)
+    return [api, admin]
+
+
+def _settings(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_SECONDS
+    )
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to us: two servers share the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
