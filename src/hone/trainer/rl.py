@@ -7,6 +7,7 @@ resumes from R/checkpoints, ends with R/export. Rank 0 talks to the orchestrator
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,12 +23,13 @@ from hone.schema.batches import BatchReady, CheckpointSaved, StepDone, TrainingB
 from hone.schema.wire import decode, encode
 from hone.trainer.checkpoint import Checkpoints, Progress
 from hone.trainer.exchange import Exchange
-from hone.trainer.losses import PolicyLoss, kept_tokens, policy_loss
+from hone.trainer.losses import PolicyLoss, kept_tokens, policy_loss, reference_kl
 from hone.trainer.mismatch import mismatch_metrics
 from hone.trainer.optim import learning_rate, set_learning_rate
 from hone.trainer.packing import MicroBatch, Samples
+from hone.trainer.ranks import Ranks
 from hone.trainer.start import Run, after, build_trainer, check_bad_steps, export, load_policy, run_process
-from hone.trainer.step import Objective, StepOutcome, Trainer, hidden_states, token_logprobs, train_step
+from hone.trainer.step import StepOutcome, Trainer, hidden_states, token_logprobs, train_step
 from hone.transport import weights
 from hone.transport.addresses import load_addresses
 from hone.transport.batches import read_batch
@@ -85,14 +87,22 @@ def train(
         clock.lap("wait")
         lr = learning_rate(section.optimizer, progress.step + 1, section.num_steps)
         set_learning_rate(trainer.optimizers, lr)
-        outcome = train_step(trainer, samples, objective(loss, samples, reference))
+        objective = PolicyObjective(loss, samples, reference)
+        outcome = train_step(trainer, samples, objective)
         progress = after(progress, outcome)
         clock.lap("train")
         publish(run, trainer, progress.step)
         tell(exchange, StepDone(progress.step, run.folder.relative(run.folder.weights_of(progress.step))))
         clock.lap("broadcast")
         clock.record(run, progress.step)
-        measure(run, loss, progress, outcome, samples, lr, clock)
+        own = {"train/lr": lr, "train/num_bad_steps": progress.num_bad_steps} | objective.metrics(run.ranks)
+        measure(
+            run,
+            progress.step,
+            outcome,
+            clock,
+            own | batch_metrics(samples, progress.step) | loss_metrics(loss, outcome, samples),
+        )
         check_bad_steps(run, progress, outcome, samples)
         if progress.step % run.recipe.trainer.checkpoint_every == 0:
             saved = save(checkpoints, trainer, progress, exchange)
@@ -122,15 +132,27 @@ def fetch_batch(run: Run, section: RlSection, step: int, exchange: Exchange) -> 
     return encode(batch)
 
 
-def objective(loss: PolicyLoss, samples: Samples, reference: Transformer | None) -> Objective:
-    """The policy loss over the whole step's denominators, with the reference's logprobs where they count."""
-    denominators = samples.denominators()
+class PolicyObjective:
+    """The policy loss over one step's denominators; adds up the KL to the reference where it counts."""
 
-    def by_policy(logprobs_T: Tensor, part: MicroBatch) -> Tensor:
-        reference_logprobs_T = None if reference is None else frozen_logprobs(reference, part)
-        return policy_loss(logprobs_T, part.sampled, loss, denominators, reference_logprobs_T)
+    def __init__(self, loss: PolicyLoss, samples: Samples, reference: Transformer | None) -> None:
+        self._loss = loss
+        self._denominators = samples.denominators()
+        self._reference = reference
+        self._reference_kl = torch.zeros(())
 
-    return by_policy
+    def __call__(self, logprobs_T: Tensor, part: MicroBatch) -> Tensor:
+        if self._reference is None:
+            return policy_loss(logprobs_T, part.sampled, self._loss, self._denominators)
+        reference_logprobs_T = frozen_logprobs(self._reference, part)
+        self._reference_kl += reference_kl(logprobs_T.detach(), reference_logprobs_T).sum().cpu()
+        return policy_loss(logprobs_T, part.sampled, self._loss, self._denominators, reference_logprobs_T)
+
+    def metrics(self, ranks: Ranks) -> dict[str, float]:
+        """A collective call."""
+        if self._reference is None:
+            return {}
+        return {"train/reference_kl": ranks.sum(self._reference_kl).item() / self._denominators.num_tokens}
 
 
 @torch.no_grad()
@@ -178,34 +200,19 @@ class Clock:
             run.spans.record(name, self.started_at[name], seconds, step=step)
 
 
-def measure(
-    run: Run,
-    loss: PolicyLoss,
-    progress: Progress,
-    outcome: StepOutcome,
-    samples: Samples,
-    lr: float,
-    clock: Clock,
-) -> None:
+def measure(run: Run, step: int, outcome: StepOutcome, clock: Clock, others: Mapping[str, float]) -> None:
     """All metrics of a step, in one line."""
-    if not run.ranks.leads:
-        return
-    wait, busy = clock.seconds["wait"], clock.seconds["train"]
     numbers = {
         "train/loss": outcome.loss,
         "train/grad_norm": outcome.grad_norm,
-        "train/lr": lr,
-        "train/num_bad_steps": progress.num_bad_steps,
         "train/num_micro_batches": outcome.num_micro_batches,
-        "train/step_seconds": busy,
-        "train/wait_seconds": wait,
+        "train/step_seconds": clock.seconds["train"],
+        "train/wait_seconds": clock.seconds["wait"],
         "train/broadcast_seconds": clock.seconds["broadcast"],
-        "train/tokens_per_second": samples.num_tokens / busy,
-        "train/samples_per_second": len(samples.lengths_S) / sum(clock.seconds.values()),
+        "train/tokens_per_second": others["train/num_tokens"] / clock.seconds["train"],
+        "train/samples_per_second": others["train/num_samples"] / sum(clock.seconds.values()),
     }
-    run.metrics.write(
-        numbers | batch_metrics(samples, progress.step) | loss_metrics(loss, outcome, samples), progress.step
-    )
+    run.metrics.write(numbers | dict(others), step)
 
 
 def batch_metrics(samples: Samples, step: int) -> dict[str, float]:
