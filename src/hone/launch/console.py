@@ -16,15 +16,17 @@ POLL_SECONDS = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A progress bar of one stage: its title, its total, and how a metrics line moves it.
+    """A progress bar of one stage: its title, and how a metrics line moves it.
 
+    total: how many steps there will be; None where only the process knows, which says so in the metric `total_of`.
     step_of: name of the metric whose presence marks a line of this bar; shown: metric names and their labels.
     """
 
     title: str
-    total: int
+    total: int | None
     step_of: str
     shown: tuple[tuple[str, str], ...]
+    total_of: str = ""
 
 
 SFT_SHOWN = (("sft/loss", "loss"), ("sft/tokens_per_second", "tokens/s"))
@@ -107,7 +109,8 @@ def _move(line: str, bar: Bar, progress: Progress, task: TaskID) -> None:
     if bar.step_of not in values or "step" not in values:
         return
     parts = [f"{label} {_short(values[name])}" for name, label in bar.shown if values.get(name) is not None]
-    progress.update(task, completed=values["step"], values=" · ".join(parts))
+    total = values.get(bar.total_of, bar.total)
+    progress.update(task, completed=values["step"], total=total, values=" · ".join(parts))
 
 
 def _short(value: float) -> str:

@@ -47,7 +47,7 @@ def _build_model(recipe: Recipe, config: dict[str, object], target: Path) -> Non
     model.initialize(derive_seed(recipe.run.seed, "weights"))
     source = target.with_name("tokenizer")
     tokenizer.save(source)
-    save_model(model, model_config, target, tokenizer_folder=source)
+    save_model(model, model_config, target, tokenizer_from=source)
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:

@@ -1,0 +1,139 @@
+"""`hone eval`, `hone serve`, `hone chat`: use a model."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hone.cli.arguments import EXTRA, overrides
+
+if TYPE_CHECKING:
+    from hone.cli.chat import Endpoint
+    from hone.config.recipe import Recipe
+
+Target = Annotated[
+    str,
+    typer.Argument(help="A recipe (its newest policy), a model folder in the Hugging Face layout, or an http address."),
+]
+Key = Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="API key of an http address.")]
+Model = Annotated[str | None, typer.Option(help="Model name at an http address; default: the first that it lists.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command("eval", context_settings=EXTRA)(evaluate)
+    app.command(context_settings=EXTRA)(serve)
+    app.command()(chat)
+
+
+def evaluate(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="TOML file that names the environments.")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Evaluate this model folder or http address; default: the newest policy of the recipe's run."
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the result; default: made from the target.")] = None,
+    model: Model = None,
+    api_key: Key = None,
+) -> None:
+    """Run the recipe's environments without training: avg@k and pass@k with confidence intervals.
+
+    Interrupted, the same command goes on; failed rollouts are tried again. Results and traces lie in the run's folder
+    under evals/.
+    """
+    from hone.config.load import load_recipe
+    from hone.launch.console import StageConsole
+    from hone.launch.evaluations import evaluate_target
+    from hone.launch.preflight import preflight
+    from hone.launch.run_folder import claim
+    from hone.observability import logs
+
+    tree = load_recipe(recipe, overrides(context))
+    preflight(tree)
+    with claim(tree) as folder:
+        logs.configure("launcher", folder, console=False)
+        asyncio.run(evaluate_target(tree, folder, StageConsole(), target, name=name, model=model, api_key=api_key))
+
+
+def serve(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(help="A recipe (its newest policy) or a model folder.")],
+    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 for every interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the OpenAI API and the chat page.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Model name in the API; default: the folder's.")] = None,
+) -> None:
+    """Serve a model: OpenAI-compatible API under /v1, a chat page at /."""
+    from hone.config.recipe import EngineSection
+    from hone.inference.server.serve import serve as serve_model
+
+    if target.endswith(".toml"):
+        recipe = _recipe(target, overrides(context))
+        folder, engine = _newest_policy(recipe), recipe.engine
+    else:
+        folder, engine = Path(target), EngineSection()
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is no model in the Hugging Face layout: it holds no config.json")
+
+    def started(address: str) -> None:
+        typer.echo(f"chat page: {address}/    OpenAI API: {address}/v1    stop: Ctrl-C", err=True)
+
+    serve_model(folder, engine, host=host, port=port, name=name, started=started)
+
+
+def chat(
+    target: Target,
+    prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: what the context holds.")] = None,
+    model: Model = None,
+    api_key: Key = None,
+) -> None:
+    """Talk with a model in the terminal. A recipe or a folder is served for as long as the conversation lasts."""
+    from hone.cli.chat import Settings
+    from hone.cli.chat import chat as converse
+
+    async def conversation() -> None:
+        async with _endpoint(target, model, api_key) as endpoint:
+            await converse(endpoint, Settings(temperature, max_tokens), system, prompt)
+
+    asyncio.run(conversation())
+
+
+@contextlib.asynccontextmanager
+async def _endpoint(target: str, model: str | None, api_key: str | None) -> "AsyncIterator[Endpoint]":
+    from hone.cli.chat import Endpoint
+    from hone.launch.service import serving_folder
+
+    if target.startswith(("http://", "https://")):
+        base = target.rstrip("/")
+        yield Endpoint(base if base.endswith("/v1") else f"{base}/v1", model, api_key)
+        return
+    folder = _newest_policy(_recipe(target, [])) if target.endswith(".toml") else Path(target)
+    async with serving_folder(folder) as address:
+        yield Endpoint(f"{address}/v1")
+
+
+def _recipe(path: str, changes: list[str]) -> "Recipe":
+    from hone.config.load import load_recipe
+
+    return load_recipe(Path(path), changes)
+
+
+def _newest_policy(recipe: "Recipe") -> Path:
+    """The best that a run has: its export, else the newest weights, else the SFT result, else the base model."""
+    from hone.transport.folders import RunFolder
+
+    folder = RunFolder(recipe.folder.absolute())
+    if folder.export.exists():
+        return folder.export
+    _, newest = folder.newest_weights()
+    if not newest.exists():
+        raise ValueError(f"{folder.path} holds no model yet; train one with `hone run`, or give another --run.name")
+    return newest
