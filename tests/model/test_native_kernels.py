@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -367,6 +368,22 @@ def test_two_threads_give_the_bits_of_one() -> None:
     one = everything()
     torch.set_num_threads(2)
     assert all(map(torch.equal, everything(), one))
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("rows", [0, 1, 205])
+def test_a_whole_feed_forward_layer_gives_the_bits_of_its_parts(
+    rows: int, score: Literal["sigmoid", "softmax"]
+) -> None:
+    x, router, bias = torch.randn(rows, 40), torch.randn(6, 40), torch.randn(6)
+    gate_up, down = torch.randn(6, 56, 40), torch.randn(6, 40, 28)
+    shared = torch.randn(70, 40), torch.randn(40, 35)
+    by_parts = kernels.experts(x, *kernels.route(kernels.linear(x, router), bias, 3, score=score), gate_up, down)
+    shared_by_parts = kernels.linear(kernels.swiglu(kernels.linear(x, shared[0])), shared[1])
+    assert torch.equal(kernels.mlp(x, *shared), shared_by_parts)
+    assert torch.equal(kernels.mixture(x, router, bias, gate_up, down, None, 3, score=score), by_parts)
+    whole = kernels.mixture(x, router, bias, gate_up, down, shared, 3, score=score)
+    assert torch.equal(whole, by_parts + shared_by_parts)
 
 
 # Packed copies of frozen weights

@@ -86,8 +86,21 @@ static struct softmax softmax(float *scores, long keys, long end) {
     return (struct softmax){top, sum_of(sums)};
 }
 
+/* sums = weights @ values, block by block where the values lie: one tile of rows is too few to pay for packing. */
+static void sum_in_place(const struct attention *w, long sequence, struct piece p, const float *weights, long stride,
+                         long count, float *sums) {
+    const float *from = w->values + p.kv_head * w->size;
+    long run = w->block_tables ? w->block_size : p.context;
+    const int32_t *table = w->block_tables ? w->block_tables + sequence * w->table_width : NULL;
+    for (long start = 0; start < p.context; start += run) {
+        const float *block = from + (table ? table[start / run] * run : p.first) * w->value_stride;
+        multiply_in_place(weights + start, stride, block, w->value_stride, count, w->size,
+                          smaller(run, p.context - start), sums, w->size, start > 0);
+    }
+}
+
 static void attend_rows(const struct attention *w, struct piece p, long row, long count, struct packed keys,
-                        struct packed values) {
+                        struct packed values, long sequence) {
     long size = w->size, seen = keys_of(p, row + count - 1), end = round_up(seen, LANES);
     float *queries = scratch(SCRATCH_ROWS, TILE_ROWS * size), *sums = scratch(SCRATCH_OUTPUT, TILE_ROWS * size);
     float *scores = scratch(SCRATCH_HIDDEN, TILE_ROWS * end), inverse[TILE_ROWS];
@@ -98,7 +111,8 @@ static void attend_rows(const struct attention *w, struct piece p, long row, lon
         inverse[r] = 1.0f / s.sum;
         if (w->normalizers) w->normalizers[row_place(w, p, row + r)] = s.top + (float)log((double)s.sum);
     }
-    multiply(scores, end, 1, values, count, size, seen, sums, size, FROM_ZERO, NULL);
+    if (values.at) multiply(scores, end, 1, values, count, size, seen, sums, size, FROM_ZERO, NULL);
+    else sum_in_place(w, sequence, p, scores, end, count, sums);
     for (long r = 0; r < count; r++) {
         float *to = w->output + row_place(w, p, row + r) * size;
         for (long i = 0; i < size; i += LANES)
@@ -114,13 +128,18 @@ static void attention_part(void *given, int part, int parts) {
         if (p.queries == 0) continue;
         const float **rows = (const float **)scratch(SCRATCH_ORDER, 2 * p.context);
         struct packed keys = {scratch(SCRATCH_WEIGHTS, packed_size(p.context, w->size)), p.context, w->size};
-        struct packed values = {scratch(SCRATCH_WEIGHTS_2, packed_size(w->size, p.context)), w->size, p.context};
+        struct packed values = {NULL, w->size, p.context};
         point_at_rows(w, index / w->kv_heads, p, w->keys, w->key_stride, rows);
         pack_rows_as_columns(rows, p.context, w->size, (float *)keys.at);
-        point_at_rows(w, index / w->kv_heads, p, w->values, w->value_stride, rows);
-        pack_rows(rows, p.context, w->size, (float *)values.at);
+        if (p.queries * p.group > TILE_ROWS || w->size % LANES) {
+            float *packed = scratch(SCRATCH_WEIGHTS_2, packed_size(w->size, p.context));
+            point_at_rows(w, index / w->kv_heads, p, w->values, w->value_stride, rows);
+            pack_rows(rows, p.context, w->size, packed);
+            values.at = packed;
+        }
         for (long row = 0; row < p.queries * p.group; row += TILE_ROWS)
-            attend_rows(w, p, row, smaller(TILE_ROWS, p.queries * p.group - row), keys, values);
+            attend_rows(w, p, row, smaller(TILE_ROWS, p.queries * p.group - row), keys, values,
+                        index / w->kv_heads);
     }
 }
 

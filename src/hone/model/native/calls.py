@@ -110,7 +110,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
 def rotary(q_NHd: Tensor, k_NKd: Tensor, cos_Nr: Tensor, sin_Nr: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
     q_NHd, k_NKd, cos_Nr, sin_Nr = _rows(q_NHd), _rows(k_NKd), _contiguous(cos_Nr), _contiguous(sin_Nr)
     (rows, heads, size), (_, kv_heads, _), rotated = q_NHd.shape, k_NKd.shape, cos_Nr.shape[1]
-    if cos_Nr.shape != sin_Nr.shape or len(cos_Nr) != rows or rotated > size or rotated % 2:
+    if cos_Nr.shape != sin_Nr.shape or cos_Nr.shape[0] != rows or rotated > size or rotated % 2:
         raise _mismatch("cos", cos_Nr, f"be [{rows}, an even number up to {size}] like sin")
     if k_NKd.shape != (rows, kv_heads, size):
         raise _mismatch("k", k_NKd, f"match q {list(q_NHd.shape)}")
@@ -176,7 +176,7 @@ def constant(number: float) -> Tensor:
 
 def write_cache(k_NKd: Tensor, v_NKd: Tensor, key_cache: Tensor, value_cache: Tensor, slots_N: Tensor) -> None:
     k_NKd, v_NKd, slots_N = _rows(k_NKd), _rows(v_NKd), _contiguous(slots_N)
-    rows, width = len(k_NKd), k_NKd.shape[1] * k_NKd.shape[2]
+    rows, width = k_NKd.shape[0], k_NKd.shape[1] * k_NKd.shape[2]
     if slots_N.shape != (rows,) or slots_N.dtype is not torch.int64:
         raise _mismatch("slots", slots_N, f"be int64 [{rows}]")
     if k_NKd.shape != v_NKd.shape or k_NKd.shape[1:] != key_cache.shape[2:]:
@@ -200,10 +200,7 @@ def route(
     """Expert ids and weights of each row, and the scores for the backward pass."""
     logits_NE = _contiguous(logits_NE)
     rows, num_experts = logits_NE.shape
-    if not (num_chosen <= num_experts // num_groups * groups_per_token and num_experts % num_groups == 0):
-        raise _mismatch("logits", logits_NE, f"have room for {num_chosen} of {groups_per_token}/{num_groups} groups")
-    if correction_bias_E is not None and correction_bias_E.shape != (num_experts,):
-        raise _mismatch("correction_bias", correction_bias_E, f"be [{num_experts}]")
+    _check_choices(logits_NE, correction_bias_E, num_experts, num_chosen, num_groups, groups_per_token)
     ids = torch.empty(rows, num_chosen, dtype=torch.int64)
     weights, scores = logits_NE.new_empty(rows, num_chosen), torch.empty_like(logits_NE)
     functions().hone_route(
@@ -239,9 +236,7 @@ def experts(
         raise _mismatch("gate_up", gate_up_E2FD, f"match down {list(down_EDF.shape)}")
     if x_ND.shape != (tokens, width) or weights.shape != (tokens, chosen):
         raise _mismatch("x", x_ND, f"be [{tokens}, {width}], and the weights [{tokens}, {chosen}] like the ids")
-    gate_up_packed, down_packed = pack_pointer(gate_up_E2FD), pack_pointer(down_EDF)
-    if not (gate_up_packed and down_packed):
-        gate_up_packed = down_packed = 0
+    gate_up_packed, down_packed = _both_packed(gate_up_E2FD, down_EDF)
     order, first, hidden = (
         (routing.order.data_ptr(), routing.first.data_ptr(), routing.hidden.data_ptr()) if routing else (0, 0, 0)
     )
@@ -253,6 +248,60 @@ def experts(
     )  # fmt: skip
     if failed:
         raise ValueError(f"expert_ids lie in {int(ids.min())} to {int(ids.max())}; there are {num_experts} experts")
+    return out
+
+
+def mlp(x: Tensor, gate_up_2FD: Tensor, down_DF: Tensor) -> Tensor:
+    x, gate_up_2FD, down_DF = _contiguous(x), _contiguous(gate_up_2FD), _contiguous(down_DF)
+    width, inner = down_DF.shape
+    if gate_up_2FD.shape != (2 * inner, width) or x.shape[-1] != width:
+        raise _mismatch("x", x, f"match gate_up {list(gate_up_2FD.shape)} and down {list(down_DF.shape)}")
+    out = torch.empty_like(x)
+    rows = out.numel() // width
+    functions().hone_mlp(
+        x.data_ptr(), gate_up_2FD.data_ptr(), down_DF.data_ptr(), pack_pointer(gate_up_2FD), pack_pointer(down_DF),
+        out.data_ptr(), rows, width, inner, _threads(3 * rows * width * inner),
+    )  # fmt: skip
+    return out
+
+
+def mixture(
+    x_ND: Tensor,
+    router_ED: Tensor,
+    correction_bias_E: Tensor | None,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    shared: tuple[Tensor, Tensor] | None,
+    num_chosen: int,
+    num_groups: int,
+    groups_per_token: int,
+    scoring: Scoring,
+) -> Tensor:
+    x_ND, router_ED = _contiguous(x_ND), _contiguous(router_ED)
+    gate_up_E2FD, down_EDF = _contiguous(gate_up_E2FD), _contiguous(down_EDF)
+    rows, (num_experts, width, inner) = x_ND.shape[0], down_EDF.shape
+    if gate_up_E2FD.shape != (num_experts, 2 * inner, width) or router_ED.shape != (num_experts, width):
+        raise _mismatch("gate_up", gate_up_E2FD, f"match down {list(down_EDF.shape)} and the router")
+    if x_ND.shape != (rows, width):
+        raise _mismatch("x", x_ND, f"be [{rows}, {width}]")
+    _check_choices(router_ED, correction_bias_E, num_experts, num_chosen, num_groups, groups_per_token)
+    gate_up_packed, down_packed = _both_packed(gate_up_E2FD, down_EDF)
+    shared_pointers, shared_inner = (0, 0, 0, 0), 0
+    if shared is not None:
+        shared_gate_up, shared_down = _contiguous(shared[0]), _contiguous(shared[1])
+        shared_inner = shared_down.shape[1]
+        if shared_down.shape != (width, shared_inner) or shared_gate_up.shape != (2 * shared_inner, width):
+            raise _mismatch("the shared gate_up", shared_gate_up, f"match its down {list(shared_down.shape)}")
+        packed = pack_pointer(shared_gate_up), pack_pointer(shared_down)
+        shared_pointers = (shared_gate_up.data_ptr(), shared_down.data_ptr(), *packed)
+    out = torch.empty_like(x_ND)
+    functions().hone_mixture(
+        x_ND.data_ptr(), router_ED.data_ptr(), pack_pointer(router_ED),
+        0 if correction_bias_E is None else _contiguous(correction_bias_E).data_ptr(),
+        gate_up_E2FD.data_ptr(), down_EDF.data_ptr(), gate_up_packed, down_packed, *shared_pointers, out.data_ptr(),
+        rows, width, num_experts, inner, shared_inner, num_chosen, num_groups, groups_per_token, *scoring,
+        _threads(3 * rows * num_chosen * width * inner),
+    )  # fmt: skip
     return out
 
 
@@ -303,7 +352,7 @@ def packed_attention(
     functions().hone_packed_attention(
         q_NHd.data_ptr(), q_NHd.stride()[0], k_NKd.data_ptr(), k_NKd.stride()[0], v_NKd.data_ptr(), v_NKd.stride()[0],
         starts.data_ptr(), scale, out.data_ptr(), _pointer(normalizers),
-        len(starts) - 1, heads, kv_heads, size, _threads(64 * tokens * heads * size),
+        starts.shape[0] - 1, heads, kv_heads, size, _threads(64 * tokens * heads * size),
     )  # fmt: skip
     return out
 
@@ -327,7 +376,7 @@ def packed_attention_backward(
         q_NHd.data_ptr(), q_NHd.stride()[0], k_NKd.data_ptr(), k_NKd.stride()[0], v_NKd.data_ptr(), v_NKd.stride()[0],
         starts.data_ptr(), scale, out.data_ptr(), normalizers.data_ptr(),
         d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(),
-        len(starts) - 1, heads, kv_heads, size, _threads(160 * tokens * heads * size),
+        starts.shape[0] - 1, heads, kv_heads, size, _threads(160 * tokens * heads * size),
     )  # fmt: skip
     return d_q, d_k, d_v
 
@@ -348,15 +397,31 @@ def paged_attention(
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
         raise _mismatch("the cache", key_cache, "be contiguous")
     tables, query_starts, contexts = _int32(block_tables_Sm), _int32(query_starts), _int32(context_lengths_S)
-    if not len(tables) == len(contexts) == len(query_starts) - 1:
-        raise _mismatch("block_tables", tables, f"have {len(contexts)} rows, and query_starts one more number")
+    sequences = contexts.shape[0]
+    if tables.shape[0] != sequences or query_starts.shape[0] != sequences + 1:
+        raise _mismatch("block_tables", tables, f"have {sequences} rows, and query_starts one more number")
     out = q_NHd.new_empty(tokens, heads, size)
     functions().hone_paged_attention(
         q_NHd.data_ptr(), q_NHd.stride()[0], key_cache.data_ptr(), value_cache.data_ptr(),
         tables.data_ptr(), tables.shape[1], query_starts.data_ptr(), contexts.data_ptr(), scale, out.data_ptr(),
-        block_size, len(contexts), heads, kv_heads, size, _threads(64 * tokens * heads * size),
+        block_size, sequences, heads, kv_heads, size, _threads(64 * tokens * heads * size),
     )  # fmt: skip
     return out
+
+
+def _both_packed(gate_up_E2FD: Tensor, down_EDF: Tensor) -> tuple[int, int]:
+    """The packed copies of both, or of neither."""
+    packed = pack_pointer(gate_up_E2FD), pack_pointer(down_EDF)
+    return packed if all(packed) else (0, 0)
+
+
+def _check_choices(
+    x: Tensor, correction_bias_E: Tensor | None, num_experts: int, num_chosen: int, num_groups: int, kept_groups: int
+) -> None:
+    if num_experts % num_groups or num_chosen > num_experts // num_groups * kept_groups:
+        raise _mismatch("the router", x, f"have {num_groups} equal groups, with {num_chosen} experts in {kept_groups}")
+    if correction_bias_E is not None and correction_bias_E.shape != (num_experts,):
+        raise _mismatch("correction_bias", correction_bias_E, f"be [{num_experts}]")
 
 
 def _threads(work: int) -> int:

@@ -21,6 +21,8 @@ __all__ = [
     "experts",
     "forget_packs",
     "linear",
+    "mixture",
+    "mlp",
     "packed_attention",
     "paged_attention",
     "rms_norm",
@@ -30,6 +32,9 @@ __all__ = [
     "token_logprobs",
     "write_cache",
 ]
+
+
+Score = Literal["sigmoid", "softmax"]
 
 
 def rms_norm(x_xD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -93,7 +98,7 @@ def route(
     correction_bias_E: Tensor | None,
     num_chosen: int,
     *,
-    score: Literal["sigmoid", "softmax"],
+    score: Score,
     num_groups: int = 1,
     groups_per_token: int = 1,
     normalise: bool = True,
@@ -117,6 +122,39 @@ def experts(
         out: Tensor = _applied(_Experts, x_ND, expert_ids_Nk, expert_weights_Nk, gate_up_E2FD, down_EDF)
         return out
     return calls.experts(x_ND, expert_ids_Nk, expert_weights_Nk, gate_up_E2FD, down_EDF)
+
+
+def mlp(x_ND: Tensor, gate_up_2FD: Tensor, down_DF: Tensor) -> Tensor:
+    """swiglu(x @ gate_up.T) @ down.T: in one call unless it trains, with the same bits."""
+    if _trains(x_ND, gate_up_2FD, down_DF):
+        return linear(swiglu(linear(x_ND, gate_up_2FD)), down_DF)
+    return calls.mlp(x_ND, gate_up_2FD, down_DF)
+
+
+def mixture(
+    x_ND: Tensor,
+    router_ED: Tensor,
+    correction_bias_E: Tensor | None,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    shared: tuple[Tensor, Tensor] | None,
+    num_chosen: int,
+    *,
+    score: Score,
+    num_groups: int = 1,
+    groups_per_token: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
+) -> Tensor:
+    """`experts` on what `route` chooses by the router's logits, plus the `mlp` of the shared (gate_up, down).
+
+    Not differentiable: one call for decoding, with the bits of its parts.
+    """
+    scoring = calls.Scoring(score == "sigmoid", normalise, scale)
+    return calls.mixture(
+        x_ND, router_ED, correction_bias_E, gate_up_E2FD, down_EDF, shared,
+        num_chosen, num_groups, groups_per_token, scoring,
+    )  # fmt: skip
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ _ARGUMENTS = {
     "hone_write_cache": "plplpppll",
     "hone_route": "ppppp" + "lllll" + "iif",
     "hone_route_backward": "pppp" + "lll" + "iif",
+    "hone_mlp": "pppppp" + "llli",
+    "hone_mixture": "ppppppppppppp" + "llllllll" + "iifi",
     "hone_experts": "ppppppppppp" + "llllli",
     "hone_experts_backward": "pppppppppppp" + "llllli",
     "hone_packed_attention": "plplpl" + "pfpp" + "lllli",

@@ -96,6 +96,16 @@ void multiply(const float *left, long row_step, long step, struct packed right, 
     }
 }
 
+void multiply_in_place(const float *left, long row_step, const float *right, long right_stride, long rows, long columns,
+                       long depth, float *output, long output_stride, int add) {
+    for (long column = 0; column < columns; column += PANEL) {
+        long valid = smaller(PANEL, columns - column);
+        struct start start = {add ? output + column : NULL, output_stride};
+        tiles[valid / LANES - 1][rows - 1](left, row_step, 1, right + column, right_stride, depth, output + column,
+                                           output_stride, valid, start);
+    }
+}
+
 void multiply_transposed(const float *left, long left_stride, const float *right, long right_stride, long depth,
                          long rows, long columns, float *output, long output_stride) {
     const long block = smaller(depth, 256);

@@ -39,6 +39,11 @@ struct packed {
 void multiply(const float *left, long row_step, long step, struct packed right, long rows, long columns, long depth,
               float *output, long output_stride, enum beginning beginning, const float *bias);
 
+/* output[rows, columns] (+)= left[rows, depth] @ right[depth, columns] for at most TILE_ROWS rows and columns in whole
+   LANES, with the right-hand side read where it lies. */
+void multiply_in_place(const float *left, long row_step, const float *right, long right_stride, long rows, long columns,
+                       long depth, float *output, long output_stride, int add);
+
 /* output[columns_of_left, columns] += left[depth, columns_of_left]^T @ right[depth, columns]. */
 void multiply_transposed(const float *left, long left_stride, const float *right, long right_stride, long depth,
                          long rows, long columns, float *output, long output_stride);
