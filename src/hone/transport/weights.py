@@ -48,7 +48,7 @@ def publish(
     if target.exists():
         target.rename(folder / f"replaced_{version:06d}.tmp")
     unfinished.rename(target)
-    _prune(folder, keep)
+    _prune(folder, keep, spared=version)
     return Policy(version, str(target))
 
 
@@ -68,16 +68,18 @@ def _versions(folder: Path) -> list[int]:
     return sorted(int(name) for name in found if name.isdigit())
 
 
-def _prune(folder: Path, keep: int) -> None:
-    # A reader that has the file open keeps it; one that comes too late asks for a newer version.
+def _prune(folder: Path, keep: int, spared: int) -> None:
+    # A reader that has the file open keeps it; one that comes too late asks for a newer version. After a resume the
+    # version just published may be older than those from before the crash.
     for version in _versions(folder)[:-keep]:
-        shutil.rmtree(folder / f"v{version:06d}")
+        if version != spared:
+            shutil.rmtree(folder / f"v{version:06d}")
     for leftover in folder.glob("replaced_*.tmp"):
         shutil.rmtree(leftover)
 
 
 def _write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """8 bytes of header length, a JSON header with offsets, the data. The library's writer copies everything twice."""
+    """8 bytes of header length, a JSON header with offsets, the data, without a copy of what lies on the CPU."""
     assert sys.byteorder == "little", "safetensors are little-endian, and so must be the machine"
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     parts, offset = [], 0
