@@ -36,7 +36,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 line = json.loads(text)
             except json.JSONDecodeError:
                 continue
-            yield {name: value for name, value in line.items() if value is not None}
+            if isinstance(line, dict):
+                yield {name: value for name, value in line.items() if value is not None}
 
 
 def _finite(value: object) -> object:

@@ -1,5 +1,6 @@
 """What a process runs on: the machine and the versions of the packages that its numbers depend on."""
 
+import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,17 @@ def describe_machine() -> dict[str, str]:
         "python": platform.python_version(),
     }
     return {name: value for name, value in (facts | _versions()).items() if value}
+
+
+def save_machine(path: Path) -> None:
+    """Keep the description beside the numbers that it belongs to."""
+    path.write_text(json.dumps(describe_machine(), indent=2))
+
+
+def read_machine(path: Path) -> dict[str, str]:
+    """The inverse of `save_machine`; raises `FileNotFoundError` or `ValueError`."""
+    found = json.loads(path.read_text())
+    return {str(name): str(value) for name, value in found.items()}
 
 
 def _versions() -> dict[str, str]:

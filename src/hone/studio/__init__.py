@@ -1,0 +1,1 @@
+"""Pages about runs, made from nothing but a run's folder."""

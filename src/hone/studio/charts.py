@@ -1,0 +1,133 @@
+"""Which curves a report draws, as data: a curve whose metric the run never wrote is left out, so is an empty chart."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hone.studio.series import Series
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve. raw: draw the points as they are, not their running mean."""
+
+    metric: str
+    label: str
+    raw: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Curves on common axes."""
+
+    title: str
+    lines: tuple[Line, ...]
+    unit: str = ""
+    log: bool = False
+    range: tuple[float, float] | None = None
+    note: str = ""
+
+    def with_lines_of(self, series: Mapping[str, Series]) -> "Chart | None":
+        """The chart with those of its lines that the run wrote; None without any."""
+        lines = tuple(line for line in self.lines if line.metric in series)
+        return Chart(self.title, lines, self.unit, self.log, self.range, self.note) if lines else None
+
+    def spoken(self, series: Mapping[str, Series]) -> str:
+        """What the curves show, in words: the means of their first and last tenths."""
+        ends = [(line.label, *series[line.metric].beginning_and_end()) for line in self.lines]
+        return "; ".join(f"{label}: {shown(first)} to {shown(last)}" for label, first, last in ends)
+
+
+@dataclass(frozen=True, slots=True)
+class ChartGroup:
+    """Charts under one heading; `anchor` is unique on the page."""
+
+    title: str
+    anchor: str
+    charts: tuple[Chart, ...]
+
+
+def charts_of(series: Mapping[str, Series]) -> list[ChartGroup]:
+    """The groups of charts that a run has metrics for."""
+    groups = []
+    for group in GROUPS:
+        charts = tuple(drawn for chart in group.charts if (drawn := chart.with_lines_of(series)) is not None)
+        if charts:
+            groups.append(ChartGroup(group.title, group.anchor, charts))
+    return groups
+
+
+def shown(value: float) -> str:
+    """A number as a person reads it."""
+    if value == 0 or 1000 <= abs(value) < 1e9:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+GROUPS: tuple[ChartGroup, ...] = (
+    ChartGroup(
+        "Learning",
+        "learning",
+        (
+            Chart("Reward of the trained rollouts", (Line("train/reward_mean", "mean"),), "reward"),
+            Chart("Spread of the rewards", (Line("train/reward_std", "standard deviation"),), "reward"),
+            Chart("RL loss", (Line("train/loss", "loss"),), "loss"),
+            Chart("Gradient norm", (Line("train/grad_norm", "before clipping"),), "norm", log=True),
+            Chart("Entropy", (Line("train/entropy", "sampler"),), "nats per token"),
+            Chart("Learning rate", (Line("train/lr", "RL", raw=True),), ""),
+        ),
+    ),
+    ChartGroup(
+        "Trainer and sampler",
+        "agreement",
+        (
+            Chart(
+                "Staleness",
+                (
+                    Line("train/staleness_max", "maximum", raw=True),
+                    Line("train/staleness_mean", "mean"),
+                    Line("train/staleness_min", "minimum", raw=True),
+                ),
+                "policy versions",
+            ),
+            Chart("Mismatch KL", (Line("train/mismatch_kl", "sampler to trainer"),), "nats per token"),
+            Chart(
+                "Difference of logprobs",
+                (
+                    Line("train/logprob_difference_max", "maximum"),
+                    Line("train/logprob_difference_p99", "99th percentile"),
+                ),
+                "nats",
+            ),
+            Chart("Effective sample size", (Line("train/ess", "share of the tokens"),), "share"),
+            Chart("Masked tokens", (Line("train/masked_share", "share of the tokens"),), "share"),
+            Chart("Largest importance ratio", (Line("train/ratio_max", "maximum"),), "ratio", log=True),
+        ),
+    ),
+    ChartGroup(
+        "Speed",
+        "speed",
+        (
+            Chart("Rollouts trained", (Line("train/samples_per_second", "trainer"),), "samples per second"),
+            Chart("Tokens of a step", (Line("train/tokens_per_second", "RL, while training"),), "tokens per second"),
+            Chart(
+                "Seconds of a step",
+                (
+                    Line("train/step_seconds", "train"),
+                    Line("train/wait_seconds", "wait for a batch"),
+                    Line("train/broadcast_seconds", "broadcast weights"),
+                ),
+                "seconds",
+            ),
+        ),
+    ),
+    ChartGroup(
+        "SFT",
+        "sft",
+        (
+            Chart("SFT loss", (Line("sft/loss", "loss"),), "nats per token", log=True),
+            Chart("SFT gradient norm", (Line("sft/grad_norm", "before clipping"),), "norm", log=True),
+            Chart("SFT learning rate", (Line("sft/lr", "learning rate", raw=True),), ""),
+            Chart("SFT speed", (Line("sft/tokens_per_second", "tokens per second"),), "tokens per second"),
+        ),
+    ),
+)

@@ -1,0 +1,97 @@
+"""The first and the last traces of a run, shortened to what a page can show."""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+from hone.schema.messages import Message
+from hone.schema.traces import Node, Trace
+
+MAX_CHARACTERS = 4000
+"""Characters of one message that are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageView:
+    """One message as shown."""
+
+    role: str
+    content: str
+    reasoning: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class TraceView:
+    """One trace as shown."""
+
+    title: str
+    reward: str
+    failure: str
+    versions: str
+    facts: str
+    messages: tuple[MessageView, ...]
+
+
+def first_and_last(traces: Iterable[Trace], count: int) -> tuple[list[Trace], list[Trace]]:
+    """The first `count` traces, and the last `count` of the others."""
+    rest = iter(traces)
+    first = list(islice(rest, count))
+    return first, list(deque(rest, maxlen=count))
+
+
+def view(trace: Trace) -> TraceView:
+    """A trace as it is shown."""
+    failure = trace.failure
+    return TraceView(
+        title=f"{trace.environment} · {_one_line(trace)}",
+        reward="" if failure is not None else f"{trace.reward:.3g}",
+        failure="" if failure is None else f"{failure.kind}: {failure.where}: {failure.message}",
+        versions=_versions(trace),
+        facts=_facts(trace),
+        messages=tuple(_message(node) for node in trace.nodes) or tuple(map(_plain, trace.task.prompt)),
+    )
+
+
+def _one_line(trace: Trace) -> str:
+    asked = trace.task.prompt[-1].content if trace.task.prompt else ""
+    text = " ".join(asked.split())
+    return text if len(text) <= 90 else text[:89] + "…"
+
+
+def _versions(trace: Trace) -> str:
+    versions = [run.version for turn in trace.turns for run in turn.versions]
+    if not versions:
+        return ""
+    return str(versions[0]) if min(versions) == max(versions) else f"{min(versions)}-{max(versions)}"
+
+
+def _facts(trace: Trace) -> str:
+    rewards = [f"{name} {reward.value:.3g} × {reward.weight:.3g}" for name, reward in trace.rewards.items()]
+    metrics = [f"{name} {value:.3g}" for name, value in trace.metrics.items()]
+    facts = [
+        f"task {trace.task.key}, attempt {trace.attempt}",
+        f"rewards: {', '.join(rewards)}" if rewards else "",
+        f"metrics: {', '.join(metrics)}" if metrics else "",
+        f"reference: {_short(trace.task.reference)}" if trace.task.reference is not None else "",
+        f"stopped: {trace.stop_reason}" if trace.stop_reason else "",
+        f"{trace.num_completion_tokens} sampled tokens in {trace.timing.total_seconds:.3g} s",
+    ]
+    return " · ".join(fact for fact in facts if fact)
+
+
+def _message(node: Node) -> MessageView:
+    turn = node.turn
+    detail = "" if turn is None else f"{turn.num_completion_tokens} tokens, {turn.finish_reason}"
+    return _plain(node.message, detail)
+
+
+def _plain(message: Message, detail: str = "") -> MessageView:
+    calls = "".join(f"\n→ {call.name}({call.arguments})" for call in message.tool_calls)
+    return MessageView(message.role, _short(message.content + calls), _short(message.reasoning or ""), detail)
+
+
+def _short(text: str) -> str:
+    left_out = len(text) - MAX_CHARACTERS
+    return text if left_out <= 0 else f"{text[:MAX_CHARACTERS]}… ({left_out} more characters)"
