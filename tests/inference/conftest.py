@@ -1,8 +1,13 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from hone.model.families import ModelConfig
 from hone.model.transformer import Transformer
+
+sys.path.append(str(Path(__file__).parent))  # for served.py: tests are no package
 
 CONFIG = {
     "model_type": "glm4_moe",
