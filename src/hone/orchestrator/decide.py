@@ -16,6 +16,7 @@ failed) and a deadline that moves later only relax it. When all outstanding grou
 earliest deadlines first satisfies (I), so waiting always ends, and nothing that finished is ever thrown away.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -153,10 +154,17 @@ class FilterGroup:
 
 @dataclass(frozen=True, slots=True)
 class DropGroup:
-    """The group has too few valid rollouts (kind: the last failure), or is too old for any batch (kind: None)."""
+    """The group has too few valid rollouts; kind is the class of the last failure that counted."""
 
     group: int
     kind: FailureClass | None
+
+
+@dataclass(frozen=True, slots=True)
+class DropStaleGroup:
+    """The engine sampled the group with older weights than it had acknowledged, and no batch may take it."""
+
+    group: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +253,7 @@ Command = (
     | FinishGroup
     | FilterGroup
     | DropGroup
+    | DropStaleGroup
     | CancelGroup
     | FormBatch
     | OfferBatch
@@ -380,7 +389,7 @@ class State:
         if event.kind is not FailureClass.CANCELLED:
             group.pending[event.attempt] += 1
             group.last_failure = event.kind
-        if event.kind is FailureClass.CANCELLED or group.pending[event.attempt] < self._tries(event.kind):
+        if group.pending[event.attempt] < self._tries(event.kind):
             commands.append(RunAgain(event.group, event.attempt, group.pending[event.attempt]))
             return
         del group.pending[event.attempt]
@@ -412,7 +421,9 @@ class State:
 
     # Groups.
 
-    def _tries(self, kind: FailureClass) -> int:
+    def _tries(self, kind: FailureClass) -> float:
+        if kind is FailureClass.CANCELLED:
+            return math.inf
         # A bug of the environment may depend on what the policy wrote, which a second try writes again: once more, not more.
         return min(2, self.limits.max_attempts) if kind is FailureClass.ENVIRONMENT else self.limits.max_attempts
 
@@ -424,13 +435,15 @@ class State:
         elif self.limits.filter_without_signal and not group.has_signal:
             self._leave_out(number, group, FilterGroup(number), commands)
         elif not self._move_deadline(group):
-            self._leave_out(number, group, DropGroup(number, None), commands)
+            self._leave_out(number, group, DropStaleGroup(number), commands)
         else:
             self.num_filtered_in_a_row = self.num_dropped_in_a_row = 0
             self._make_ready(number, self._true_deadline(group))
             commands.append(FinishGroup(number))
 
-    def _leave_out(self, number: int, group: Group, command: FilterGroup | DropGroup, commands: list[Command]) -> None:
+    def _leave_out(
+        self, number: int, group: Group, command: FilterGroup | DropGroup | DropStaleGroup, commands: list[Command]
+    ) -> None:
         self._count(self._deadline(group.version), -1)
         del self.groups[number]
         commands.append(command)
