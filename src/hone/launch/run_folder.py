@@ -9,6 +9,7 @@ from typing import Any
 
 from hone.config.load import ConfigError, load_recipe, save_recipe
 from hone.config.recipe import Recipe
+from hone.observability.machine import save_machine
 
 # What may differ when a run goes on: how long and where it runs, not what it computes.
 FREE = (
@@ -50,6 +51,7 @@ def claim(recipe: Recipe) -> Iterator[Path]:
             ) from error
         _check_same_recipe(recipe, folder)
         save_recipe(recipe, folder / "config.toml")
+        save_machine(folder / "machine.json")
         yield folder
     finally:
         os.close(lock)
