@@ -63,6 +63,19 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list((tmp_path / "hone" / "native").iterdir())
 
 
+@needs_compiler
+def test_a_broken_file_in_the_cache_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = copying_compiler(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "hone" / "native"
+    folder.mkdir(parents=True)
+    (folder / f"kernels-{build._key(compiler)}.so").write_bytes(b"")
+    assert build.load((str(compiler),)).hone_packed_size(3, 5) > 0
+    assert "compiling again" in caplog.text
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:

@@ -31,16 +31,23 @@ def load(compilers: Sequence[str] = COMPILERS) -> ctypes.CDLL:
     compiler = _find(compilers)
     name = f"kernels-{_key(compiler)}.so"
     try:
-        folder = _cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            _compile(compiler, folder, name)
-        return ctypes.CDLL(str(folder / name))
+        return _kept(compiler, _cache_folder(), name)
     except OSError as error:
         logger.warning("cannot keep compiled kernels in the cache folder (%s); compiling for this process only", error)
     with tempfile.TemporaryDirectory() as temporary:
         _compile(compiler, Path(temporary), name)
         return ctypes.CDLL(str(Path(temporary) / name))
+
+
+def _kept(compiler: Path, folder: Path, name: str) -> ctypes.CDLL:
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / name).exists():
+        try:
+            return ctypes.CDLL(str(folder / name))
+        except OSError as error:
+            logger.warning("the compiled kernels in the cache folder are broken (%s); compiling again", error)
+    _compile(compiler, folder, name)
+    return ctypes.CDLL(str(folder / name))
 
 
 def _find(compilers: Sequence[str]) -> Path:
@@ -51,7 +58,12 @@ def _find(compilers: Sequence[str]) -> Path:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hone" / "native"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "hone" / "native"
+    try:
+        return Path.home() / ".cache" / "hone" / "native"
+    except RuntimeError as error:
+        raise OSError(f"there is no home folder: {error}") from error
 
 
 def _key(compiler: Path) -> str:

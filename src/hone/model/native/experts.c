@@ -3,7 +3,10 @@
 #include "products.h"
 #include <stdbool.h>
 
-#define BLOCK 96 /* rows of one expert at a time, so that what lies between its two products stays in cache */
+/* Rows of one expert at a time, so that what lies between its two products stays in cache; backward more of them, as
+   each block adds to the whole weight gradient: 96 to 256 rows took the step from 64 to 87 GFLOP/s at width 128. */
+#define BLOCK 96
+#define BLOCK_BACKWARD 256
 
 void hone_swiglu(const float *gate_up, float *output, long rows, long width);
 void hone_swiglu_backward(const float *d_output, const float *gate_up, float *d_gate_up, long rows, long width);
@@ -130,9 +133,9 @@ static void backward_block(struct experts_backward *b, struct packed gate_up, st
     long width = w->width, inner = w->inner;
     const int64_t *order = w->order + start;
     const float *hidden = w->hidden + start * 2 * inner;
-    float *rows = scratch(SCRATCH_ROWS, BLOCK * width), *active = scratch(SCRATCH_ACTIVE, BLOCK * inner);
-    float *d_active = scratch(SCRATCH_GRADIENT, BLOCK * inner);
-    float *d_hidden = scratch(SCRATCH_GRADIENT_2, BLOCK * 2 * inner);
+    float *rows = scratch(SCRATCH_ROWS, BLOCK_BACKWARD * width), *active = scratch(SCRATCH_ACTIVE, BLOCK_BACKWARD * inner);
+    float *d_active = scratch(SCRATCH_GRADIENT, BLOCK_BACKWARD * inner);
+    float *d_hidden = scratch(SCRATCH_GRADIENT_2, BLOCK_BACKWARD * 2 * inner);
     hone_swiglu(hidden, active, count, inner);
     gather(b->d_output, order, w->chosen, count, width, rows);
     multiply(rows, width, 1, down, count, inner, width, d_active, inner, FROM_ZERO, NULL);
@@ -173,9 +176,9 @@ static void backward_part(void *given, int part, int parts) {
         float *down = scratch(SCRATCH_WEIGHTS_2, packed_size(inner, width));
         pack_straight(w->gate_up + e * 2 * inner * width, width, 2 * inner, width, PANEL, gate_up);
         pack_straight(w->down + e * width * inner, inner, width, inner, PANEL, down);
-        for (long start = w->first[e]; start < w->first[e + 1]; start += BLOCK)
+        for (long start = w->first[e]; start < w->first[e + 1]; start += BLOCK_BACKWARD)
             backward_block(b, (struct packed){gate_up, width, 2 * inner}, (struct packed){down, inner, width}, e,
-                           start, smaller(BLOCK, w->first[e + 1] - start));
+                           start, smaller(BLOCK_BACKWARD, w->first[e + 1] - start));
     }
 }
 
