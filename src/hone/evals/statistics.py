@@ -1,0 +1,103 @@
+"""Means over tasks with 95 % confidence intervals that respect that the attempts of one task are alike.
+
+The task is what is drawn at random, so it is the unit: first the mean of each task's attempts, then the mean over
+tasks, with the standard error of the task means (clustered by task). From it:
+
+- for any values, Student's t interval with one degree of freedom less than tasks;
+- for proportions (values 0 or 1, and pass@k), Wilson's score interval, which stays inside [0, 1] and does not collapse
+  at 0 and 1. With one trial for each task its sample size is the number of tasks. With more it is the effective one,
+  p (1 - p) / se^2, shrunk for the few tasks that se was estimated from (Korn and Graubard 1998); where all tasks agree
+  on 0 or 1, nothing is known about trials being independent, and it is the number of tasks again.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import NormalDist, fmean, stdev
+
+import msgspec
+
+CONFIDENCE = 0.95
+Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+
+
+class Estimate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A mean over tasks and its 95 % confidence interval; the bounds are None where one task cannot tell."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    num_tasks: int
+
+
+def estimate_mean(values_of_tasks: Mapping[str, Sequence[float]]) -> Estimate | None:
+    """The mean of any values by task; proportions are recognised by values that are all 0 or 1. None without values."""
+    values_of_tasks = {task: values for task, values in values_of_tasks.items() if values}
+    if not values_of_tasks:
+        return None
+    means = [fmean(values) for values in values_of_tasks.values()]
+    if all(value in (0, 1) for values in values_of_tasks.values() for value in values):
+        return estimate_proportion(means, num_values=sum(map(len, values_of_tasks.values())))
+    low, high = _student_interval(means)
+    return Estimate(fmean(means), low, high, len(means))
+
+
+def estimate_proportion(shares: Sequence[float], num_values: float) -> Estimate:
+    """The mean of one share in [0, 1] for each task; num_values: independent trials behind them at most."""
+    mean = fmean(shares)
+    low, high = _wilson_interval(mean, _effective_size(shares, mean, num_values))
+    return Estimate(mean, low, high, len(shares))
+
+
+def estimate_pass_at(k: int, solved_of_tasks: Iterable[Sequence[bool]]) -> Estimate | None:
+    """The chance that at least one of k attempts solves a task, over the tasks with k attempts or more."""
+    tasks = [solved for solved in solved_of_tasks if len(solved) >= k]
+    if not tasks:
+        return None
+    shares = [pass_at(k, len(solved), sum(solved)) for solved in tasks]
+    return estimate_proportion(shares, num_values=sum(len(solved) for solved in tasks) / k)
+
+
+def pass_at(k: int, num_attempts: int, num_solved: int) -> float:
+    """The unbiased estimate from one task's attempts (Chen et al. 2021): 1 - C(n - c, k) / C(n, k)."""
+    if not 1 <= k <= num_attempts:
+        raise ValueError(f"pass@{k} needs at least {k} attempts, not {num_attempts}")
+    return 1 - math.comb(num_attempts - num_solved, k) / math.comb(num_attempts, k)
+
+
+def student_t(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t: exact for one and two degrees, else Hill's expansion (within 0.2 %)."""
+    if degrees == 1:
+        return math.tan(math.pi * CONFIDENCE / 2)
+    if degrees == 2:
+        return CONFIDENCE * math.sqrt(2 / (1 - CONFIDENCE**2))
+    z, n = Z, degrees
+    terms = (
+        z,
+        (z**3 + z) / (4 * n),
+        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2),
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3),
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4),
+    )
+    return sum(terms)
+
+
+def _student_interval(means: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    if len(means) < 2:
+        return None, None
+    reach = student_t(len(means) - 1) * stdev(means) / math.sqrt(len(means))
+    return fmean(means) - reach, fmean(means) + reach
+
+
+def _effective_size(shares: Sequence[float], mean: float, num_values: float) -> float:
+    if len(shares) < 2 or num_values <= len(shares) or mean in (0, 1):
+        return len(shares)
+    variance = stdev(shares) ** 2 / len(shares)
+    size = mean * (1 - mean) / variance if variance else num_values
+    return min(size, num_values) * (Z / student_t(len(shares) - 1)) ** 2
+
+
+def _wilson_interval(mean: float, size: float) -> tuple[float, float]:
+    centre = (mean + Z**2 / (2 * size)) / (1 + Z**2 / size)
+    reach = Z / (1 + Z**2 / size) * math.sqrt(mean * (1 - mean) / size + Z**2 / (4 * size**2))
+    # Rounding must not push the bounds beyond what they bound.
+    return max(0.0, min(mean, centre - reach)), min(1.0, max(mean, centre + reach))

@@ -1,0 +1,258 @@
+import asyncio
+import json
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from fakes import ScriptedSampler
+from hone.envs import Environment, Limits, Rubric, SingleTurn, Task, Tasks, assistant, metric, reward, user
+from hone.evals.evaluate import evaluate
+from hone.evals.report import comparison_table, result_table
+from hone.evals.storage import read_result, read_traces
+from hone.schema.sampling import SamplingParameters
+
+SAMPLING = SamplingParameters(max_tokens=8)
+
+
+@reward
+def exact(answer, reference):
+    if answer == "crash":
+        raise ValueError("crash")
+    return answer == reference
+
+
+@metric
+def size(answer):
+    return len(answer)
+
+
+def make_task(number):
+    return Task(prompt=(user(f"say {number}"),), reference=str(number))
+
+
+def environment_of(count=10, version="1"):
+    return SingleTurn(
+        name="say",
+        version=version,
+        rubric=Rubric([exact, size]),
+        train=[],
+        held_out=Tasks(make_task, count),
+        gold=lambda task: [assistant(task.reference)],
+    )
+
+
+def answer_even_ones(branch):
+    """Right for even numbers, wrong for odd ones."""
+    number = branch[-1].message.content.removeprefix("say ")
+    return number if int(number) % 2 == 0 else "no"
+
+
+async def run(sampler, environment=None, **arguments):
+    settings = {"num_tasks": 10, "attempts": 2, "sampling": SAMPLING, "seed": 5} | arguments
+    return await evaluate(environment or environment_of(), sampler, **settings)
+
+
+async def test_scores_come_by_name_with_intervals():
+    result = await run(ScriptedSampler(answer_even_ones), model="tiny")
+    assert (result.environment, result.environment_version, result.model) == ("say", "1", "tiny")
+    assert result.num_rollouts == 20
+    assert result.reward.mean == result.score("exact").mean == 0.5
+    assert result.reward.low < 0.5 < result.reward.high
+    assert result.score("size").mean == 1.5
+    assert {k: estimate.mean for k, estimate in result.pass_at.items()} == {1: 0.5, 2: 0.5}
+    assert result.truncated.mean == 0
+    assert result.completion_tokens.mean == 1.5
+    assert result.failures == {}
+
+
+async def test_failures_are_counted_by_class_and_leave_the_averages():
+    sampler = ScriptedSampler(["crash", ConnectionError("gone"), "0"])
+    result = await run(sampler, num_tasks=1, attempts=4, max_concurrent=1)
+    assert result.failures == {"environment": 1, "model": 1}
+    assert result.num_rollouts == 4
+    assert result.reward.mean == 1
+    assert set(result.pass_at) == {1, 2}
+
+
+async def test_an_evaluation_that_fails_throughout_has_no_scores():
+    result = await run(ScriptedSampler([ConnectionError("gone")]))
+    assert (result.reward, result.pass_at, result.truncated) == (None, {}, None)
+    assert result.failures == {"model": 20}
+
+
+async def test_truncated_rollouts_are_scored_and_told():
+    result = await run(ScriptedSampler(["123456789"]), num_tasks=4)
+    assert result.truncated.mean == 1
+    assert result.reward.mean == 0
+
+
+async def test_no_more_than_max_concurrent_rollouts_run_at_once():
+    sampler = ScriptedSampler(answer_even_ones, seconds=0.001)
+    await run(sampler, max_concurrent=3)
+    assert sampler.max_waiting == 3
+
+
+async def test_the_first_different_held_out_tasks_are_taken():
+    repeating = SingleTurn(
+        name="say", rubric=Rubric([exact]), train=[], held_out=Tasks(lambda index: make_task(index // 3))
+    )
+    result = await run(ScriptedSampler(answer_even_ones), repeating, num_tasks=5)
+    assert result.reward.num_tasks == 5
+    few = await run(ScriptedSampler(answer_even_ones), environment_of(3), num_tasks=10)
+    assert few.reward.num_tasks == 3
+
+
+async def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):
+    whole = await run(ScriptedSampler(answer_even_ones))
+    stopped = asyncio.create_task(
+        run(ScriptedSampler(answer_even_ones, seconds=0.005), folder=tmp_path, max_concurrent=4)
+    )
+    while not (tmp_path / "traces.jsonl").exists() or len((tmp_path / "traces.jsonl").read_bytes().splitlines()) < 8:
+        await asyncio.sleep(0.001)
+    stopped.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopped
+    num_kept = len(list(read_traces(tmp_path / "traces.jsonl")))
+    sampler = ScriptedSampler(answer_even_ones)
+    result = await run(sampler, folder=tmp_path)
+    assert len(sampler.calls) == 20 - num_kept
+    assert msgspec.structs.replace(result, seconds=0) == msgspec.structs.replace(whole, seconds=0)
+    assert read_result(tmp_path) == result
+
+
+async def test_a_finished_evaluation_is_not_run_again_but_may_grow(tmp_path):
+    first = await run(ScriptedSampler(answer_even_ones), folder=tmp_path)
+    sampler = ScriptedSampler(answer_even_ones)
+    again = await run(sampler, folder=tmp_path)
+    assert sampler.calls == []
+    assert again.reward == first.reward
+    grown = await run(sampler, folder=tmp_path, attempts=3)
+    assert len(sampler.calls) == 10
+    assert grown.num_rollouts == 30
+
+
+async def test_failed_rollouts_run_again(tmp_path):
+    failed = await run(ScriptedSampler([ConnectionError("gone")]), folder=tmp_path)
+    assert failed.failures == {"model": 20}
+    result = await run(ScriptedSampler(answer_even_ones), folder=tmp_path)
+    assert result.failures == {}
+    assert result.reward.mean == 0.5
+
+
+@pytest.mark.parametrize("tear", [1, 40, -1])
+async def test_a_torn_last_line_is_cut_off_and_its_rollout_runs_again(tmp_path, tear):
+    await run(ScriptedSampler(answer_even_ones), folder=tmp_path)
+    path = tmp_path / "traces.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:tear])
+    sampler = ScriptedSampler(answer_even_ones)
+    result = await run(sampler, folder=tmp_path)
+    assert len(sampler.calls) == 1
+    assert result.num_rollouts == 20
+    assert len([json.loads(line) for line in path.read_bytes().splitlines()]) == 20
+
+
+async def test_a_file_that_is_one_torn_line_is_emptied(tmp_path):
+    (tmp_path / "traces.jsonl").write_bytes(b"x" * 200_000)
+    result = await run(ScriptedSampler(answer_even_ones), folder=tmp_path)
+    assert result.num_rollouts == 20
+    assert len(list(read_traces(tmp_path / "traces.jsonl"))) == 20
+
+
+async def test_unreadable_lines_are_passed_over_and_told(tmp_path, caplog):
+    await run(ScriptedSampler(answer_even_ones), folder=tmp_path)
+    path = tmp_path / "traces.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([b"{}\n", *lines[1:]]))
+    sampler = ScriptedSampler(answer_even_ones)
+    await run(sampler, folder=tmp_path)
+    assert len(sampler.calls) == 1
+    assert "1 unreadable line" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"seed": 6}, "seed"),
+        ({"model": "other"}, "model"),
+        ({"sampling": SamplingParameters(max_tokens=9)}, "sampling"),
+        ({"environment": environment_of(version="2")}, "environment_version"),
+    ],
+)
+async def test_a_folder_of_another_evaluation_is_refused(tmp_path, change, name):
+    await run(ScriptedSampler(answer_even_ones), folder=tmp_path)
+    with pytest.raises(ValueError, match=f"{name} = .* use another folder"):
+        await run(ScriptedSampler(answer_even_ones), folder=tmp_path, **change)
+
+
+async def test_progress_is_told_after_each_rollout(tmp_path):
+    seen = []
+    await run(
+        ScriptedSampler(answer_even_ones),
+        folder=tmp_path,
+        progress=lambda p: seen.append((p.num_done, p.num_total, p.num_failed)),
+    )
+    assert seen == [(number, 20, 0) for number in range(1, 21)]
+    resumed = []
+    await run(
+        ScriptedSampler(answer_even_ones),
+        folder=tmp_path,
+        attempts=3,
+        progress=lambda p: resumed.append((p.num_done, round(p.mean_reward, 6))),
+    )
+    assert resumed[0][0] == 21
+    assert resumed[-1] == (30, 0.5)
+
+
+async def test_equal_settings_give_equal_seeds_and_other_attempts_others():
+    one, other = ScriptedSampler(answer_even_ones), ScriptedSampler(answer_even_ones)
+    await run(one)
+    await run(other, max_concurrent=1)
+    assert {s.seed for _, s in one.calls} == {s.seed for _, s in other.calls}
+    assert len({s.seed for _, s in one.calls}) == 20
+
+
+async def test_a_hanging_environment_costs_its_rollouts_only():
+    class Hangs(Environment):
+        async def run(self, rollout):
+            await rollout.turn()
+            if rollout.task.reference == "3":
+                await asyncio.sleep(60)
+
+    environment = Hangs(name="hangs", rubric=Rubric([exact]), train=[], held_out=Tasks(make_task, 10))
+    result = await run(ScriptedSampler(answer_even_ones), environment, limits=Limits(deadline_seconds=0.05))
+    assert result.failures == {"timeout": 2}
+    assert result.reward.num_tasks == 9
+
+
+@pytest.mark.parametrize("wrong", [{"num_tasks": 0}, {"attempts": 0}, {"max_concurrent": 0}])
+async def test_counts_must_be_positive(wrong):
+    with pytest.raises(ValueError, match="must be positive"):
+        await run(ScriptedSampler(["1"]), **wrong)
+
+
+async def test_an_environment_without_held_out_tasks_is_refused():
+    with pytest.raises(ValueError, match="no held-out tasks"):
+        await run(ScriptedSampler(["1"]), environment_of(0))
+
+
+def printed(table):
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+async def test_the_tables_show_scores_intervals_and_failures(tmp_path):
+    good = await run(ScriptedSampler(answer_even_ones), model="tiny")
+    bad = await run(ScriptedSampler([ConnectionError("gone")]), model="tiny")
+    shown = printed(result_table(good))
+    assert "say 1 · tiny" in shown
+    assert "avg@2" in shown
+    assert "0.500" in shown
+    assert "pass@2" in shown
+    assert "failed: model" in printed(result_table(bad))
+    both = printed(comparison_table({"base": bad, "after RL": good}))
+    assert "after RL" in both
+    assert "20 of 20" in both
