@@ -1,5 +1,6 @@
 """Which sample goes into which micro-batch, and the tensors made of them."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hone.schema.batches import TrainingSample
-from hone.trainer.packing import Samples, micro_batch, pack
+from hone.trainer.packing import Samples, micro_batch, pack, plan_micro_batches
 from hone.transport.batches import batch_from
 
 CPU = torch.device("cpu")
@@ -81,13 +82,76 @@ def three_samples() -> Samples:
     return Samples.from_batch(batch)
 
 
-def test_a_micro_batch_holds_its_samples_behind_one_another(three_samples: Samples) -> None:
+def test_a_micro_batch_holds_what_its_trained_tokens_need_behind_one_another(three_samples: Samples) -> None:
     part = micro_batch(three_samples, [0, 2], CPU)
-    assert part.token_ids_N.tolist() == [10, 11, 12, 30, 31, 32, 33]
-    assert part.positions_N.tolist() == [0, 1, 2, 0, 1, 2, 3]
-    assert part.sequence_starts.tolist() == [0, 3, 7]
-    assert part.sequence_starts.dtype == torch.int32
-    assert part.max_length == 4
+    assert part.token_ids_N.tolist() == [10, 11, 30, 31]
+    assert part.positions_N.tolist() == [0, 1, 0, 1]
+    assert part.attend.sequence_starts.tolist() == [0, 2, 4]
+    assert part.attend.sequence_starts.dtype == torch.int32
+    assert part.attend.max_length == 2
+    assert part.attend.shared is None
+
+
+GROUP = [
+    sample([1, 2, 3, 7, 8], [0, 0, 0, 1, 1]),
+    sample([1, 2, 3, 9, 8, 5], [0, 0, 0, 1, 1, 1]),
+    sample([1, 2, 4, 6], [0, 0, 0, 1]),
+]
+
+
+def test_rollouts_of_a_group_forward_their_prompt_once() -> None:
+    part = micro_batch(Samples.from_batch(batch_from(1, 1, GROUP)), [0, 1, 2], CPU)
+    assert part.token_ids_N.tolist() == [1, 2, 3, 7, 9, 8, 1, 2, 4]
+    assert part.positions_N.tolist() == [0, 1, 2, 3, 3, 4, 0, 1, 2]
+    shared = part.attend.shared
+    assert shared is not None
+    assert part.token_ids_N[shared.rows_M].tolist() == [1, 2, 3, 7, 1, 2, 3, 9, 8, 1, 2, 4]
+    assert part.attend.sequence_starts.tolist() == [0, 4, 9, 12]
+    assert part.targets_T.tolist() == [7, 8, 9, 8, 5, 6]
+    assert part.token_ids_N[part.rows_T].tolist() == [3, 7, 3, 9, 8, 4]
+
+
+@st.composite
+def groups_of_samples(draw: st.DrawFn) -> list[TrainingSample]:
+    def tokens(least: int, most: int) -> list[int]:
+        return draw(st.lists(st.integers(1, 60), min_size=least, max_size=most))
+
+    samples = []
+    for _ in range(draw(st.integers(1, 4))):
+        context = tokens(1, 6)
+        for _ in range(draw(st.integers(1, 4))):
+            rest = tokens(0, 6)
+            mask = draw(st.lists(st.integers(0, 1), min_size=len(rest), max_size=len(rest)))
+            samples.append(sample(context + rest, [0] * len(context) + mask))
+    return samples
+
+
+@given(groups_of_samples())
+def test_every_whole_sequence_is_found_again_among_the_shared_rows(found: list[TrainingSample]) -> None:
+    samples = Samples.from_batch(batch_from(1, 1, found))
+    part = micro_batch(samples, range(len(found)), CPU)
+    needed = [s.token_ids[: max(i for i, m in enumerate(s.loss_mask) if m)] for s in found if any(s.loss_mask)]
+    if not needed:
+        return
+    shared, starts = part.attend.shared, part.attend.sequence_starts.tolist()
+    rows_M = torch.arange(len(part.token_ids_N)) if shared is None else shared.rows_M
+    whole = [part.token_ids_N[rows_M[a:b]].tolist() for a, b in itertools.pairwise(starts)]
+    positions = [part.positions_N[rows_M[a:b]].tolist() for a, b in itertools.pairwise(starts)]
+    assert whole == needed
+    assert positions == [list(range(len(sequence))) for sequence in needed]
+    if shared is not None:
+        assert rows_M[shared.places_N].tolist() == list(range(len(part.token_ids_N)))
+
+
+@given(groups_of_samples(), st.integers(1, 3))
+def test_families_stay_in_one_micro_batch_where_they_fit(found: list[TrainingSample], num_ranks: int) -> None:
+    samples = Samples.from_batch(batch_from(1, 1, found))
+    plan = plan_micro_batches(samples, MAX_TOKENS, num_ranks)
+    part_of = {index: (r, p) for r, rank in enumerate(plan) for p, part in enumerate(rank) for index in part}
+    assert sorted(part_of) == list(range(len(found)))
+    for family in samples.families:
+        if samples.lengths_S[family].sum() <= MAX_TOKENS:
+            assert len({part_of[index] for index in family}) == 1
 
 
 def test_trained_tokens_are_predicted_by_the_token_before_them(three_samples: Samples) -> None:

@@ -11,10 +11,12 @@ from torch.nn import functional
 
 from hone.model.layers.attention import PackedAttention
 from hone.model.transformer import Transformer
+from hone.schema.batches import TrainingSample
 from hone.trainer import step as step_module
 from hone.trainer.losses import PolicyLoss, policy_loss, supervised_loss
 from hone.trainer.packing import MicroBatch, Samples
 from hone.trainer.step import Objective, Trainer, cut, forward_backward, train_step
+from hone.transport.batches import batch_from
 
 
 def supervised(samples: Samples) -> Objective:
@@ -46,6 +48,26 @@ def test_the_supervised_gradient_is_that_of_cross_entropy_sample_by_sample(
     found = gradients(trainer, samples, supervised(samples))
     trainer.model.zero_grad()
     plain_cross_entropy(trainer.model, samples).backward()
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_prompt_that_is_forwarded_once_for_its_group_gets_the_gradients_of_all_its_rollouts(
+    trainer: Trainer,
+) -> None:
+    random = np.random.default_rng(5)
+    samples = []
+    for _ in range(3):
+        prompt = random.integers(1, 61, size=7).tolist()
+        for length in (3, 1, 5, 4):
+            answer = random.integers(1, 61, size=length).tolist()
+            mask = [0] * 7 + [1] * length
+            samples.append(TrainingSample(prompt + answer, mask, [0.0] * len(mask), [0.0] * len(mask), 1.0, 0))
+    step = Samples.from_batch(batch_from(1, 3, samples))
+    assert all(part.attend.shared is not None for part in cut(trainer, step))
+    found = gradients(trainer, step, supervised(step))
+    trainer.model.zero_grad()
+    plain_cross_entropy(trainer.model, step).backward()
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 

@@ -3,6 +3,7 @@
 N flat tokens, S sequences, T trained tokens (those whose logprob is wanted).
 """
 
+import functools
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hone.model.layers.attention import PackedAttention, SharedRows
 from hone.schema.batches import TrainingBatch
 from hone.trainer.losses import Denominators, SampledTokens
 
@@ -20,7 +22,7 @@ Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Samples:
     """The training samples of one optimizer step as flat arrays, every rank holds all of them."""
 
@@ -74,6 +76,32 @@ class Samples:
         """Where each sample begins in the flat arrays, and where the last one ends."""
         return _starts(self.lengths_S)
 
+    @property
+    def context_lengths(self) -> Integers:
+        """How many tokens of each sample come before its first trained one; all of them where none trains."""
+        return self._ends_of_training[0]
+
+    @property
+    def needed_lengths(self) -> Integers:
+        """How many tokens of each sample must be forwarded: those before its last trained one; 0 where none trains."""
+        return self._ends_of_training[1]
+
+    @functools.cached_property
+    def _ends_of_training(self) -> tuple[Integers, Integers]:
+        sequence_T = np.repeat(np.arange(len(self.lengths_S)), self.lengths_S)[self.trains_N]
+        place_T = np.flatnonzero(self.trains_N) - self.starts[sequence_T]
+        first_S, last_S = self.lengths_S.copy(), np.zeros_like(self.lengths_S)
+        np.minimum.at(first_S, sequence_T, place_T)
+        np.maximum.at(last_S, sequence_T, place_T)
+        return first_S, last_S
+
+    @property
+    def families(self) -> list[list[int]]:
+        """Samples that follow one another with the same tokens before their first trained one."""
+        heads = _family_heads(self, self.starts[:-1], self.context_lengths)
+        breaks = np.flatnonzero(np.diff(heads)) + 1
+        return [part.tolist() for part in np.split(np.arange(len(heads)), breaks)] if len(heads) else []
+
     def denominators(self) -> Denominators:
         num_tokens_S = np.add.reduceat(np.append(self.trains_N, False), self.starts[:-1], dtype=np.int64)
         num_tokens_S[self.lengths_S == 0] = 0
@@ -92,21 +120,31 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Samples packed behind one another without padding.
+    """Samples packed behind one another without padding, each common context once.
 
-    rows_T: the hidden states that predict the trained tokens `targets_T`. places_T: where these tokens are among all
-    trained tokens of the step. A rank that has nothing left to do gets one token that does not train.
+    N: the tokens that are forwarded. rows_T: the hidden states that predict the trained tokens `targets_T`. places_T:
+    where these tokens are among all trained tokens of the step. A rank that has nothing left to do gets one token that
+    does not train.
     """
 
     token_ids_N: Tensor
     positions_N: Tensor
-    sequence_starts: Tensor
-    max_length: int
+    attend: PackedAttention
     rows_T: Tensor
     targets_T: Tensor
     temperatures_T: Tensor
     places_T: Tensor
     sampled: SampledTokens
+
+
+def plan_micro_batches(samples: Samples, max_tokens: int, num_ranks: int = 1) -> list[list[list[int]]]:
+    """All samples, as [rank][micro-batch][sample]; families stay together where they fit, to share their context."""
+    units: list[list[int]] = []
+    for family in samples.families:
+        whole = int(samples.lengths_S[family].sum())
+        units += [family] if whole <= max_tokens else [[index] for index in family]
+    plan = pack([int(samples.lengths_S[unit].sum()) for unit in units], max_tokens, num_ranks)
+    return [[[index for unit in part for index in units[unit]] for part in rank] for rank in plan]
 
 
 def pack(lengths: Sequence[int], max_tokens: int, num_ranks: int = 1) -> list[list[list[int]]]:
@@ -135,26 +173,25 @@ def pack(lengths: Sequence[int], max_tokens: int, num_ranks: int = 1) -> list[li
 
 def micro_batch(samples: Samples, chosen: Sequence[int], device: torch.device) -> MicroBatch:
     """The tensors of some of a step's samples."""
+    chosen = [index for index in chosen if samples.needed_lengths[index]]
     if not chosen:
         return _idle_micro_batch(device)
-    starts_S, lengths_S = samples.starts[:-1][chosen], samples.lengths_S[chosen]
-    packed_starts = _starts(lengths_S)
-    positions_N = np.arange(packed_starts[-1]) - np.repeat(packed_starts[:-1], lengths_S)
-    source_N = positions_N + np.repeat(starts_S, lengths_S)
-    trained_T = np.flatnonzero(samples.trains_N[source_N])
-    sequence_ids_T = np.repeat(np.arange(len(chosen)), lengths_S)[trained_T]
-    source_T = source_N[trained_T]
+    layout = lay_out(samples, chosen)
+    source_T, sequence_ids_T = layout.source_T, layout.sequence_ids_T
     places_N = np.cumsum(samples.trains_N) - 1
 
     def tensor(array: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     return MicroBatch(
-        token_ids_N=tensor(samples.token_ids_N[source_N]),
-        positions_N=tensor(positions_N),
-        sequence_starts=tensor(packed_starts.astype(np.int32)),
-        max_length=int(lengths_S.max()),
-        rows_T=tensor(trained_T - 1),
+        token_ids_N=tensor(samples.token_ids_N[layout.source_N]),
+        positions_N=tensor(layout.positions_N),
+        attend=PackedAttention(
+            tensor(_starts(layout.lengths_S).astype(np.int32)),
+            int(layout.lengths_S.max()),
+            SharedRows(tensor(layout.rows_M), tensor(layout.places_N)) if layout.is_shared else None,
+        ),
+        rows_T=tensor(layout.rows_T),
         targets_T=tensor(samples.token_ids_N[source_T]),
         temperatures_T=tensor(samples.temperatures_S[chosen][sequence_ids_T]),
         places_T=tensor(places_N[source_T]),
@@ -167,13 +204,76 @@ def micro_batch(samples: Samples, chosen: Sequence[int], device: torch.device) -
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which tokens of some samples are forwarded, and where each sample finds its own.
+
+    A sample needs its tokens before its last trained one; M counts these, sample by sample (lengths_S). Samples with
+    the same tokens before their first trained one (the rollouts of a group) forward these once: N of the M tokens are
+    left. source: places in the step's arrays. rows: places in N. places_N: where in M each of the N stands.
+    """
+
+    lengths_S: Integers
+    source_N: Integers
+    positions_N: Integers
+    rows_M: Integers
+    places_N: Integers
+    rows_T: Integers
+    source_T: Integers
+    sequence_ids_T: Integers
+
+    @property
+    def is_shared(self) -> bool:
+        return len(self.source_N) < len(self.rows_M)
+
+
+def lay_out(samples: Samples, chosen: Sequence[int]) -> Layout:
+    """The layout of some samples, which train at least one token among them."""
+    starts_S = samples.starts[:-1][chosen]
+    contexts_S, lengths_S = samples.context_lengths[chosen], samples.needed_lengths[chosen]
+    heads_S = _family_heads(samples, starts_S, contexts_S)
+    is_head_S = heads_S == np.arange(len(chosen))
+    sequence_M = np.repeat(np.arange(len(chosen)), lengths_S)
+    position_M = np.arange(len(sequence_M)) - np.repeat(_starts(lengths_S)[:-1], lengths_S)
+    is_own_M = is_head_S[sequence_M] | (position_M >= contexts_S[sequence_M])
+    places_N = np.flatnonzero(is_own_M)
+    # A sample's own rows stand together; its context's rows stand where its family's head has them.
+    row_of_M = np.cumsum(is_own_M) - 1
+    first_rows_S = row_of_M[_starts(lengths_S)[:-1].clip(max=max(0, len(row_of_M) - 1))]
+    rows_M = np.where(is_own_M, row_of_M, first_rows_S[heads_S[sequence_M]] + position_M)
+    source_M = starts_S[sequence_M] + position_M
+    # The token behind each of these is predicted by it.
+    predicts_M = samples.trains_N[source_M + 1]
+    return Layout(
+        lengths_S=lengths_S,
+        source_N=source_M[places_N],
+        positions_N=position_M[places_N],
+        rows_M=rows_M,
+        places_N=places_N,
+        rows_T=rows_M[predicts_M],
+        source_T=source_M[predicts_M] + 1,
+        sequence_ids_T=sequence_M[predicts_M],
+    )
+
+
+def _family_heads(samples: Samples, starts_S: Integers, contexts_S: Integers) -> Integers:
+    """For each sample the first one with the same context: itself where there is none before."""
+    first: dict[bytes, int] = {}
+    contexts = zip(starts_S.tolist(), contexts_S.tolist(), strict=True)
+    return np.array(
+        [
+            first.setdefault(samples.token_ids_N[start : start + context].tobytes(), index)
+            for index, (start, context) in enumerate(contexts)
+        ]
+    )
+
+
 def _idle_micro_batch(device: torch.device) -> MicroBatch:
     one, none = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     return MicroBatch(
         token_ids_N=one,
         positions_N=one,
-        sequence_starts=torch.tensor([0, 1], dtype=torch.int32, device=device),
-        max_length=1,
+        attend=PackedAttention(torch.tensor([0, 1], dtype=torch.int32, device=device), 1),
         rows_T=none,
         targets_T=none,
         temperatures_T=none.float(),

@@ -14,9 +14,8 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from hone.model import ops
-from hone.model.layers.attention import PackedAttention
 from hone.model.transformer import Transformer
-from hone.trainer.packing import MicroBatch, Samples, micro_batch, pack
+from hone.trainer.packing import MicroBatch, Samples, micro_batch, plan_micro_batches
 from hone.trainer.ranks import Ranks
 
 # 256 MiB of float32 logits; more of them are computed in parts, and again in the backward pass.
@@ -76,7 +75,7 @@ class Part:
 
 def cut(trainer: Trainer, samples: Samples) -> list[MicroBatch]:
     """This rank's micro-batches."""
-    plan = pack(samples.lengths_S.tolist(), trainer.micro_batch_tokens, trainer.ranks.num_ranks)
+    plan = plan_micro_batches(samples, trainer.micro_batch_tokens, trainer.ranks.num_ranks)
     return [micro_batch(samples, chosen, trainer.ranks.device) for chosen in plan[trainer.ranks.rank]]
 
 
@@ -94,8 +93,7 @@ def forward_backward(trainer: Trainer, part: MicroBatch, objective: Objective) -
 
 def hidden_states(model: Transformer, part: MicroBatch) -> Tensor:
     """Hidden states of all tokens of a micro-batch, after the final norm."""
-    attend = PackedAttention(part.sequence_starts, part.max_length)
-    hidden_ND: Tensor = model(part.token_ids_N, part.positions_N, attend)
+    hidden_ND: Tensor = model(part.token_ids_N, part.positions_N, part.attend)
     return hidden_ND
 
 

@@ -21,15 +21,36 @@ class Attend(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class SharedRows:
+    """How sequences that share tokens (the prompt of a group) are made whole for attention.
+
+    rows_M: for each token of the whole sequences, behind one another, its row among the N forwarded tokens.
+    places_N: for each forwarded token, one place in M where it stands.
+    """
+
+    rows_M: Tensor
+    places_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class PackedAttention:
-    """Attends within each of S sequences packed behind one another: sequence s is starts[s]:starts[s+1]."""
+    """Attends within each of S sequences packed behind one another: sequence s is starts[s]:starts[s+1].
+
+    With `shared`, tokens that several sequences have in common are forwarded once; the starts are those of the whole
+    sequences. Every other layer works on the forwarded tokens alone.
+    """
 
     sequence_starts: Tensor
     max_length: int
+    shared: SharedRows | None = None
 
     def __call__(self, layer: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> Tensor:
         scale = q_NHd.shape[-1] ** -0.5
-        return ops.packed_attention(q_NHd, k_NKd, v_NKd, self.sequence_starts, scale, self.max_length)
+        if self.shared is None:
+            return ops.packed_attention(q_NHd, k_NKd, v_NKd, self.sequence_starts, scale, self.max_length)
+        q_MHd, k_MKd, v_MKd = (x.index_select(0, self.shared.rows_M) for x in (q_NHd, k_NKd, v_NKd))
+        mixed_MHd = ops.packed_attention(q_MHd, k_MKd, v_MKd, self.sequence_starts, scale, self.max_length)
+        return mixed_MHd.index_select(0, self.shared.places_N)
 
 
 class Attention(nn.Module):
