@@ -13,6 +13,7 @@ from hone.envs import (
     SingleTurn,
     StopReason,
     Task,
+    Trace,
     assistant,
     failures_as,
     reward,
@@ -22,6 +23,7 @@ from hone.envs import (
 )
 from hone.schema.sampling import FinishReason, SamplingParameters, Turn
 from hone.schema.seeds import derive_seed
+from hone.schema.wire import decode, encode
 
 TASK = Task(prompt=(user("say yes"),), reference="yes")
 SAMPLING = SamplingParameters(temperature=0.7, max_tokens=16)
@@ -274,6 +276,27 @@ async def test_teardown_runs_after_a_failed_setup_and_its_own_trouble_is_remembe
     assert "cannot close" in fine.info["teardown_failure"]
     assert failed.failure.kind is FailureClass.SANDBOX
     assert "cannot close" in failed.info["teardown_failure"]
+
+
+@pytest.mark.parametrize("thing", [object(), {"a": {1: object()}}, "\ud800"])
+async def test_info_that_cannot_be_written_down_is_a_failure(thing):
+    class Remembers(Countdown):
+        async def teardown(self, rollout):
+            rollout.info["thing"] = thing
+
+    trace = await run(Remembers(1), ScriptedSampler(["yes"]))
+    assert (trace.failure.kind, trace.failure.where) == (FailureClass.ENVIRONMENT, "info")
+    assert decode(encode(trace), Trace) == trace
+
+
+async def test_a_reply_that_cannot_be_written_down_is_a_failure():
+    class Garbled(Countdown):
+        async def reply(self, rollout):
+            return [user("\ud800")]
+
+    trace = await run(Garbled(2), ScriptedSampler(["yes"]))
+    assert trace.failure.kind is FailureClass.ENVIRONMENT
+    assert decode(encode(trace), Trace) == trace
 
 
 async def test_a_hanging_teardown_is_given_up():

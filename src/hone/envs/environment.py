@@ -70,6 +70,11 @@ class Environment(ABC):
         """
         return None if self._gold is None else list(self._gold(task))
 
+    @property
+    def has_teardown(self) -> bool:
+        """Whether there is anything to tear down."""
+        return type(self).teardown is not Environment.teardown
+
     def is_solved(self, trace: Trace) -> bool:
         """Whether a scored trace counts as a success for pass@k; by default a reward of 1 or more."""
         return trace.reward >= 1 - 1e-9

@@ -111,6 +111,7 @@ class Rollout:
         for message in messages:
             if not isinstance(message, Message):
                 raise TypeError(f"a reply must be messages, not {type(message).__name__}; use user(...) to make one")
+            msgspec.msgpack.encode(message)  # what cannot be sent is refused where it comes from
             self._add(Node(message, self._leaf))
 
     async def turn(self) -> Turn:
@@ -219,15 +220,18 @@ async def run_rollout(
         failure = Failure(FailureClass.TIMEOUT, stopwatch.phase, late)
     finally:
         stopwatch.enter("teardown")
-        await _teardown(environment, rollout, limits.teardown_seconds)
+        if environment.has_teardown:
+            await _teardown(environment, rollout, limits.teardown_seconds)
     if scores.failed_metrics:
         rollout.info["failed_metrics"] = scores.failed_metrics
+    if rollout.info:
+        failure = _without_unsendable_info(rollout) or failure
     return _record(
         environment,
         rollout,
         group,
-        rewards=scores.rewards,
-        metrics=scores.metrics,
+        rewards=scores.rewards if failure is None else {},
+        metrics=scores.metrics if failure is None else {},
         failure=failure,
         timing=stopwatch.timing(started_at, rollout.generate_seconds),
     )
@@ -275,6 +279,15 @@ async def _teardown(environment: "Environment", rollout: Rollout, seconds: float
         rollout.info["teardown_failure"] = error.failure.message
     except TimeoutError:
         rollout.info["teardown_failure"] = f"took longer than {seconds:g} s"
+
+
+def _without_unsendable_info(rollout: Rollout) -> Failure | None:
+    try:
+        msgspec.msgpack.encode(rollout.info)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        rollout.info = {}
+        return Failure(FailureClass.ENVIRONMENT, "info", f"rollout.info cannot be written down: {error}")
+    return None
 
 
 def _record(
