@@ -127,13 +127,7 @@ def _recipe(path: str, changes: list[str]) -> "Recipe":
 
 
 def _newest_policy(recipe: "Recipe") -> Path:
-    """The best that a run has: its export, else the newest weights, else the SFT result, else the base model."""
+    from hone.launch.evaluations import newest_policy
     from hone.transport.folders import RunFolder
 
-    folder = RunFolder(recipe.folder.absolute())
-    if folder.export.exists():
-        return folder.export
-    _, newest = folder.newest_weights()
-    if not newest.exists():
-        raise ValueError(f"{folder.path} holds no model yet; train one with `hone run`, or give another --run.name")
-    return newest
+    return newest_policy(RunFolder(recipe.folder.absolute()))

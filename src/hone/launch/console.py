@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import json
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 POLL_SECONDS = 0.25
+
+Update = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +71,18 @@ class StageConsole:
                     await follower
 
     @contextlib.contextmanager
-    def counting(self, title: str, total: int):  # type: ignore[no-untyped-def]  # noqa: ANN201
-        """A bar moved by calling the yielded function with how many are done."""
+    def counting(self, title: str, total: int) -> Iterator[Update]:
+        """A bar moved by calling the yielded function with how many are done, of how many, and what to say."""
         with self._progress() as progress:
             task = progress.add_task(title, total=total, values="")
 
-            def update(done: int, values: str = "") -> None:
-                progress.update(task, completed=done, values=values)
+            def update(done: int, out_of: int, values: str) -> None:
+                progress.update(task, completed=done, total=out_of, values=values)
 
             yield update
+
+    def table(self, table: Table) -> None:
+        self._console.print(table)
 
     def _progress(self) -> Progress:
         return Progress(
@@ -87,9 +93,6 @@ class StageConsole:
             TextColumn("{task.fields[values]}"),
             console=self._console,
         )
-
-
-Update = Callable[[int, str], None]
 
 
 async def _follow(path: Path, bar: Bar, progress: Progress, task: TaskID) -> None:
