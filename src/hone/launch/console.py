@@ -109,11 +109,12 @@ async def _follow(path: Path, bar: Bar, progress: Progress, task: TaskID) -> Non
 
 def _move(line: str, bar: Bar, progress: Progress, task: TaskID) -> None:
     values = json.loads(line)
+    if bar.total_of in values:
+        progress.update(task, total=values[bar.total_of])
     if bar.step_of not in values or "step" not in values:
         return
     parts = [f"{label} {_short(values[name])}" for name, label in bar.shown if values.get(name) is not None]
-    total = values.get(bar.total_of, bar.total)
-    progress.update(task, completed=values["step"], total=total, values=" · ".join(parts))
+    progress.update(task, completed=values["step"], values=" · ".join(parts))
 
 
 def _short(value: float) -> str:

@@ -110,6 +110,7 @@ def train(
     """The remaining optimizer steps, with a checkpoint every so often and one at the end."""
     assert run.recipe.sft is not None
     section, every = run.recipe.sft.optimizer, run.recipe.trainer.checkpoint_every
+    run.metrics.write({"sft/num_steps": len(steps)})
     while progress.step < len(steps):
         started = time.perf_counter()
         step = progress.step + 1
