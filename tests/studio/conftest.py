@@ -11,6 +11,8 @@ from hone.evals.statistics import Estimate
 from hone.evals.storage import EvalFolder, Settings
 from hone.observability.machine import save_machine
 from hone.observability.spans import Spans
+from hone.orchestrator.ledger import Ledger
+from hone.orchestrator.mixture import Draw
 from hone.schema.messages import Message
 from hone.schema.rollouts import RolloutResult
 from hone.schema.sampling import FinishReason, SamplingParameters, Turn, VersionRun
@@ -18,7 +20,7 @@ from hone.schema.tasks import Task
 from hone.schema.traces import Failure, FailureClass, Node, Reward, StopReason, Trace
 from hone.schema.wire import Wire
 from hone.transport.folders import RunFolder
-from hone.transport.traces import TraceWriter
+from hone.transport.traces import BEGINNING, TraceWriter
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny" / "reverse.toml"
 START = 1_700_000_000.0
@@ -101,6 +103,24 @@ def write_result(folder: Path, mean: float, failures: dict[str, int] | None = No
         )
 
 
+def write_ledger(folder: RunFolder) -> None:
+    """Three groups of two: one trained, one filtered, one of which an attempt failed."""
+    with Ledger(folder.ledger, {"num_steps": 10, "max_staleness": 4}) as ledger:
+        for number in range(3):
+            ledger.admit(number, Draw("reverse_text", number), f"key-{number}", 0, 2)
+            ledger.run(number, [0, 1])
+            ledger.finish(number, 0, 0.5, 0, BEGINNING)
+            if number < 2:
+                ledger.finish(number, 1, 1.0, 0, BEGINNING)
+        ledger.finish_group(0)
+        ledger.filter_group(1)
+        ledger.fail(2, 1, FailureClass.ENVIRONMENT)
+        ledger.commit()
+        ledger.batch(1, [0], 2)
+        ledger.train(1)
+        ledger.commit()
+
+
 @pytest.fixture
 def empty(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "runs" / "reverse")
@@ -116,6 +136,7 @@ def run(empty: RunFolder) -> RunFolder:
     write_spans(empty)
     broken = Failure(FailureClass.ENVIRONMENT, "score", "ZeroDivisionError: division by zero")
     write_traces(empty, [trace(number, failure=broken if number == 2 else None) for number in range(30)])
+    write_ledger(empty)
     write_result(empty.evals / "rl" / "reverse_text", 0.94)
     write_result(empty.evals / "base" / "reverse_text", 0.0, {"environment": 3})
     write_result(empty.evals / "sft" / "reverse_text", 0.45)

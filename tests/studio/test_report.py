@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hone.studio.outcomes import outcomes_of
 from hone.studio.report import write_report
 from hone.studio.scores import Rail, scores_of
 from hone.transport.folders import RunFolder
@@ -79,8 +80,8 @@ def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
 def test_a_page_of_a_run_has_every_section(run: RunFolder) -> None:
     page = page_of(run)
     assert page.headings == [
-        *("Results", "Learning", "Trainer and sampler", "Speed", "SFT", "Where time goes", "Traces"),
-        *("Any metric", "Warnings and errors", "How it was made"),
+        *("Results", "Learning", "Trainer and sampler", "Speed", "SFT", "Where time goes"),
+        *("What became of the rollouts", "Traces", "Any metric", "Warnings and errors", "How it was made"),
     ]
     assert not page.open
 
@@ -115,6 +116,16 @@ def test_a_score_that_is_no_share_is_drawn_on_no_rail(run: RunFolder) -> None:
     rails = {row.score: row.rail for row in scores_of(run.evals) if row.policy == "rl"}
     assert rails["completion tokens"] is None
     assert rails["exact"] == Rail(left=88.0, width=12.0, at=94.0)
+
+
+def test_every_attempt_of_the_ledger_counts_once(run: RunFolder) -> None:
+    found = {(outcome.state.partition(",")[0], outcome.failure): outcome.count for outcome in outcomes_of(run.ledger)}
+    assert found == {
+        ("trained", ""): 2,
+        ("left out: all rewards of its group are equal", ""): 2,
+        ("finished", ""): 1,
+        ("failed", "environment"): 1,
+    }
 
 
 def test_every_chart_has_its_data_and_its_place(run: RunFolder) -> None:
@@ -184,7 +195,7 @@ def test_an_empty_folder_has_a_report_that_says_what_is_missing(empty: RunFolder
     assert "Left out, because the folder has none (yet): configuration, metrics" in page.text
 
 
-PARTS = ["config", "metrics", "spans", "traces", "logs", "evals"]
+PARTS = ["config", "metrics", "spans", "traces", "logs", "evals", "ledger"]
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -24,6 +24,9 @@ from hone.transport.traces import read_traces
 NUM_TRACES = 8
 """Traces of the beginning, and as many of the end."""
 
+EVALUATION = "eval-"
+"""How the groups of evaluations during training begin."""
+
 T = TypeVar("T")
 
 
@@ -89,7 +92,8 @@ def _read(run: Run, what: str, reader: Callable[[], T], otherwise: T) -> T:
 
 
 def _traces(folder: Path) -> tuple[list[Trace], list[Trace]]:
-    return first_and_last((result.trace for _, result in read_traces(folder)), NUM_TRACES)
+    results = (result for _, result in read_traces(folder))
+    return first_and_last((r.trace for r in results if not r.group.startswith(EVALUATION)), NUM_TRACES)
 
 
 def _troubles(folder: Path) -> list[Trouble]:
