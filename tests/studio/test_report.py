@@ -80,8 +80,9 @@ def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
 def test_a_page_of_a_run_has_every_section(run: RunFolder) -> None:
     page = page_of(run)
     assert page.headings == [
-        *("Results", "Learning", "Trainer and sampler", "Speed", "SFT", "Where time goes"),
-        *("What became of the rollouts", "Traces", "Any metric", "Warnings and errors", "How it was made"),
+        *("Results", "Held-out tasks during training", "Learning", "Trainer and sampler", "Speed", "SFT"),
+        *("Where time goes", "What became of the rollouts", "Traces", "Any metric", "Warnings and errors"),
+        "How it was made",
     ]
     assert not page.open
 
@@ -109,7 +110,6 @@ def test_scores_that_compare_stand_together_in_the_order_of_a_run(run: RunFolder
         *(("exact", "base", "0.000"), ("exact", "sft", "0.450"), ("exact", "rl", "0.940")),
     ]
     assert ("failed: environment", "base", "3") in rows
-    assert not any(policy.startswith("v0") for _, policy, _ in rows)
 
 
 def test_a_score_that_is_no_share_is_drawn_on_no_rail(run: RunFolder) -> None:
@@ -143,6 +143,11 @@ def test_curves_carry_the_numbers_of_the_metrics(run: RunFolder) -> None:
     assert series["steps"] == list(range(1, 41))
     assert series["values"] == [step / 40 for step in range(1, 41)]
     assert series["minutes"][0] == pytest.approx(40 / 60, abs=1e-3)
+
+
+def test_evaluations_during_training_have_a_chart_for_each_environment(run: RunFolder) -> None:
+    charts = {chart["title"]: chart["lines"] for chart in data_of(run)["charts"]}
+    assert [line["label"] for line in charts["Held-out tasks: reverse_text"]] == ["reward", "exact"]
 
 
 def test_a_metric_that_was_never_finite_has_no_curve(run: RunFolder) -> None:

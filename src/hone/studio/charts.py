@@ -1,9 +1,12 @@
 """Which curves a report draws, as data: a curve whose metric the run never wrote is left out, so is an empty chart."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hone.studio.series import Series
+
+HELD_OUT = re.compile(r"eval/(?P<environment>[^/]+)/(?:metric_)?(?P<score>(?!completion_tokens|truncated).+)_mean")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,21 @@ class ChartGroup:
 def charts_of(series: Mapping[str, Series]) -> list[ChartGroup]:
     """The groups of charts that a run has metrics for."""
     groups = []
-    for group in GROUPS:
+    for group in (ChartGroup("Held-out tasks during training", "held-out", _held_out(series)), *GROUPS):
         charts = tuple(drawn for chart in group.charts if (drawn := chart.with_lines_of(series)) is not None)
         if charts:
             groups.append(ChartGroup(group.title, group.anchor, charts))
     return groups
+
+
+def _held_out(series: Mapping[str, Series]) -> tuple[Chart, ...]:
+    """One chart for each environment that is evaluated during training: its rewards, metrics and solved share."""
+    lines: dict[str, list[Line]] = {}
+    for name in series:
+        found = HELD_OUT.fullmatch(name)
+        if found is not None:
+            lines.setdefault(found["environment"], []).append(Line(name, found["score"].replace("_", " "), raw=True))
+    return tuple(Chart(f"Held-out tasks: {environment}", tuple(own)) for environment, own in lines.items())
 
 
 def shown(value: float) -> str:

@@ -12,6 +12,7 @@ from hone.observability.jsonlines import read_lines
 from hone.observability.machine import read_machine
 from hone.observability.metrics import read_metrics
 from hone.observability.spans import read_spans
+from hone.orchestrator.evaluation import PREFIX
 from hone.schema.traces import Trace
 from hone.studio.excerpts import first_and_last
 from hone.studio.outcomes import Outcome, outcomes_of
@@ -23,9 +24,6 @@ from hone.transport.traces import read_traces
 
 NUM_TRACES = 8
 """Traces of the beginning, and as many of the end."""
-
-EVALUATION = "eval-"
-"""How the groups of evaluations during training begin."""
 
 T = TypeVar("T")
 
@@ -93,7 +91,7 @@ def _read(run: Run, what: str, reader: Callable[[], T], otherwise: T) -> T:
 
 def _traces(folder: Path) -> tuple[list[Trace], list[Trace]]:
     results = (result for _, result in read_traces(folder))
-    return first_and_last((r.trace for r in results if not r.group.startswith(EVALUATION)), NUM_TRACES)
+    return first_and_last((r.trace for r in results if not r.group.startswith(PREFIX)), NUM_TRACES)
 
 
 def _troubles(folder: Path) -> list[Trouble]:

@@ -1,6 +1,5 @@
 """The headline: what every evaluated policy scores on held-out tasks, with confidence intervals."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from hone.evals.statistics import Estimate
 from hone.evals.storage import read_result
 
 ORDER = ("base", "sft", "rl")
-DURING_TRAINING = re.compile(r"v\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Score:
 
 
 def scores_of(evals: Path) -> list[Score]:
-    """The scores of all evaluations around training, policies that compare beside one another."""
+    """The scores of all evaluations before and after training, policies that compare beside one another."""
     results = [(label, read_result(folder)) for label, folder in _folders(evals)]
     scores = [score for label, result in results for score in _scores(label, result)]
     places = {key: place for place, key in enumerate(dict.fromkeys((s.environment, s.score) for s in scores))}
@@ -47,8 +45,7 @@ def scores_of(evals: Path) -> list[Score]:
 def _folders(evals: Path) -> Iterator[tuple[str, Path]]:
     """Folders with a result and the name of what was evaluated, in the order of a run."""
     found = [(path.relative_to(evals).parts[0], path.parent) for path in sorted(evals.glob("**/result.json"))]
-    around = [(label, folder) for label, folder in found if not DURING_TRAINING.fullmatch(label)]
-    yield from sorted(around, key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER))
+    yield from sorted(found, key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER))
 
 
 def _scores(label: str, result: EvalResult) -> Iterator[Score]:
