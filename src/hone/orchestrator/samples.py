@@ -4,11 +4,15 @@ from collections.abc import Sequence
 
 from hone.schema.batches import TrainingSample
 from hone.schema.sampling import Turn
-from hone.schema.traces import Trace
+from hone.schema.traces import FailureClass, Trace
 
 
 class UntrainableTraceError(ValueError):
-    """A trace without sampled tokens, or whose tokens, logprobs and versions do not fit together."""
+    """A trace without sampled tokens, or whose tokens, logprobs and versions do not fit together; `kind`: by whom."""
+
+    def __init__(self, kind: FailureClass, complaint: str) -> None:
+        super().__init__(complaint)
+        self.kind = kind
 
 
 def check_trainable(trace: Trace) -> None:
@@ -18,12 +22,18 @@ def check_trainable(trace: Trace) -> None:
         num_tokens = len(turn.token_ids)
         has_tokens = has_tokens or num_tokens > 0
         if len(turn.logprobs) != num_tokens:
-            raise UntrainableTraceError(f"{num_tokens} sampled tokens, but {len(turn.logprobs)} logprobs")
+            raise UntrainableTraceError(
+                FailureClass.MODEL, f"{num_tokens} sampled tokens, but {len(turn.logprobs)} logprobs"
+            )
         num_versioned = sum(run.count for run in turn.versions)
         if num_versioned != num_tokens:
-            raise UntrainableTraceError(f"{num_tokens} sampled tokens, but versions of {num_versioned}")
+            raise UntrainableTraceError(
+                FailureClass.MODEL, f"{num_tokens} sampled tokens, but versions of {num_versioned}"
+            )
     if not has_tokens:
-        raise UntrainableTraceError("the rollout ended without a sampled token; there is nothing to train")
+        raise UntrainableTraceError(
+            FailureClass.ENVIRONMENT, "the rollout ended without a sampled token; there is nothing to train"
+        )
 
 
 def training_samples(trace: Trace, advantage: float, temperature: float) -> list[TrainingSample]:

@@ -1,0 +1,136 @@
+"""Which env worker runs what: requests go to the least loaded worker, and come back when it is gone."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from hone.schema.rollouts import RolloutRequest
+
+Key = tuple[str, int]
+"""Group and attempt."""
+
+
+@dataclass(slots=True)
+class Worker:
+    """A connected env worker: its place on the socket, when it was last heard, what it runs and since when."""
+
+    name: str
+    pid: int
+    identity: bytes
+    heard_at: float
+    running: dict[Key, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Rollouts of a worker that will not answer any more; `has_died`: the worker died, rather than reconnected."""
+
+    worker: str
+    keys: list[Key]
+    has_died: bool
+
+
+class Dispatch:
+    """Who runs what. Times are handed in."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+        self._names: dict[bytes, str] = {}
+        self._owners: dict[Key, Worker] = {}
+        self._queue: deque[RolloutRequest] = deque()
+
+    @property
+    def num_workers(self) -> int:
+        return len(self._workers)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that no worker has yet."""
+        return len(self._queue)
+
+    @property
+    def identities(self) -> list[bytes]:
+        return [worker.identity for worker in self._workers.values()]
+
+    def greet(self, name: str, pid: int, identity: bytes, now: float) -> Lost | None:
+        """A worker says hello, which it does when it runs nothing: what it had is lost."""
+        lost = None
+        before = self._workers.get(name)
+        if before is not None:
+            lost = self._remove(before, has_died=before.pid != pid)
+        self._workers[name] = Worker(name, pid, identity, now)
+        self._names[identity] = name
+        return lost
+
+    def hear(self, identity: bytes, now: float) -> bool:
+        """Something came from this connection; false if it belongs to no worker that we know."""
+        name = self._names.get(identity)
+        if name is None:
+            return False
+        self._workers[name].heard_at = now
+        return True
+
+    def forgive(self, now: float) -> None:
+        """We did not listen for a while: nobody's silence counts."""
+        for worker in self._workers.values():
+            worker.heard_at = now
+
+    def silent(self, now: float, seconds: float) -> list[Lost]:
+        """Give up workers that were not heard for this long."""
+        gone = [worker for worker in self._workers.values() if now - worker.heard_at > seconds]
+        return [self._remove(worker, has_died=True) for worker in gone]
+
+    def overdue(self, now: float, seconds: float) -> list[Key]:
+        """Give up rollouts that run for longer than this; their worker should have ended them long ago."""
+        found = []
+        for worker in self._workers.values():
+            for key, since in worker.running.items():
+                if now - since <= seconds:
+                    break  # in the order in which they were sent
+                found.append(key)
+        for key in found:
+            self.done(key)
+        return found
+
+    def submit(self, request: RolloutRequest) -> None:
+        self._queue.append(request)
+
+    def withdraw(self, group: str) -> list[bytes]:
+        """Forget a group; returns the connections of the workers that run some of it."""
+        self._queue = deque(request for request in self._queue if request.group != group)
+        keys = [key for key in self._owners if key[0] == group]
+        identities = {self._owners[key].identity for key in keys}
+        for key in keys:
+            self.done(key)
+        return sorted(identities)
+
+    def assign(self, now: float) -> list[tuple[bytes, RolloutRequest]]:
+        """Hand what is queued to the least loaded workers; returns what to send where."""
+        assigned = []
+        while self._queue and self._workers:
+            request = self._queue.popleft()
+            worker = min(self._workers.values(), key=lambda worker: len(worker.running))
+            for attempt in request.attempts:
+                key = request.group, attempt
+                worker.running[key] = now
+                self._owners[key] = worker
+            assigned.append((worker.identity, request))
+        return assigned
+
+    def is_owner(self, identity: bytes, key: Key) -> bool:
+        """Whether this attempt was sent to this connection and is still waited for there."""
+        owner = self._owners.get(key)
+        return owner is not None and owner.identity == identity
+
+    def done(self, key: Key) -> None:
+        """The attempt has an outcome, wherever it came from."""
+        owner = self._owners.pop(key, None)
+        if owner is not None:
+            del owner.running[key]
+
+    def _remove(self, worker: Worker, has_died: bool) -> Lost:
+        del self._workers[worker.name]
+        del self._names[worker.identity]
+        keys = list(worker.running)
+        for key in keys:
+            del self._owners[key]
+        return Lost(worker.name, keys, has_died)

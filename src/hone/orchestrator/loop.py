@@ -1,0 +1,705 @@
+"""The orchestrator process: `python -m hone.orchestrator.loop RUN_FOLDER`.
+
+A thin shell around `decide`. One tick takes everything that has arrived from env workers, trainer and engine, appends
+finished traces to their segment, lets `decide` say what follows, records that in the ledger in one transaction, and
+only then tells the others. So whatever anybody was told survives this process.
+"""
+
+import asyncio
+import gc
+import json
+import logging
+import math
+import os
+import sqlite3
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from hone.config.load import load_recipe
+from hone.config.recipe import Recipe, RlSection
+from hone.envs.environment import Environment
+from hone.envs.worker import Worker, limits_from, load_environments
+from hone.inference.client import AdminClient, TokenChannel, TokenSampler
+from hone.observability import logs
+from hone.observability.logs import fields
+from hone.observability.metrics import Metrics
+from hone.observability.spans import Spans
+from hone.orchestrator import decide as d
+from hone.orchestrator.audit import group_name
+from hone.orchestrator.batching import Tally, make_batch
+from hone.orchestrator.dispatch import Dispatch, Key, Lost
+from hone.orchestrator.engine import EngineDriver
+from hone.orchestrator.evaluation import PREFIX, Evaluation
+from hone.orchestrator.ledger import Ledger
+from hone.orchestrator.mixture import Draw, Mixture
+from hone.orchestrator.recovery import read_group_traces, recover
+from hone.orchestrator.samples import UntrainableTraceError, check_trainable
+from hone.orchestrator.sockets import RouterSocket
+from hone.schema.batches import Acknowledged, BatchReady, BatchWanted, CheckpointSaved, NoMoreBatches, StepDone
+from hone.schema.rollouts import Heartbeat, RolloutCancel, RolloutRequest, RolloutResult, Shutdown, WorkerHello
+from hone.schema.sampling import SamplingParameters
+from hone.schema.seeds import derive_seed
+from hone.schema.tasks import Task
+from hone.schema.traces import FailureClass, Trace
+from hone.schema.wire import Wire, WireError
+from hone.text.rendering import Renderer
+from hone.text.tokenizer import Tokenizer
+from hone.transport.addresses import Addresses, load_addresses
+from hone.transport.batches import write_batch
+from hone.transport.folders import RunFolder
+from hone.transport.traces import Location, TraceWriter
+
+logger = logging.getLogger("hone.orchestrator.loop")
+
+WILL_NEVER_WORK = 2
+SILENT_BEATS = 10
+TIMER_SECONDS = 0.2
+REMIND_SECONDS = 30.0
+GRACE_SECONDS = 120.0
+"""A rollout is given up this long after its worker should have ended it."""
+RETRY_SECONDS = 0.25
+LONGEST_RETRY_SECONDS = 10.0
+FRAMES_PER_MESSAGE = 256
+
+WORKER_CHANNEL = (WorkerHello, Heartbeat, RolloutResult, RolloutRequest, RolloutCancel, Shutdown)
+TRAINER_CHANNEL = (BatchWanted, BatchReady, NoMoreBatches, StepDone, CheckpointSaved, Acknowledged)
+
+
+class NothingToTrainError(RuntimeError):
+    """Rollouts end, but none of them can be trained."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the orchestrator of a run's folder; the result is the process's exit code."""
+    if len(arguments) != 1:
+        print("usage: python -m hone.orchestrator.loop RUN_FOLDER", file=sys.stderr)
+        return WILL_NEVER_WORK
+    folder = RunFolder(Path(arguments[0]))
+    logs.configure("orchestrator", folder.path)
+    try:
+        recipe = load_recipe(folder.config)
+        environments = load_environments(recipe)
+        asyncio.run(orchestrate(folder, recipe, environments, load_addresses(folder.addresses)))
+    except (ValueError, OSError, sqlite3.OperationalError) as error:
+        # A wrong recipe, a port in use, a ledger of another run, a full disk: the same again after a restart.
+        logger.error("%s", error)
+        return WILL_NEVER_WORK
+    return 0
+
+
+async def orchestrate(
+    folder: RunFolder, recipe: Recipe, environments: Mapping[str, Environment], addresses: Addresses
+) -> None:
+    """Run until everything is trained, evaluated and exported."""
+    if recipe.rl is None:
+        raise ValueError("the recipe has no [rl] section; add one to reinforce")
+    orchestrator = Orchestrator(folder, recipe, recipe.rl, environments, addresses)
+    await orchestrator.run()
+
+
+def limits_of(recipe: Recipe, section: RlSection) -> d.Limits:
+    """The numbers of a recipe that decisions depend on."""
+    all_in_time = (section.max_staleness + 1) * section.batch_size
+    return d.Limits(
+        groups_per_batch=section.groups_per_batch,
+        group_size=section.group_size,
+        max_staleness=section.max_staleness,
+        num_steps=section.num_steps,
+        max_concurrent=section.max_concurrent or all_in_time,
+        max_attempts=section.max_attempts,
+        in_flight_updates=section.in_flight_updates,
+        filter_without_signal=section.filter_without_signal,
+        evaluate_every=recipe.evaluation.every,
+        stop_at_reward=section.stop_at_reward,
+    )
+
+
+def identity_of(recipe: Recipe, section: RlSection) -> dict[str, Any]:
+    """What a ledger must not change under: task order, groups and the bound."""
+    return {
+        "seed": recipe.run.seed,
+        "environments": [environment.model_dump(mode="json") for environment in recipe.environments],
+        "batch_size": section.batch_size,
+        "group_size": section.group_size,
+        "max_staleness": section.max_staleness,
+    }
+
+
+class Orchestrator:
+    """Owns the sockets, the ledger, the traces and the state of one run."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        recipe: Recipe,
+        section: RlSection,
+        environments: Mapping[str, Environment],
+        addresses: Addresses,
+    ) -> None:
+        self._folder = folder
+        self._recipe = recipe
+        self._section = section
+        self._environments = environments
+        self._addresses = addresses
+        self._sampling = SamplingParameters(
+            temperature=section.sampling.temperature, max_tokens=section.sampling.max_tokens
+        )
+        self._mixture = Mixture({e.name: e.weight for e in recipe.environments}, environments, recipe.run.seed)
+        self._worker_wire = Wire(*WORKER_CHANNEL)
+        self._trainer_wire = Wire(*TRAINER_CHANNEL)
+        self._dispatch = Dispatch()
+        self._events: deque[d.Event] = deque()
+        self._tasks: dict[int, tuple[str, Task]] = {}
+        self._traces: dict[int, dict[int, Trace]] = {}
+        self._evaluation: Evaluation | None = None
+        self._evaluation_began = 0.0
+        self._askers: dict[int, bytes] = {}
+        self._after_commit: list[Callable[[], None]] = []
+        self._tally = Tally()
+        self._last_failure = ""
+        self._heard_at = time.monotonic()
+        self._timer_at = time.monotonic()
+        self._batch_wanted_at: float | None = None
+        self._wake = asyncio.Event()
+        self._over = False
+
+    async def run(self) -> None:
+        """Until everything is trained, evaluated and exported."""
+        async with AsyncExitStack() as stack:
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            stack.callback(context.term)
+            self._workers = stack.enter_context(RouterSocket(context, self._addresses.workers, self._wake.set))
+            self._trainer = stack.enter_context(RouterSocket(context, self._addresses.trainer, self._wake.set))
+            self._spans = Spans(self._folder.spans, "orchestrator")
+            stack.callback(self._spans.close)
+            self._metrics = stack.enter_context(Metrics(self._folder.metrics, "orchestrator", port=self._port()))
+            self._ledger = stack.enter_context(Ledger(self._folder.ledger, identity_of(self._recipe, self._section)))
+            self._writer = stack.enter_context(TraceWriter(self._folder.traces))
+            admin = await stack.enter_async_context(AdminClient(self._addresses.admin, self._recipe_token()))
+            self._engine = EngineDriver(admin, self._folder, self._post, self._spans)
+            self._resume()
+            helpers = await stack.enter_async_context(_Background())
+            helpers.start(self._engine.run())
+            if self._recipe.workers.num_workers == 0:
+                helpers.start(await self._own_worker(stack))
+            await self._serve(helpers)
+            self._say_goodbye()
+
+    async def _serve(self, helpers: "_Background") -> None:
+        """Waits for messages and events, at most until the next look at the clock; the watchdog says what for."""
+        while not self._over:
+            helpers.check()
+            self._wake.clear()
+            self._tick()
+            try:
+                async with asyncio.timeout(TIMER_SECONDS):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            else:
+                await asyncio.sleep(0)  # let the loop read its other descriptors before the next tick
+            self._look_at_the_clock()
+
+    # One tick.
+
+    def _tick(self) -> None:
+        self._take_from_workers()
+        self._take_from_trainer()
+        while self._events:
+            self._decide(self._events.popleft())
+        self._send_requests()
+        self._commit()
+
+    def _post(self, event: d.Event) -> None:
+        self._events.append(event)
+        self._wake.set()
+
+    def _decide(self, event: d.Event) -> None:
+        self._state, commands = d.decide(self._state, event)
+        for command in commands:
+            self._perform(command)
+
+    def _commit(self) -> None:
+        self._ledger.commit()
+        for tell in self._after_commit:
+            tell()
+        self._after_commit.clear()
+
+    # From env workers.
+
+    def _take_from_workers(self) -> None:
+        now = time.monotonic()
+        frames: list[bytes] = []
+        results: list[RolloutResult] = []
+        seen: set[Key] = set()
+        for identity, messages in self._workers.take():
+            self._heard_at = now
+            for frame in messages:
+                message = self._decode(self._worker_wire, frame)
+                if isinstance(message, RolloutResult):
+                    key = message.group, message.attempt
+                    if key not in seen and self._is_welcome(identity, message):
+                        seen.add(key)
+                        frames.append(frame)
+                        results.append(message)
+                elif isinstance(message, WorkerHello):
+                    self._greet(message, identity, now)
+            self._dispatch.hear(identity, now)
+        if results:
+            location = self._writer.append(frames)
+            self._ledger.note_traces(self._writer.end)
+            for result in results:
+                self._take_result(result, location)
+
+    def _is_welcome(self, identity: bytes, result: RolloutResult) -> bool:
+        """Whether the result is waited for. A failure counts only from the worker that has the attempt now."""
+        key = result.group, result.attempt
+        if result.trace.failure is not None and not self._dispatch.is_owner(identity, key):
+            return False
+        if result.group.startswith(PREFIX):
+            return self._evaluation is not None and self._evaluation.waits_for(key)
+        group = self._state.groups.get(int(result.group))
+        return group is not None and result.attempt in group.pending
+
+    def _take_result(self, result: RolloutResult, location: Location) -> None:
+        key, trace = (result.group, result.attempt), result.trace
+        self._dispatch.done(key)
+        failure = None if trace.failure is None else trace.failure.kind
+        if trace.failure is not None:
+            self._last_failure = f"{trace.failure.kind} at {trace.failure.where}: {trace.failure.message}"
+        elif result.group.startswith(PREFIX):
+            self._finish_evaluated(key, trace)
+            return
+        else:
+            failure = self._objection(trace)
+        if failure is not None:
+            self._fail(key, failure)
+            return
+        number = int(result.group)
+        version = trace.min_version
+        self._traces.setdefault(number, {})[result.attempt] = trace
+        self._tally.add(trace)
+        self._ledger.finish(number, result.attempt, trace.reward, version, location)
+        self._decide(d.RolloutFinished(number, result.attempt, trace.reward, version))
+
+    def _objection(self, trace: Trace) -> FailureClass | None:
+        """What makes a trace that calls itself valid unfit for training."""
+        try:
+            check_trainable(trace)
+        except UntrainableTraceError as error:
+            self._last_failure = str(error)
+            return error.kind
+        if not math.isfinite(trace.reward):
+            self._last_failure = f"the reward is {trace.reward}"
+            return FailureClass.ENVIRONMENT
+        return None
+
+    def _fail(self, key: Key, kind: FailureClass) -> None:
+        group, attempt = key
+        if not group.startswith(PREFIX):
+            self._tally.failures[kind] += 1
+            self._decide(d.RolloutFailed(int(group), attempt, kind))
+        elif self._evaluation is not None and self._evaluation.waits_for(key):
+            request = self._evaluation.fail(key, kind)
+            if request is not None:
+                self._submit_later(request, self._evaluation.num_failures(key))
+            self._continue_evaluation()
+
+    def _greet(self, hello: WorkerHello, identity: bytes, now: float) -> None:
+        logger.info("env worker is here", extra=fields(worker=hello.worker, pid=hello.pid))
+        missing = sorted(self._environments.keys() - set(hello.environments))
+        if missing:
+            raise ValueError(f"worker {hello.worker} lacks environment {missing[0]!r}; install it where workers run")
+        self._lose(self._dispatch.greet(hello.worker, hello.pid, identity, now))
+
+    def _lose(self, lost: Lost | None) -> None:
+        if lost is None or not lost.keys:
+            return
+        kind = FailureClass.WORKER if lost.has_died else FailureClass.CANCELLED
+        logger.warning("rollouts of a lost worker are issued again", extra=fields(worker=lost.worker, n=len(lost.keys)))
+        self._last_failure = f"env worker {lost.worker} died"
+        for key in lost.keys:
+            self._fail(key, kind)
+
+    # From the trainer.
+
+    def _take_from_trainer(self) -> None:
+        for identity, messages in self._trainer.take():
+            self._heard_at = time.monotonic()
+            for frame in messages:
+                message = self._decode(self._trainer_wire, frame)
+                if isinstance(message, BatchWanted):
+                    self._askers[message.step] = identity
+                    self._batch_wanted_at = self._batch_wanted_at or time.time()
+                    self._decide(message)
+                elif isinstance(message, StepDone | CheckpointSaved):
+                    self._decide(message)
+                    self._tell_trainer(identity, Acknowledged(message.step))
+
+    def _tell_trainer(self, identity: bytes, message: BatchReady | NoMoreBatches | Acknowledged) -> None:
+        data = self._trainer_wire.encode(message)
+        self._after_commit.append(lambda: self._trainer.send(identity, [data]))
+
+    def _decode(self, wire: Wire, frame: bytes) -> Any:
+        try:
+            return wire.decode(frame)
+        except WireError as error:
+            logger.error("a message is passed over: %s", error)
+            return None
+
+    # What was decided.
+
+    def _perform(self, command: d.Command) -> None:
+        match command:
+            case d.StartGroup(number, version):
+                self._start_group(number, version)
+            case d.RunAgain(number, attempt, num_failures):
+                if num_failures:
+                    self._ledger.retry(number, attempt, num_failures)
+                self._submit_later(self._request(number, [attempt]), num_failures)
+            case d.GiveUpAttempt(number, attempt, kind):
+                self._ledger.fail(number, attempt, kind)
+            case d.FinishGroup(number):
+                self._ledger.finish_group(number)
+            case d.FilterGroup(number):
+                self._tally.num_filtered += 1
+                self._ledger.filter_group(number)
+                self._forget(number)
+            case d.DropGroup(number, kind):
+                self._drop(number, str(kind))
+            case d.DropStaleGroup(number):
+                logger.warning("a group is too old: the engine went back to older weights", extra=fields(group=number))
+                self._drop(number, "stale")
+            case d.CancelGroup(number):
+                self._cancel(number)
+            case d.FormBatch(step, groups):
+                self._form_batch(step, groups)
+            case d.OfferBatch(step):
+                self._offer_batch(step)
+            case d.MarkTrained(step):
+                self._ledger.train(step)
+            case d.ForgetBatches(step):
+                self._ledger.checkpoint(step)
+                self._after_commit.append(lambda: self._delete_batches(step))
+            case d.LoadWeights(version):
+                self._after_commit.append(lambda: self._engine.want(version))
+            case d.StartEvaluation(version):
+                self._start_evaluation(version)
+            case d.EndEarly(last_step, reason):
+                logger.warning("training ends early", extra=fields(last_step=last_step, reason=reason))
+                self._ledger.end_early(last_step)
+            case d.EndTraining(last_step):
+                self._tell_trainer(self._askers[last_step + 1], NoMoreBatches(last_step))
+            case d.GiveUpRun(num_filtered, num_failed, kind):
+                raise self._hopeless(num_filtered, num_failed, kind)
+            case d.EndRun():
+                logger.info("all is trained and evaluated", extra=fields(step=self._state.last_step))
+
+    def _start_group(self, number: int, version: int) -> None:
+        draw = self._mixture.draw()
+        task = self._mixture.task(draw)
+        attempts = list(range(self._section.group_size))
+        self._tasks[number] = draw.environment, task
+        self._ledger.admit(number, draw, task.key, version, len(attempts))
+        self._dispatch.submit(self._request(number, attempts))
+
+    def _request(self, number: int, attempts: list[int]) -> RolloutRequest:
+        environment, task = self._tasks[number]
+        name = group_name(number)
+        # A task that comes again in another epoch gets other random numbers, a repeated attempt gets the same.
+        seed = derive_seed(self._recipe.run.seed, "rollouts", name)
+        return RolloutRequest(name, environment, task, attempts, self._sampling, seed)
+
+    def _submit_later(self, request: RolloutRequest, num_failures: int) -> None:
+        """At once after an interruption; ever later after failures, so that a broken world is not hammered."""
+        if num_failures == 0:
+            self._dispatch.submit(request)
+            return
+        delay = min(RETRY_SECONDS * 2 ** (num_failures - 1), LONGEST_RETRY_SECONDS)
+        asyncio.get_running_loop().call_later(delay, self._submit_now, request)
+
+    def _submit_now(self, request: RolloutRequest) -> None:
+        is_evaluated = request.group.startswith(PREFIX)
+        if is_evaluated or int(request.group) in self._state.groups:
+            self._dispatch.submit(request)
+            self._wake.set()
+
+    def _send_requests(self) -> None:
+        outgoing: dict[bytes, list[bytes]] = {}
+        for identity, request in self._dispatch.assign(time.monotonic()):
+            if not request.group.startswith(PREFIX):
+                self._ledger.run(int(request.group), request.attempts)
+            outgoing.setdefault(identity, []).append(self._worker_wire.encode(request))
+        for identity, frames in outgoing.items():
+            self._after_commit.append(lambda identity=identity, frames=frames: self._tell_worker(identity, frames))
+
+    def _tell_worker(self, identity: bytes, frames: list[bytes]) -> None:
+        for start in range(0, len(frames), FRAMES_PER_MESSAGE):
+            self._workers.send(identity, frames[start : start + FRAMES_PER_MESSAGE])
+        self._wake.set()  # sending may have swallowed the sign that something arrived
+
+    def _forget(self, number: int) -> None:
+        self._tasks.pop(number, None)
+        self._traces.pop(number, None)
+
+    def _drop(self, number: int, reason: str) -> None:
+        self._tally.num_dropped += 1
+        self._ledger.fail_group(number, reason)
+        self._forget(number)
+
+    def _cancel(self, number: int) -> None:
+        name = group_name(number)
+        message = self._worker_wire.encode(RolloutCancel(name))
+        for identity in self._dispatch.withdraw(name):
+            self._after_commit.append(lambda identity=identity: self._tell_worker(identity, [message]))
+        self._ledger.fail_group(number, FailureClass.CANCELLED)
+        self._forget(number)
+
+    def _hopeless(self, num_filtered: int, num_failed: int, kind: FailureClass | None) -> Exception:
+        if num_failed > num_filtered:
+            text = f"{num_failed} groups in a row failed, the last rollout with: {self._last_failure}"
+            return ValueError(text) if kind is FailureClass.ENVIRONMENT else NothingToTrainError(text)
+        return ValueError(
+            f"{num_filtered} groups in a row had equal rewards, so there is nothing to learn from: give easier or harder"
+            f" tasks, train longer by SFT first, or set rl.filter_without_signal = false"
+        )
+
+    # Batches.
+
+    def _form_batch(self, step: int, groups: Iterable[int]) -> None:
+        numbers = list(groups)
+        traces = [[trace for _, trace in sorted(self._traces.pop(number).items())] for number in numbers]
+        made = make_batch(step, traces, self._section)
+        write_batch(self._folder.batch_of(step), made.batch)
+        self._ledger.batch(step, numbers, made.batch.num_samples)
+        for number in numbers:
+            self._forget(number)
+        self._measure(step, made.metrics)
+
+    def _measure(self, step: int, metrics: dict[str, float]) -> None:
+        tally, self._tally = self._tally, Tally()
+        state = self._state
+        queues = {
+            "rollout/running_count": state.num_running,
+            "rollout/queued_count": self._dispatch.num_queued,
+            "batch/ready_groups_count": state.num_ready,
+            "batch/ahead_count": state.num_batches - state.trained,
+        }
+        self._metrics.write(metrics | tally.metrics() | queues, step)
+        if tally.started_at < math.inf:
+            wall = tally.ended_at - tally.started_at
+            self._spans.record("generate", tally.started_at, wall, step=step, busy_seconds=tally.generate_seconds)
+            self._spans.record("score", tally.started_at, wall, step=step, busy_seconds=tally.score_seconds)
+
+    def _offer_batch(self, step: int) -> None:
+        self._ledger.offer(step)
+        path = self._folder.relative(self._folder.batch_of(step))
+        self._tell_trainer(self._askers[step], BatchReady(step, path))
+        self._askers = {asked: identity for asked, identity in self._askers.items() if asked > step}
+        if self._batch_wanted_at is not None:
+            waited = time.time() - self._batch_wanted_at
+            self._spans.record("wait", self._batch_wanted_at, waited, step=step)
+            self._metrics.write({"batch/wait_seconds": waited}, step)
+            self._batch_wanted_at = None
+
+    def _delete_batches(self, through: int) -> None:
+        for path in sorted(self._folder.batches.glob("step_*.batch")):
+            if int(path.stem.removeprefix("step_")) <= through:
+                path.unlink(missing_ok=True)
+
+    # Evaluations.
+
+    def _start_evaluation(self, version: int) -> None:
+        self._evaluation = Evaluation(
+            version,
+            dict(self._environments),
+            self._recipe.evaluation,
+            run_seed=self._recipe.run.seed,
+            max_attempts=self._section.max_attempts,
+        )
+        self._evaluation_began = time.time()
+        self._continue_evaluation()
+
+    def _finish_evaluated(self, key: Key, trace: Trace) -> None:
+        assert self._evaluation is not None, "results of no evaluation are not welcome"
+        self._evaluation.finish(key, trace)
+        self._continue_evaluation()
+
+    def _continue_evaluation(self) -> None:
+        evaluation = self._evaluation
+        if evaluation is None:
+            return
+        for request in evaluation.start():
+            self._dispatch.submit(request)
+        if evaluation.is_complete:
+            self._evaluation = None
+            self._end_evaluation(evaluation)
+
+    def _end_evaluation(self, evaluation: Evaluation) -> None:
+        seconds = time.time() - self._evaluation_began
+        path = self._folder.eval_of(evaluation.version)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(evaluation.report() | {"seconds": seconds}, indent=2))
+        temporary.replace(path)
+        self._metrics.write(evaluation.metrics() | {"eval/duration_seconds": seconds}, evaluation.version)
+        self._spans.record("evaluate", self._evaluation_began, seconds, version=evaluation.version)
+        logger.info("evaluated", extra=fields(version=evaluation.version, reward=evaluation.reward))
+        self._events.append(d.EvaluationFinished(evaluation.version, evaluation.reward))
+
+    # Beginning and end.
+
+    def _resume(self) -> None:
+        """Take up the run where its ledger has it; the first tick sends what follows."""
+        found = recover(self._ledger, self._folder, limits_of(self._recipe, self._section))
+        self._ledger.note_steps(self._section.num_steps)
+        self._state = found.state
+        self._traces = found.traces
+        self._mixture.restore(found.num_drawn)
+        for number, drawn in found.drawn.items():
+            self._tasks[number] = drawn.draw.environment, self._same_task(drawn.draw, drawn.task_key)
+        for step in found.broken:
+            self._make_again(step)
+        self._restore_evaluations()
+        self._decide(d.Resumed())
+        for location, result in found.orphans:
+            self._take_result(result, location)
+        self._ledger.note_traces(self._writer.end)
+        if found.state.next_group:
+            logger.info(
+                "the run goes on",
+                extra=fields(step=found.state.trained, groups=len(found.state.groups), adopted=len(found.orphans)),
+            )
+        # What is loaded by now stays: spare the garbage collector from visiting it.
+        gc.collect()
+        gc.freeze()
+
+    def _same_task(self, draw: Draw, task_key: str) -> Task:
+        task = self._mixture.task(draw)
+        if task.key != task_key:
+            raise ValueError(
+                f"task {draw.number} of environment {draw.environment!r} is not the one that this run began with;"
+                f" install the environment's former version, or start a new run with another run.name"
+            )
+        return task
+
+    def _make_again(self, step: int) -> None:
+        """A batch whose file a power cut or a person has damaged, from the traces that it was made of."""
+        logger.warning("a batch file is missing or damaged and is made again", extra=fields(step=step))
+        [row] = [row for row in self._ledger.batches() if row.step == step]
+        traces = read_group_traces(self._ledger, self._folder, row.groups)
+        missing = [number for number in row.groups if number not in traces]
+        if missing:
+            raise ValueError(
+                f"the batch of step {step} and traces of its group {missing[0]} are gone from {self._folder.path};"
+                f" restore them, or start a new run"
+            )
+        groups = [[trace for _, trace in sorted(traces[number].items())] for number in row.groups]
+        write_batch(self._folder.batch_of(step), make_batch(step, groups, self._section).batch)
+
+    def _restore_evaluations(self) -> None:
+        for path in sorted(self._folder.evals.glob("v*.json")):
+            report = json.loads(path.read_text())
+            reward = report["reward_mean"]
+            self._events.append(d.EvaluationFinished(report["version"], -math.inf if reward is None else reward))
+            self._state.evaluated = max(self._state.evaluated, report["version"])
+
+    def _recipe_token(self) -> str | None:
+        variable = self._recipe.server.admin_token_variable
+        if variable is None:
+            return None
+        token = os.environ.get(variable)
+        if token is None:
+            raise ValueError(f"environment variable {variable} (server.admin_token_variable) is not set; set it")
+        return token
+
+    def _port(self) -> int | None:
+        return self._recipe.run.metrics_port
+
+    async def _own_worker(self, stack: AsyncExitStack) -> Coroutine[Any, Any, None]:
+        """The env worker of a run without worker processes: the same code over the same sockets, in this loop."""
+        channel = await stack.enter_async_context(TokenChannel(self._addresses.tokens))
+        worker = Worker(
+            "worker-0",
+            self._addresses.workers,
+            self._environments,
+            TokenSampler(channel, Renderer(Tokenizer.load(self._folder.model))),
+            limits=limits_from(self._recipe),
+            heartbeat_seconds=self._recipe.workers.heartbeat_seconds,
+        )
+        await stack.enter_async_context(worker)
+        return worker.run()
+
+    def _say_goodbye(self) -> None:
+        message = self._worker_wire.encode(Shutdown("the run is over"))
+        for identity in self._dispatch.identities:
+            self._workers.send(identity, [message])
+
+    # The clock.
+
+    def _look_at_the_clock(self) -> None:
+        now = time.monotonic()
+        late = now - self._timer_at
+        if late < TIMER_SECONDS:
+            return
+        self._timer_at = now
+        heartbeat = self._recipe.workers.heartbeat_seconds
+        if late > heartbeat + TIMER_SECONDS:
+            self._dispatch.forgive(now)
+        for lost in self._dispatch.silent(now, SILENT_BEATS * heartbeat):
+            self._lose(lost)
+        for key in self._dispatch.overdue(now, self._section.rollout_timeout_seconds + GRACE_SECONDS):
+            self._last_failure = "the worker did not end the rollout in time"
+            self._fail(key, FailureClass.TIMEOUT)
+        if self._state.ended and self._is_exported():
+            self._over = True
+        if now - self._heard_at > REMIND_SECONDS:
+            self._heard_at = now
+            logger.warning("nothing happens; waiting for %s", self._waiting_for())
+
+    def _waiting_for(self) -> str:
+        if self._dispatch.num_queued and not self._dispatch.num_workers:
+            return f"an env worker ({self._dispatch.num_queued} requests are queued)"
+        return d.waiting_for(self._state)
+
+    def _is_exported(self) -> bool:
+        """Whether the trainer has written its result, after its last checkpoint."""
+        export, checkpoint = self._folder.export, self._folder.checkpoint_of(self._state.last_step)
+        if not export.exists():
+            return False
+        return not checkpoint.exists() or export.stat().st_mtime >= checkpoint.stat().st_mtime
+
+
+class _Background:
+    """Tasks that run until the body ends; an error in one of them surfaces in `check`."""
+
+    def __init__(self) -> None:
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> "_Background":
+        return self
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
+
+    def check(self) -> None:
+        for task in self._tasks:
+            if task.done():
+                task.result()
+                raise AssertionError(f"{task.get_name()} ended by itself")
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""A run that goes on: the state that its orchestrator died in, from the ledger and the trace segments."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hone.orchestrator.audit import group_name
+from hone.orchestrator.decide import Group, Limits, State
+from hone.orchestrator.ledger import GroupRow, Ledger
+from hone.orchestrator.mixture import Draw
+from hone.schema.rollouts import RolloutResult
+from hone.schema.traces import Trace
+from hone.schema.wire import WireError
+from hone.transport.batches import read_batch
+from hone.transport.folders import RunFolder
+from hone.transport.traces import Location, read_frame, read_traces
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The task of an outstanding group: where the mixture had it from, and its key then."""
+
+    draw: Draw
+    task_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What a restarted orchestrator begins with.
+
+    drawn, traces: of outstanding groups. num_drawn: the cursor of the mixture. orphans: results that reached the
+    segments but not the ledger, to be taken as if they arrived now. broken: steps whose batch file must be made again.
+    """
+
+    state: State
+    drawn: dict[int, Drawn]
+    traces: dict[int, dict[int, Trace]]
+    num_drawn: dict[str, int]
+    orphans: list[tuple[Location, RolloutResult]]
+    broken: list[int]
+
+
+def recover(ledger: Ledger, folder: RunFolder, limits: Limits) -> Recovery:
+    """The state of the run in `folder`; that of a new run when the ledger is empty."""
+    rows = ledger.outstanding()
+    traces = read_group_traces(ledger, folder, [row.number for row in rows])
+    lost = [
+        (row.number, attempt.attempt)
+        for row in rows
+        for attempt in row.attempts
+        if attempt.state == "finished" and attempt.attempt not in traces.get(row.number, {})
+    ]
+    if lost:
+        for number, attempt in lost:
+            ledger.forget_result(number, attempt)
+        rows = ledger.outstanding()
+    state = State(limits)
+    for row in rows:
+        state.restore_group(row.number, _group(row))
+    _restore_steps(state, ledger, folder)
+    return Recovery(
+        state=state,
+        drawn={row.number: Drawn(row.draw, row.task_key) for row in rows},
+        traces=traces,
+        num_drawn=ledger.num_drawn(),
+        orphans=_orphans(ledger, folder, state),
+        broken=[step for step in range(state.covered + 1, state.num_batches + 1) if not _is_whole(folder, step)],
+    )
+
+
+def read_group_traces(ledger: Ledger, folder: RunFolder, numbers: Iterable[int]) -> dict[int, dict[int, Trace]]:
+    """The finished traces of some groups, by group and attempt; those whose frame is gone are missing."""
+    wanted: dict[Location, set[tuple[str, int]]] = defaultdict(set)
+    number_of = {group_name(number): number for number in numbers}
+    for name, number in number_of.items():
+        for attempt in ledger.attempts(number):
+            if attempt.location is not None:
+                wanted[attempt.location].add((name, attempt.attempt))
+    traces: dict[int, dict[int, Trace]] = {}
+    for location in sorted(wanted):
+        for result in read_frame(folder.traces, location):
+            if (result.group, result.attempt) in wanted[location]:
+                traces.setdefault(number_of[result.group], {})[result.attempt] = result.trace
+    return traces
+
+
+def _group(row: GroupRow) -> Group:
+    pending = {a.attempt: a.num_failures for a in row.attempts if a.state in ("issued", "running")}
+    failures = [a.failure for a in row.attempts if a.failure is not None]
+    group = Group(row.version, pending, last_failure=failures[-1] if failures else None)
+    for a in row.attempts:
+        if a.reward is not None:
+            group.record(a.attempt, a.reward, a.min_version)
+    return group
+
+
+def _restore_steps(state: State, ledger: Ledger, folder: RunFolder) -> None:
+    batches = ledger.batches()
+    state.next_group = ledger.next_number()
+    state.num_batches = len(batches)
+    state.trained = max((row.step for row in batches if row.state == "trained"), default=0)
+    state.offered = max((row.step for row in batches if row.state != "formed"), default=0)
+    state.covered = ledger.covered()
+    state.trained = max(state.trained, state.covered)
+    state.published = folder.newest_weights()[0]
+    early_end = ledger.early_end()
+    if early_end is not None and state.limits.num_steps <= ledger.num_steps():
+        state.last_step = early_end
+    # A recipe that now wants fewer steps than were begun cannot undo them.
+    state.last_step = max(state.last_step, state.offered, state.trained)
+
+
+def _orphans(ledger: Ledger, folder: RunFolder, state: State) -> list[tuple[Location, RolloutResult]]:
+    waited_for = {(group_name(number), a): None for number, group in state.groups.items() for a in group.pending}
+    found = []
+    for location, result in read_traces(folder.traces, ledger.traces_end()):
+        key = result.group, result.attempt
+        if key in waited_for and result.trace.failure is None:
+            del waited_for[key]
+            found.append((location, result))
+    return found
+
+
+def _is_whole(folder: RunFolder, step: int) -> bool:
+    try:
+        return read_batch(folder.batch_of(step)).step == step
+    except (WireError, FileNotFoundError):
+        return False
