@@ -26,13 +26,13 @@ class Chart:
     lines: tuple[Line, ...]
     unit: str = ""
     log: bool = False
-    range: tuple[float, float] | None = None
+    from_zero: bool = False
     note: str = ""
 
     def with_lines_of(self, series: Mapping[str, Series]) -> "Chart | None":
         """The chart with those of its lines that the run wrote; None without any."""
         lines = tuple(line for line in self.lines if line.metric in series)
-        return Chart(self.title, lines, self.unit, self.log, self.range, self.note) if lines else None
+        return Chart(self.title, lines, self.unit, self.log, self.from_zero, self.note) if lines else None
 
     def spoken(self, series: Mapping[str, Series]) -> str:
         """What the curves show, in words: the means of their first and last tenths."""
@@ -86,7 +86,7 @@ GROUPS: tuple[ChartGroup, ...] = (
             Chart("RL loss", (Line("train/loss", "loss"),), "loss"),
             Chart("Gradient norm", (Line("train/grad_norm", "before clipping"),), "norm", log=True),
             Chart("Entropy", (Line("train/entropy", "sampler"),), "nats per token"),
-            Chart("Learning rate", (Line("train/lr", "RL", raw=True),), ""),
+            Chart("Learning rate", (Line("train/lr", "RL", raw=True),), "", from_zero=True),
         ),
     ),
     ChartGroup(
@@ -101,6 +101,7 @@ GROUPS: tuple[ChartGroup, ...] = (
                     Line("train/staleness_min", "minimum", raw=True),
                 ),
                 "policy versions",
+                from_zero=True,
             ),
             Chart("Mismatch KL", (Line("train/mismatch_kl", "sampler to trainer"),), "nats per token"),
             Chart(
@@ -112,7 +113,7 @@ GROUPS: tuple[ChartGroup, ...] = (
                 "nats",
             ),
             Chart("Effective sample size", (Line("train/ess", "share of the tokens"),), "share"),
-            Chart("Masked tokens", (Line("train/masked_share", "share of the tokens"),), "share"),
+            Chart("Masked tokens", (Line("train/masked_share", "share of the tokens"),), "share", from_zero=True),
             Chart("Largest importance ratio", (Line("train/ratio_max", "maximum"),), "ratio", log=True),
         ),
     ),
@@ -120,8 +121,12 @@ GROUPS: tuple[ChartGroup, ...] = (
         "Speed",
         "speed",
         (
-            Chart("Rollouts trained", (Line("train/samples_per_second", "trainer"),), "samples per second"),
-            Chart("Tokens of a step", (Line("train/tokens_per_second", "RL, while training"),), "tokens per second"),
+            Chart(
+                "Rollouts trained", (Line("train/samples_per_second", "trainer"),), "samples per second", from_zero=True
+            ),
+            Chart(
+                "Tokens of a step", (Line("train/tokens_per_second", "trainer"),), "tokens per second", from_zero=True
+            ),
             Chart(
                 "Seconds of a step",
                 (
@@ -130,6 +135,7 @@ GROUPS: tuple[ChartGroup, ...] = (
                     Line("train/broadcast_seconds", "broadcast weights"),
                 ),
                 "seconds",
+                from_zero=True,
             ),
         ),
     ),
@@ -139,8 +145,8 @@ GROUPS: tuple[ChartGroup, ...] = (
         (
             Chart("SFT loss", (Line("sft/loss", "loss"),), "nats per token", log=True),
             Chart("SFT gradient norm", (Line("sft/grad_norm", "before clipping"),), "norm", log=True),
-            Chart("SFT learning rate", (Line("sft/lr", "learning rate", raw=True),), ""),
-            Chart("SFT speed", (Line("sft/tokens_per_second", "tokens per second"),), "tokens per second"),
+            Chart("SFT learning rate", (Line("sft/lr", "learning rate", raw=True),), "", from_zero=True),
+            Chart("SFT speed", (Line("sft/tokens_per_second", "trainer"),), "tokens per second", from_zero=True),
         ),
     ),
 )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import jinja2
@@ -27,9 +28,15 @@ MAX_TROUBLES = 30
 
 
 HEADLINES: tuple[tuple[str, str, Callable[[Sequence[float]], float]], ...] = (
-    ("RL steps", "train/loss", len),
     ("SFT steps", "sft/loss", len),
+    ("RL steps", "train/loss", len),
+    ("reward, last tenth of RL", "train/reward_mean", lambda values: fmean(values[-max(1, len(values) // 10) :])),
+    ("rollouts trained per second", "train/samples_per_second", median),
+    ("sampled tokens per second", "engine/tokens_per_second", median),
+    ("largest staleness", "train/staleness_max", max),
+    ("largest difference of logprobs", "train/logprob_difference_max", max),
 )
+"""Numbers at the head of the page: name, metric, and how its values become one."""
 
 
 @dataclass(frozen=True, slots=True)
