@@ -1,7 +1,7 @@
 """`hone run`, `hone sft`, `hone rl`: train by a recipe."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +10,7 @@ import typer
 from hone.cli.arguments import EXTRA, overrides
 
 if TYPE_CHECKING:
+    from hone.launch.console import StageConsole
     from hone.launch.stages import Stages
 
 RecipePath = Annotated[Path, typer.Argument(help="TOML file, for example recipes/tiny/reverse.toml.")]
@@ -29,33 +30,40 @@ def run(context: typer.Context, recipe: RecipePath, verbose: Verbose = False) ->
     --section.field=value.
     """
 
-    async def everything(stages: "Stages") -> None:
-        await stages.run()
+    from hone.cli.summary import show_results
+    from hone.launch.console import StageConsole
 
-    _perform(context, recipe, verbose, everything)
+    console = StageConsole(verbose)
+
+    async def everything(stages: "Stages", folder: Path) -> None:
+        show_results(await stages.run(), folder, console)
+
+    _perform(context, recipe, console, everything)
 
 
 def sft(context: typer.Context, recipe: RecipePath, verbose: Verbose = False) -> None:
     """Supervised fine-tuning only (section [sft] of the recipe)."""
 
-    async def only_sft(stages: "Stages") -> None:
-        await stages.sft()
+    from hone.launch.console import StageConsole
 
-    _perform(context, recipe, verbose, only_sft)
+    _perform(context, recipe, StageConsole(verbose), lambda stages, _: stages.sft())
 
 
 def rl(context: typer.Context, recipe: RecipePath, verbose: Verbose = False) -> None:
     """Asynchronous reinforcement learning only (section [rl]), from the SFT result where there is one."""
 
-    async def only_rl(stages: "Stages") -> None:
-        await stages.rl()
-
-    _perform(context, recipe, verbose, only_rl)
-
-
-def _perform(context: typer.Context, path: Path, verbose: bool, job: Callable[["Stages"], Awaitable[None]]) -> None:
-    from hone.config.load import load_recipe
     from hone.launch.console import StageConsole
+
+    _perform(context, recipe, StageConsole(verbose), lambda stages, _: stages.rl())
+
+
+def _perform(
+    context: typer.Context,
+    path: Path,
+    console: "StageConsole",
+    job: Callable[["Stages", Path], Coroutine[None, None, None]],
+) -> None:
+    from hone.config.load import load_recipe
     from hone.launch.preflight import preflight
     from hone.launch.run_folder import claim
     from hone.launch.stages import Stages
@@ -65,8 +73,4 @@ def _perform(context: typer.Context, path: Path, verbose: bool, job: Callable[["
     preflight(recipe)
     with claim(recipe) as folder:
         logs.configure("launcher", folder, console=False)
-        asyncio.run(_awaited(job(Stages(recipe, folder, StageConsole(verbose)))))
-
-
-async def _awaited(job: Awaitable[None]) -> None:
-    await job
+        asyncio.run(job(Stages(recipe, folder, console), folder))

@@ -5,12 +5,10 @@ from pathlib import Path
 
 from hone.config.recipe import Recipe
 from hone.envs.registry import load_environment
-from hone.evals.report import comparison_table
 from hone.launch.console import RL_SHOWN, SFT_SHOWN, Bar, StageConsole
 from hone.launch.evaluations import Results, evaluate_weights
 from hone.launch.plan import ProcessPlan, plan_rl, plan_sft
 from hone.launch.supervise import Supervisor
-from hone.studio.report import write_report
 from hone.synth.gold import write_gold_conversations
 from hone.transport.addresses import allocate, save_addresses
 from hone.transport.folders import RunFolder
@@ -25,8 +23,8 @@ class Stages:
         self._console = console
         self._supervisor = Supervisor(folder, recipe.run.max_restarts, console.show)
 
-    async def run(self) -> None:
-        """All stages in turn, then the table, the report, and how to talk with the result."""
+    async def run(self) -> dict[str, Results]:
+        """All stages in turn; returns what the evaluations found, by label (base, sft, rl) and environment."""
         await self.prepare()
         results = {"base": await self._evaluate("base", self._folder.model)}
         if self._recipe.sft is not None:
@@ -35,7 +33,7 @@ class Stages:
         if self._recipe.rl is not None:
             await self.rl()
             results["rl"] = await self._evaluate("rl", self._folder.export)
-        self._show(results)
+        return results
 
     async def prepare(self) -> None:
         """The base model with its tokenizer."""
@@ -79,14 +77,3 @@ class Stages:
 
     async def _evaluate(self, label: str, weights: Path) -> Results:
         return await evaluate_weights(self._recipe, self._folder, weights, label, self._console)
-
-    def _show(self, results: dict[str, Results]) -> None:
-        for environment in self._recipe.environments:
-            columns = {label: found[environment.name] for label, found in results.items()}
-            self._console.table(comparison_table(columns, title=environment.name))
-        report = write_report(self._folder.path)
-        best = next(
-            path for path in (self._folder.export, self._folder.sft_export, self._folder.model) if path.exists()
-        )
-        self._console.say(f"run folder  {self._folder.path}\nreport      {report}")
-        self._console.say(f"chat        hone chat {best}\nserve       hone serve {best}")
