@@ -30,6 +30,7 @@ from hone.model.checkpoint import load_model, save_model
 from hone.model.families import ModelConfig
 from hone.model.transformer import Transformer
 from hone.trainer.losses import supervised_loss
+from hone.trainer.memory import keep_freed_memory
 from hone.trainer.optim import build_optimizers
 from hone.trainer.packing import Samples, pack
 from hone.trainer.ranks import Ranks
@@ -277,6 +278,7 @@ def main() -> None:
     options = parser.parse_args()
     num_rounds, num_steps = (2, 8) if options.quick else (5, 22)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as in hone's trainer; every side gains from it
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)

@@ -21,6 +21,7 @@ from hone.observability import logs
 from hone.observability.metrics import Metrics
 from hone.observability.spans import Spans
 from hone.trainer.checkpoint import Progress
+from hone.trainer.memory import keep_freed_memory
 from hone.trainer.optim import build_optimizers
 from hone.trainer.packing import Samples
 from hone.trainer.ranks import Ranks
@@ -77,6 +78,7 @@ def join_run(folder: RunFolder) -> Run:
     """Read the recipe, join the other ranks, set what is set once per process."""
     recipe = load_recipe(folder.config)
     section = recipe.trainer
+    keep_freed_memory()
     if section.threads is not None:
         torch.set_num_threads(max(1, section.threads // section.num_ranks))
     if section.numerics == "strict" and not torch.cuda.is_available():
