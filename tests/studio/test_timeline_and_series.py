@@ -32,6 +32,12 @@ def test_shares_are_of_the_process_own_time() -> None:
     ]
 
 
+def test_a_span_that_sums_up_many_pieces_counts_what_they_took_together() -> None:
+    sums = [Span("generate", "o", float(n), 1.0, {"busy_seconds": 30.0}) for n in range(10)]
+    [found] = shares(sums)
+    assert (found.seconds, found.share) == (300.0, 30.0)
+
+
 def test_a_window_is_of_the_asked_length_and_from_the_second_half() -> None:
     spans = [span(float(second), 0.5) for second in range(100)]
     found = window(spans, 10.0)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hone.schema.traces import FailureClass
 from hone.studio.series import Series
 
 HELD_OUT = re.compile(r"eval/(?P<environment>[^/]+)/(?:metric_)?(?P<score>(?!completion_tokens|truncated).+)_mean")
@@ -81,7 +82,11 @@ GROUPS: tuple[ChartGroup, ...] = (
         "Learning",
         "learning",
         (
-            Chart("Reward of the trained rollouts", (Line("train/reward_mean", "mean"),), "reward"),
+            Chart(
+                "Reward",
+                (Line("train/reward_mean", "trained rollouts"), Line("rollout/reward_mean", "all finished rollouts")),
+                "mean reward",
+            ),
             Chart("Spread of the rewards", (Line("train/reward_std", "standard deviation"),), "reward"),
             Chart("RL loss", (Line("train/loss", "loss"),), "loss"),
             Chart("Gradient norm", (Line("train/grad_norm", "before clipping"),), "norm", log=True),
@@ -118,6 +123,45 @@ GROUPS: tuple[ChartGroup, ...] = (
         ),
     ),
     ChartGroup(
+        "Rollouts",
+        "rollout-curves",
+        (
+            Chart("Length", (Line("rollout/completion_tokens_mean", "sampled tokens"),), "tokens", from_zero=True),
+            Chart("Truncated", (Line("rollout/truncated_share", "rollouts"),), "share", from_zero=True),
+            Chart("Duration", (Line("rollout/duration_seconds", "mean"),), "seconds", from_zero=True),
+            Chart(
+                "Left out, by batch",
+                (
+                    Line("rollout/filtered_groups_count", "groups with equal rewards"),
+                    Line("rollout/dropped_groups_count", "groups with too few valid rollouts"),
+                ),
+                "groups",
+                from_zero=True,
+            ),
+            Chart(
+                "Failures, by batch and class",
+                tuple(Line(f"rollout/failed_{kind}_count", str(kind), raw=True) for kind in FailureClass),
+                "rollouts",
+                from_zero=True,
+            ),
+            Chart(
+                "Under way",
+                (Line("rollout/running_count", "running"), Line("rollout/queued_count", "requests without a worker")),
+                "rollouts",
+                from_zero=True,
+            ),
+            Chart(
+                "Ahead of the trainer",
+                (
+                    Line("batch/ahead_count", "batches", raw=True),
+                    Line("batch/ready_groups_count", "groups that wait for a batch"),
+                ),
+                "count",
+                from_zero=True,
+            ),
+        ),
+    ),
+    ChartGroup(
         "Speed",
         "speed",
         (
@@ -132,7 +176,7 @@ GROUPS: tuple[ChartGroup, ...] = (
                 (
                     Line("train/step_seconds", "train"),
                     Line("train/wait_seconds", "wait for a batch"),
-                    Line("train/broadcast_seconds", "broadcast weights"),
+                    Line("train/broadcast_seconds", "publish weights"),
                 ),
                 "seconds",
                 from_zero=True,

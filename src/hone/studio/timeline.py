@@ -25,7 +25,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How much of its life a process spent in work of one name, counting what overlaps once."""
+    """How much of its life a process spent in work of one name.
+
+    What overlaps counts once. A span that sums up many pieces says how long they took together (`busy_seconds`); with
+    these, a share of more than 1 is how many were under way at once.
+    """
 
     process: str
     name: str
@@ -58,9 +62,16 @@ def shares(spans: Sequence[Span]) -> list[Share]:
         for span in own:
             by_name[span.name].append(span)
         for name, same in by_name.items():
-            seconds = covered_seconds(same)
+            seconds = busy_seconds(same)
             found.append(Share(process, name, seconds, seconds / life if life > 0 else 0.0, len(same)))
     return sorted(found, key=lambda share: (share.process, -share.seconds))
+
+
+def busy_seconds(spans: Sequence[Span]) -> float:
+    """What the spans say that their pieces took, or else the time that they cover."""
+    told = [span.fields.get("busy_seconds") for span in spans]
+    numbers = [float(value) for value in told if isinstance(value, int | float)]
+    return sum(numbers) if numbers else covered_seconds(spans)
 
 
 def covered_seconds(spans: Sequence[Span]) -> float:
