@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ async def orchestrate(
     """Run until everything is trained, evaluated and exported."""
     if recipe.rl is None:
         raise ValueError("the recipe has no [rl] section; add one to reinforce")
+    held_out = [environment.num_held_out_tasks for environment in environments.values()]
+    if recipe.evaluation.every is not None and not any(count != 0 for count in held_out):
+        raise ValueError("evaluation.every is set, but no environment has held-out tasks; remove it, or add such tasks")
     orchestrator = Orchestrator(folder, recipe, recipe.rl, environments, addresses)
     await orchestrator.run()
 
@@ -154,6 +158,7 @@ class Orchestrator:
         self._mixture = Mixture({e.name: e.weight for e in recipe.environments}, environments, recipe.run.seed)
         self._worker_wire = Wire(*WORKER_CHANNEL)
         self._trainer_wire = Wire(*TRAINER_CHANNEL)
+        self._state = d.State(limits_of(recipe, section))
         self._dispatch = Dispatch()
         self._events: deque[d.Event] = deque()
         self._tasks: dict[int, tuple[str, Task]] = {}
@@ -345,7 +350,7 @@ class Orchestrator:
 
     def _tell_trainer(self, identity: bytes, message: BatchReady | NoMoreBatches | Acknowledged) -> None:
         data = self._trainer_wire.encode(message)
-        self._after_commit.append(lambda: self._trainer.send(identity, [data]))
+        self._after_commit.append(partial(self._trainer.send, identity, [data]))
 
     def _decode(self, wire: Wire, frame: bytes) -> Any:
         try:
@@ -387,9 +392,9 @@ class Orchestrator:
                 self._ledger.train(step)
             case d.ForgetBatches(step):
                 self._ledger.checkpoint(step)
-                self._after_commit.append(lambda: self._delete_batches(step))
+                self._after_commit.append(partial(self._delete_batches, step))
             case d.LoadWeights(version):
-                self._after_commit.append(lambda: self._engine.want(version))
+                self._after_commit.append(partial(self._engine.want, version))
             case d.StartEvaluation(version):
                 self._start_evaluation(version)
             case d.EndEarly(last_step, reason):
@@ -438,7 +443,7 @@ class Orchestrator:
                 self._ledger.run(int(request.group), request.attempts)
             outgoing.setdefault(identity, []).append(self._worker_wire.encode(request))
         for identity, frames in outgoing.items():
-            self._after_commit.append(lambda identity=identity, frames=frames: self._tell_worker(identity, frames))
+            self._after_commit.append(partial(self._tell_worker, identity, frames))
 
     def _tell_worker(self, identity: bytes, frames: list[bytes]) -> None:
         for start in range(0, len(frames), FRAMES_PER_MESSAGE):
@@ -458,7 +463,7 @@ class Orchestrator:
         name = group_name(number)
         message = self._worker_wire.encode(RolloutCancel(name))
         for identity in self._dispatch.withdraw(name):
-            self._after_commit.append(lambda identity=identity: self._tell_worker(identity, [message]))
+            self._after_commit.append(partial(self._tell_worker, identity, [message]))
         self._ledger.fail_group(number, FailureClass.CANCELLED)
         self._forget(number)
 
@@ -621,7 +626,9 @@ class Orchestrator:
         return token
 
     def _port(self) -> int | None:
-        return self._recipe.run.metrics_port
+        # The first port of the range is the trainer's.
+        first = self._recipe.run.metrics_port
+        return None if first is None else first + 1
 
     async def _own_worker(self, stack: AsyncExitStack) -> Coroutine[Any, Any, None]:
         """The env worker of a run without worker processes: the same code over the same sockets, in this loop."""

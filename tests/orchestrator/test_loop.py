@@ -1,0 +1,243 @@
+"""The orchestrator end to end: real sockets, ledger and files; engine, env worker and trainer are fakes."""
+
+import asyncio
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from hone.observability.metrics import read_metrics
+from hone.orchestrator.audit import audit
+from hone.orchestrator.ledger import LedgerError
+from hone.schema.traces import Failure, FailureClass, Trace
+from hone.transport.addresses import PortInUseError
+
+SECONDS = 30
+PROCESS = Path(__file__).parent / "orchestrator_process.py"
+
+
+def failed(request, attempt, kind=FailureClass.SANDBOX):
+    return Trace(request.environment, request.task, attempt, group=request.group, failure=Failure(kind, "here", "no"))
+
+
+async def finish(run):
+    async with asyncio.timeout(SECONDS):
+        await run.orchestrate()
+
+
+def batch_lines(run):
+    return [line for line in read_metrics(run.folder.metrics) if "batch/reward_mean" in line]
+
+
+async def test_a_run_trains_every_step_and_ends(make_run):
+    run = make_run()
+    async with run.world() as (engine, worker, trainer):
+        await finish(run)
+        assert sorted(trainer.batches) == [1, 2, 3, 4]
+        assert max(staleness for staleness, _ in trainer.batches.values()) <= 1
+        assert engine.version == 4
+        async with asyncio.timeout(SECONDS):
+            while not worker.is_over:
+                await asyncio.sleep(0.01)
+    result = audit(run.folder.path)
+    assert result.is_clean
+    assert result.num_trained >= 4 * 8
+    assert [line["step"] for line in batch_lines(run)] == [1, 2, 3, 4]
+    assert list(run.folder.batches.iterdir()) == []
+
+
+async def test_without_staleness_generation_and_training_alternate(make_run):
+    run = make_run({"max_staleness": 0, "num_steps": 5})
+    async with run.world() as (_, worker, trainer):
+        worker.seconds = lambda dice: dice.random() * 0.01
+        await finish(run)
+        assert {staleness for staleness, _ in trainer.batches.values()} == {0}
+
+
+async def test_the_bound_holds_with_stragglers_and_a_slow_engine(make_run):
+    run = make_run({"max_staleness": 2, "num_steps": 12})
+    async with run.world() as (engine, worker, trainer):
+        engine.load_seconds = 0.02
+        worker.seconds = lambda dice: 0.3 if dice.random() < 0.05 else 0.001
+        await finish(run)
+        assert max(staleness for staleness, _ in trainer.batches.values()) <= 2
+    assert audit(run.folder.path).is_clean
+
+
+async def test_updates_wait_for_rollouts_when_they_may_not_be_in_flight(make_run):
+    run = make_run({"in_flight_updates": False, "max_staleness": 3, "num_steps": 6})
+    async with run.world() as (_, worker, trainer):
+        worker.seconds = lambda dice: dice.random() * 0.02
+        await finish(run)
+        for _, content in trainer.batches.values():
+            assert content
+    frames = audit(run.folder.path)
+    assert frames.is_clean
+
+
+async def test_failures_are_tried_again_and_never_rewards(make_run):
+    run = make_run({"num_steps": 3})
+    async with run.world() as (_, worker, trainer):
+        worker.outcome = lambda request, attempt: failed(request, attempt) if worker.dice.random() < 0.2 else None
+        await finish(run)
+        rewards = [reward for _, content in trainer.batches.values() for _, reward, _ in content]
+        assert set(rewards) <= {0.0, 1.0}
+    assert sum(
+        line["rollout/failed_sandbox_count"] for line in batch_lines(run) if "rollout/failed_sandbox_count" in line
+    )
+    assert audit(run.folder.path).is_clean
+
+
+async def test_a_rollout_without_tokens_is_a_failure(make_run):
+    run = make_run({"num_steps": 1})
+    async with run.world() as (_, worker, trainer):
+
+        def empty(request, attempt):
+            if attempt:
+                return None
+            return Trace(request.environment, request.task, attempt, group=request.group, rewards={})
+
+        worker.outcome = empty
+        await finish(run)
+        assert all(len(content) <= 2 * 3 for _, content in trainer.batches.values())
+    [line] = batch_lines(run)
+    assert line["rollout/failed_environment_count"] >= 2
+
+
+async def test_an_environment_that_always_raises_ends_the_run_with_what_it_said(make_run, monkeypatch):
+    monkeypatch.setattr("hone.orchestrator.loop.RETRY_SECONDS", 0.001)
+    run = make_run({"num_steps": 1})
+    async with run.world() as (_, worker, _):
+        worker.outcome = lambda request, attempt: failed(request, attempt, FailureClass.ENVIRONMENT)
+        with pytest.raises(ValueError, match="environment at here: no"):
+            await finish(run)
+
+
+async def test_evaluations_are_interleaved_and_the_last_version_is_evaluated(make_run):
+    run = make_run({"num_steps": 5}, evaluation={"every": 2, "num_tasks": 3, "attempts": 2, "max_concurrent": 2})
+    async with run.world(seconds=0.05) as (_, worker, _):
+        await finish(run)
+        groups = {request.group for request in worker.requests if request.group.startswith("eval-000005")}
+        assert len(groups) == 3
+    names = sorted(path.name for path in run.folder.evals.iterdir())
+    assert names[-1] == "v000005.json"
+    report = json.loads((run.folder.evals / "v000005.json").read_text())
+    assert (report["min_version"], report["max_version"]) == (5, 5)
+    assert report["environments"]["digits"]["num_rollouts"] == 6
+    lines = [line for line in read_metrics(run.folder.metrics) if "eval/digits/reward_mean" in line]
+    assert {"eval/digits/reward_exact_mean", "eval/digits/metric_length_mean", "eval/digits/solved_mean"} <= {
+        *lines[-1]
+    }
+
+
+async def test_a_good_enough_evaluation_ends_training_early(make_run):
+    run = make_run({"num_steps": 1000, "stop_at_reward": 0.0}, evaluation={"every": 2, "num_tasks": 2})
+    async with run.world(seconds=0.01) as (_, _, trainer):
+        await finish(run)
+        assert trainer.last_step < 1000
+    assert audit(run.folder.path).is_clean
+
+
+async def test_a_worker_that_dies_costs_nothing_but_time(make_run):
+    run = make_run({"num_steps": 6})
+    async with run.world() as (_, worker, trainer):
+        worker.seconds = lambda dice: 0.02
+        async with asyncio.TaskGroup() as group:
+            group.create_task(finish(run))
+            await asyncio.sleep(0.5)
+            await worker.__aexit__()
+            worker.pid += 1
+            await worker.__aenter__()
+        assert sorted(trainer.batches) == [1, 2, 3, 4, 5, 6]
+    assert audit(run.folder.path).is_clean
+
+
+async def test_a_silent_worker_is_taken_for_dead(make_run):
+    run = make_run({"num_steps": 3})
+    async with run.world() as (engine, worker, trainer):
+        worker.seconds = lambda dice: 1e9
+        async with asyncio.TaskGroup() as group:
+            group.create_task(finish(run))
+            await asyncio.sleep(0.3)
+            worker.jobs[2].cancel()  # no more heartbeats
+            async with type(worker)(run.addresses.workers, engine, name="worker-1"):
+                while not trainer.last_step:
+                    await asyncio.sleep(0.02)
+    assert audit(run.folder.path).is_clean
+
+
+async def test_the_engine_may_restart(make_run):
+    run = make_run({"num_steps": 8})
+    async with run.world(seconds=0.02) as (engine, worker, trainer):
+        worker.seconds = lambda dice: dice.random() * 0.02
+        async with asyncio.TaskGroup() as group:
+            group.create_task(finish(run))
+            for _ in range(3):
+                await asyncio.sleep(0.1)
+                await engine.restart()
+        assert max(staleness for staleness, _ in trainer.batches.values()) <= 1
+
+
+async def test_the_trainer_may_go_back_to_its_checkpoint(make_run):
+    run = make_run({"num_steps": 10})
+    async with run.world(seconds=0.02, checkpoint_every=4) as (_, _, trainer):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(finish(run))
+            while len(trainer.steps_done) < 6:
+                await asyncio.sleep(0.01)
+            await trainer.restart()
+        assert sorted(trainer.batches) == list(range(1, 11))
+        assert trainer.steps_done.count(6) == 2
+    assert audit(run.folder.path).is_clean
+
+
+@pytest.mark.parametrize("num_kills", [3, pytest.param(12, marks=pytest.mark.slow)])
+async def test_killed_again_and_again_the_orchestrator_loses_and_repeats_nothing(make_run, num_kills):
+    dice = random.Random(num_kills)
+    num_steps = 6 * num_kills
+    run = make_run({"num_steps": num_steps, "max_staleness": 2}, evaluation={"every": 5, "num_tasks": 2})
+    async with run.world(seconds=0.03, checkpoint_every=7) as (_, worker, trainer):
+        worker.seconds = lambda dice: dice.random() * 0.03
+        async with asyncio.timeout(4 * SECONDS):
+            for _ in range(num_kills):
+                process = await asyncio.create_subprocess_exec(sys.executable, PROCESS, run.folder.path)
+                goal = len(trainer.steps_done) + dice.randint(1, 5)
+                while len(trainer.steps_done) < goal:
+                    await asyncio.sleep(0.005)
+                await asyncio.sleep(dice.random() * 0.05)
+                process.kill()
+                await process.wait()
+            process = await asyncio.create_subprocess_exec(sys.executable, PROCESS, run.folder.path)
+            assert await process.wait() == 0
+        assert sorted(trainer.batches) == list(range(1, num_steps + 1))
+        assert max(staleness for staleness, _ in trainer.batches.values()) <= 2
+    result = audit(run.folder.path)
+    assert result.is_clean, result
+
+
+async def test_a_ledger_of_another_recipe_is_refused(make_run):
+    run = make_run({"num_steps": 1})
+    async with run.world():
+        await finish(run)
+    other = make_run({"num_steps": 1, "max_staleness": 3})
+    with pytest.raises(LedgerError, match="max_staleness was 1 and is now 3"):
+        await finish(other)
+
+
+async def test_a_port_in_use_is_one_readable_error(make_run):
+    run = make_run()
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", int(run.addresses.workers.rsplit(":", 1)[1]))
+    async with server:
+        with pytest.raises(PortInUseError, match="another orchestrator"):
+            await finish(run)
+
+
+async def test_an_ended_run_ends_again_at_once(make_run):
+    run = make_run({"num_steps": 2})
+    async with run.world() as (_, worker, _):
+        await finish(run)
+        before = len(worker.requests)
+        await finish(run)
+        assert len(worker.requests) == before
