@@ -7,20 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from hone.observability.logs import configure, fields
+from hone.observability.logs import OURS, configure, fields
 
 logger = logging.getLogger("hone.test")
 
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    root = logging.getLogger("hone")
-    level, propagate = root.level, root.propagate
+    roots = [logging.getLogger(name) for name in OURS]
+    before = [(root.level, root.propagate) for root in roots]
     yield
-    for handler in root.handlers[:]:
-        root.removeHandler(handler)
-        handler.close()
-    root.level, root.propagate = level, propagate
+    for root, (level, propagate) in zip(roots, before, strict=True):
+        for handler in root.handlers[:]:
+            root.removeHandler(handler)
+            handler.close()
+        root.level, root.propagate = level, propagate
 
 
 def lines(folder: Path, process: str) -> list[dict[str, object]]:
@@ -53,6 +54,12 @@ def test_configuring_twice_does_not_write_twice(tmp_path: Path, capsys: pytest.C
     logger.info("once")
     assert len(lines(tmp_path, "trainer")) == 1
     assert capsys.readouterr().err.count("once") == 1
+
+
+def test_a_module_that_is_run_as_a_program_logs_like_any_other(tmp_path: Path) -> None:
+    configure("trainer", tmp_path, console=False)
+    logging.getLogger("__main__").info("ready")
+    assert [line["message"] for line in lines(tmp_path, "trainer")] == ["ready"]
 
 
 def test_a_restarted_process_goes_on_in_its_file(tmp_path: Path) -> None:

@@ -38,10 +38,17 @@ def test_a_span_that_sums_up_many_pieces_counts_what_they_took_together() -> Non
     assert (found.seconds, found.share) == (300.0, 30.0)
 
 
-def test_a_window_is_of_the_asked_length_and_from_the_second_half() -> None:
-    spans = [span(float(second), 0.5) for second in range(100)]
-    found = window(spans, 10.0)
-    assert [int(s.start) for s in found] == list(range(60, 70))
+def test_a_window_is_of_the_asked_length_and_from_the_middle() -> None:
+    found = window([span(float(second), 0.5) for second in range(101)], 10.0)
+    assert [int(s.start) for s in found] == list(range(50, 61))
+
+
+def test_a_window_shows_a_time_in_which_all_processes_work() -> None:
+    alone = [span(float(second), 1.0) for second in range(100)]
+    together = [span(80.0 + second, 1.0, "generate", "orchestrator") for second in range(20)]
+    found = window(sorted([*alone, *together], key=lambda s: s.start), 4.0)
+    assert {s.process for s in found} == {"trainer", "orchestrator"}
+    assert min(s.start for s in found) >= 88
 
 
 def test_a_window_holds_no_more_bars_than_a_picture_can_show() -> None:

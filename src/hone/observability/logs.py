@@ -8,6 +8,8 @@ from pathlib import Path
 from hone.observability import jsonlines
 
 FIELDS = "fields"
+OURS = ("hone", "__main__")
+"""The loggers of this process that are ours: a module that is run as a program has the second name."""
 
 
 def configure(process: str, folder: Path | None = None, *, console: bool = True, level: int = logging.INFO) -> None:
@@ -15,23 +17,30 @@ def configure(process: str, folder: Path | None = None, *, console: bool = True,
 
     Call once, at the start of a process. Records of hone carry their values as `logger.info("what", extra=fields(...))`.
     """
-    root = logging.getLogger("hone")
-    root.setLevel(level)
-    root.propagate = False
-    for handler in root.handlers[:]:
-        root.removeHandler(handler)
-        handler.close()
+    handlers: list[logging.Handler] = []
     if folder is not None:
         path = folder / "logs" / f"{process}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        root.addHandler(_handler(logging.FileHandler(path, encoding="utf-8"), _JsonLines(process)))
+        handlers.append(_handler(logging.FileHandler(path, encoding="utf-8"), _JsonLines(process)))
     if console:
-        root.addHandler(_handler(logging.StreamHandler(sys.stderr), _Console(process)))
+        handlers.append(_handler(logging.StreamHandler(sys.stderr), _Console(process)))
+    for name in OURS:
+        _attach(logging.getLogger(name), handlers, level)
 
 
 def fields(**values: object) -> dict[str, dict[str, object]]:
     """The `extra` argument that attaches values to a log record."""
     return {FIELDS: values}
+
+
+def _attach(logger: logging.Logger, handlers: list[logging.Handler], level: int) -> None:
+    logger.setLevel(level)
+    logger.propagate = False
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    for handler in handlers:
+        logger.addHandler(handler)
 
 
 def _handler(handler: logging.Handler, formatter: logging.Formatter) -> logging.Handler:

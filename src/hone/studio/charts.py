@@ -1,7 +1,7 @@
 """Which curves a report draws, as data: a curve whose metric the run never wrote is left out, so is an empty chart."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hone.schema.traces import FailureClass
@@ -67,7 +67,15 @@ def _held_out(series: Mapping[str, Series]) -> tuple[Chart, ...]:
         found = HELD_OUT.fullmatch(name)
         if found is not None:
             lines.setdefault(found["environment"], []).append(Line(name, found["score"].replace("_", " "), raw=True))
-    return tuple(Chart(f"Held-out tasks: {environment}", tuple(own)) for environment, own in lines.items())
+    return tuple(Chart(f"Held-out tasks: {name}", _without_repetition(own, series)) for name, own in lines.items())
+
+
+def _without_repetition(lines: Sequence[Line], series: Mapping[str, Series]) -> tuple[Line, ...]:
+    """Of curves that lie on one another the first: the only reward of a rubric is also the total."""
+    first: dict[tuple[float, ...], Line] = {}
+    for line in lines:
+        first.setdefault(tuple(series[line.metric].values), line)
+    return tuple(first.values())
 
 
 def shown(value: float) -> str:
@@ -124,7 +132,7 @@ GROUPS: tuple[ChartGroup, ...] = (
     ),
     ChartGroup(
         "Rollouts",
-        "rollout-curves",
+        "rollouts",
         (
             Chart("Length", (Line("rollout/completion_tokens_mean", "sampled tokens"),), "tokens", from_zero=True),
             Chart("Truncated", (Line("rollout/truncated_share", "rollouts"),), "share", from_zero=True),

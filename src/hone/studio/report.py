@@ -232,7 +232,7 @@ def _contents(run: Run, groups: Sequence[PlotGroup]) -> list[tuple[str, str]]:
         ("Results", "results", run.scores),
         *((group.title, group.anchor, group.plots) for group in groups),
         ("Where time goes", "time", run.spans),
-        ("Rollouts", "rollouts", run.outcomes),
+        ("Outcomes", "outcomes", run.outcomes),
         ("Traces", "traces", run.traces[0]),
         ("Any metric", "metrics", run.series),
         ("Warnings and errors", "troubles", run.troubles),

@@ -84,13 +84,24 @@ def covered_seconds(spans: Sequence[Span]) -> float:
 
 
 def window(spans: Sequence[Span], seconds: float) -> list[Span]:
-    """The spans that touch a window of at most `seconds` in the second half of the run, where it has settled."""
+    """The spans that touch a window of at most `seconds` from the middle of the time in which all processes work."""
     if not spans:
         return []
-    first, last = spans[0].start, max(span.end for span in spans)
-    middle = first + 0.6 * (last - first)
+    begin, end = _common_time(spans)
+    middle = (begin + end) / 2
     while True:
         chosen = [span for span in spans if span.end >= middle and span.start <= middle + seconds]
         if len(chosen) <= MAX_BARS or seconds < 1e-3:
             return chosen[:MAX_BARS]
         seconds /= 2
+
+
+def _common_time(spans: Sequence[Span]) -> tuple[float, float]:
+    """From when the last process began to when the first one ended; the whole time if they never work together."""
+    starts: dict[str, float] = {}
+    ends: dict[str, float] = {}
+    for span in spans:
+        starts.setdefault(span.process, span.start)
+        ends[span.process] = max(span.end, ends.get(span.process, span.end))
+    begin, end = max(starts.values()), min(ends.values())
+    return (begin, end) if begin < end else (spans[0].start, max(ends.values()))
