@@ -218,22 +218,25 @@ def measure(run: Run, step: int, outcome: StepOutcome, clock: Clock, others: Map
 def batch_metrics(samples: Samples, step: int) -> dict[str, float]:
     """What the batch of a step was made of; step s trains policy version s - 1."""
     staleness_S = step - 1 - samples.versions_S
+    num_trained = samples.denominators().num_tokens
     return {
         "train/num_samples": len(samples.lengths_S),
         "train/num_tokens": samples.num_tokens,
-        "train/num_trained_tokens": int(samples.trains_N.sum()),
+        "train/num_trained_tokens": num_trained,
         "train/staleness_min": int(staleness_S.min()),
         "train/staleness_mean": float(staleness_S.mean()),
         "train/staleness_max": int(staleness_S.max()),
         "train/reward_mean": float(samples.rewards_S.mean()),
         "train/reward_std": float(samples.rewards_S.std()),
-        "train/advantage_abs_mean": float(np.abs(samples.advantages_N[samples.trains_N]).mean()),
+        "train/advantage_abs_mean": float(np.abs(samples.advantages_N[samples.trains_N]).sum() / num_trained),
     }
 
 
 def loss_metrics(loss: PolicyLoss, outcome: StepOutcome, samples: Samples) -> dict[str, float]:
     """How far the policy is from the one that sampled, and how much of the batch the loss left out."""
     tokens = samples.trained_tokens()
+    if not len(outcome.logprobs_T):
+        return {"train/masked_share": 0.0}
     kept_T = kept_tokens(outcome.logprobs_T, tokens, loss)
     masked_share = 1 - kept_T.float().mean().item()
     return {"train/masked_share": masked_share, **mismatch_metrics(outcome.logprobs_T, tokens.sampler_logprobs_T)}

@@ -7,7 +7,7 @@ R/sft/checkpoints.
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from hone.config.recipe import SftSection
 from hone.observability.logs import fields
@@ -120,7 +120,8 @@ def train(
         with run.spans.span("train", step=step):
             outcome = train_step(trainer, samples, supervised(samples))
         progress = after(progress, outcome)
-        measure(run, progress, outcome, samples, lr, time.perf_counter() - started)
+        extent = {"sft/lr": lr, "sft/num_steps": len(steps), "sft/step_seconds": time.perf_counter() - started}
+        measure(run, progress, outcome, samples, extent)
         check_bad_steps(run, progress, outcome, samples)
         if step % every == 0 or step == len(steps):
             checkpoints.save(trainer, progress)
@@ -131,20 +132,20 @@ def supervised(samples: Samples) -> Objective:
     return lambda logprobs_T, _: supervised_loss(logprobs_T, denominators)
 
 
-def measure(run: Run, progress: Progress, outcome: StepOutcome, samples: Samples, lr: float, seconds: float) -> None:
+def measure(run: Run, progress: Progress, outcome: StepOutcome, samples: Samples, extent: Mapping[str, float]) -> None:
+    """All metrics of a step, in one line."""
     run.metrics.write(
         {
             "sft/loss": outcome.loss,
             "sft/grad_norm": outcome.grad_norm,
-            "sft/lr": lr,
             "sft/num_tokens": samples.num_tokens,
             "sft/num_trained_tokens": len(outcome.logprobs_T),
             "sft/num_sequences": len(samples.lengths_S),
             "sft/num_micro_batches": outcome.num_micro_batches,
             "sft/num_bad_steps": progress.num_bad_steps,
-            "sft/step_seconds": seconds,
-            "sft/tokens_per_second": samples.num_tokens / seconds,
-        },
+            "sft/tokens_per_second": samples.num_tokens / extent["sft/step_seconds"],
+        }
+        | dict(extent),
         step=progress.step,
     )
 
