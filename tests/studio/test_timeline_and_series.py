@@ -1,9 +1,13 @@
 """Timelines and series: what the report computes from spans and metrics."""
 
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hone.schema.traces import FailureClass
 from hone.studio.charts import GROUPS, Chart, Line, charts_of, shown
+from hone.studio.report import HEADLINES
 from hone.studio.series import MAX_POINTS, Series, series_of
 from hone.studio.timeline import MAX_BARS, Span, covered_seconds, shares, spans_of, window
 
@@ -105,6 +109,15 @@ def test_a_chart_says_in_words_how_its_curves_begin_and_end() -> None:
 def test_no_two_groups_of_charts_have_one_anchor() -> None:
     anchors = [group.anchor for group in GROUPS]
     assert len(set(anchors)) == len(anchors)
+
+
+def test_everything_that_is_drawn_is_written_by_a_process() -> None:
+    # tests/test_docs.py compares this page with the source.
+    documented = (Path(__file__).parents[2] / "docs" / "reference" / "metrics.md").read_text()
+    drawn = {line.metric for group in GROUPS for chart in group.charts for line in chart.lines}
+    by_class = {f"rollout/failed_{kind}_count" for kind in FailureClass}
+    names = (drawn - by_class) | {metric for _, metric, _ in HEADLINES}
+    assert [name for name in sorted(names) if f"`{name}`" not in documented] == []
 
 
 def test_numbers_read_well() -> None:

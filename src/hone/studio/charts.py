@@ -173,6 +173,14 @@ GROUPS: tuple[ChartGroup, ...] = (
         "Speed",
         "speed",
         (
+            Chart("Tokens sampled", (Line("engine/tokens_per_second", "engine"),), "tokens per second", from_zero=True),
+            Chart(
+                "Requests of the engine",
+                (Line("engine/running_requests", "running"), Line("engine/waiting_requests", "waiting")),
+                "requests",
+                from_zero=True,
+            ),
+            Chart("KV cache", (Line("engine/kv_usage", "share of the blocks"),), "share", from_zero=True),
             Chart(
                 "Rollouts trained", (Line("train/samples_per_second", "trainer"),), "samples per second", from_zero=True
             ),

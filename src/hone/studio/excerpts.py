@@ -55,9 +55,15 @@ def view(trace: Trace) -> TraceView:
 
 
 def _one_line(trace: Trace) -> str:
+    """What was asked last before the policy's first turn, and what it said last."""
     asked = trace.task.prompt[-1].content if trace.task.prompt else ""
-    text = " ".join(asked.split())
-    return text if len(text) <= 90 else text[:89] + "…"
+    said = next((node.message.content for node in reversed(trace.nodes) if node.turn is not None), "")
+    return f"{_clipped(asked)} → {_clipped(said)}" if said else _clipped(asked)
+
+
+def _clipped(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 70 else line[:69] + "…"
 
 
 def _versions(trace: Trace) -> str:

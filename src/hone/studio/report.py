@@ -95,7 +95,6 @@ def render(run: Run) -> str:
     in_window = window(run.spans, WINDOW_SECONDS)
     return _template().render(
         name=run.folder.path.resolve().name,
-        folder=run.folder.path.resolve(),
         status=_status(run),
         facts=_facts(run),
         notes=run.notes,
@@ -192,7 +191,7 @@ def _window_title(spans: Sequence[Span]) -> str:
     if not spans:
         return ""
     seconds = max(span.end for span in spans) - min(span.start for span in spans)
-    return f"{seconds:.3g} seconds from the middle of the run"
+    return f"{seconds:.3g} seconds in the middle of the run, where all processes work"
 
 
 def _samples(traces: tuple[list[Trace], list[Trace]]) -> list[Sample]:

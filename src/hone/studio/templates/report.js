@@ -10,7 +10,7 @@ function layout(extra) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 48, r: 12, t: 8, b: 40 },
     font: { family: "system-ui, sans-serif", size: 12, color: style("--ink") }, hovermode: "x unified",
     hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") } },
-    legend: { orientation: "h", y: -0.25, font: { size: 11 } }, showlegend: true, ...extra,
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } }, showlegend: true, ...extra,
   };
   base.xaxis = { ...axis, ...extra.xaxis };
   base.yaxis = { ...axis, ...extra.yaxis };
@@ -48,7 +48,7 @@ function curve(line, index, byTime) {
 function drawChart(element, chart, byTime) {
   const stepless = chart.lines.some((line) => report.series[line.metric].steps.some((step) => step === null));
   const traces = chart.lines.flatMap((line, index) => curve(line, index, byTime));
-  const yaxis = { title: { text: chart.unit, font: { size: 11 } }, type: chart.log ? "log" : "linear", exponentformat: "power", nticks: 6 };
+  const yaxis = { title: { text: chart.unit, font: { size: 11 } }, type: chart.log ? "log" : "linear", exponentformat: "power", minexponent: 5, nticks: 6 };
   if (chart.from_zero) yaxis.rangemode = "tozero";
   const title = byTime || stepless ? "minutes since the start" : "step";
   Plotly.react(element, traces, layout({ xaxis: { title: { text: title, font: { size: 11 } } }, yaxis, showlegend: chart.lines.length > 1 }), options);
