@@ -142,6 +142,7 @@ GROUPS: tuple[ChartGroup, ...] = (
                 (
                     Line("rollout/filtered_groups_count", "groups with equal rewards"),
                     Line("rollout/dropped_groups_count", "groups with too few valid rollouts"),
+                    Line("rollout/stale_groups_count", "groups too old after the engine went back"),
                 ),
                 "groups",
                 from_zero=True,
