@@ -17,12 +17,10 @@ def explain(
     """Print every field with its type, default and meaning."""
     from hone.config.explain import explain as describe
 
-    fields = describe(section)
-    if not fields:
-        raise ValueError(f"no field or section {section!r}; `hone config explain` prints all of them")
-    for field in fields:
-        typer.echo(f"{field.path} = {field.default}    ({field.type})")
-        typer.echo(f"    {field.meaning}")
+    for field in describe(section):
+        limits = f", {field.constraints}" if field.constraints else ""
+        head = f"[{field.path}]" if field.is_section else f"{field.path} = {field.default}    ({field.type}{limits})"
+        typer.echo(f"{head}\n    {field.meaning}")
 
 
 @app.command(context_settings=EXTRA)

@@ -87,7 +87,7 @@ def _complaint(detail: Any) -> str:
         return f"unknown field {where}{_suggestion(detail['loc'])}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
-        return f"{where}: {message}" if where else message
+        return message if message.startswith(where) else f"{where}: {message}"
     return f"{where} = {_shown(detail['input'])}: {message[:1].lower()}{message[1:]}"
 
 
