@@ -10,9 +10,10 @@ import pytest
 
 from hone.observability.metrics import read_metrics
 from hone.orchestrator.audit import audit
-from hone.orchestrator.ledger import LedgerError
+from hone.orchestrator.ledger import Ledger, LedgerError
 from hone.schema.traces import Failure, FailureClass, Trace
 from hone.transport.addresses import PortInUseError
+from hone.transport.traces import read_traces
 
 SECONDS = 30
 PROCESS = Path(__file__).parent / "orchestrator_process.py"
@@ -241,3 +242,35 @@ async def test_an_ended_run_ends_again_at_once(make_run):
         before = len(worker.requests)
         await finish(run)
         assert len(worker.requests) == before
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside: nothing after it happens."""
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 8, 13])
+async def test_a_kill_between_files_and_ledger_loses_and_repeats_nothing(make_run, monkeypatch, number):
+    run = make_run({"num_steps": 4})
+    commits = 0
+
+    def commit(ledger):
+        nonlocal commits
+        commits += bool(ledger._pending or ledger._issued)
+        if commits == number:
+            commits += 1
+            raise Killed
+        original(ledger)
+
+    original = Ledger.commit
+    async with run.world() as (_, worker, trainer):
+        worker.seconds = lambda dice: dice.random() * 0.02
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, "commit", commit)
+            with pytest.raises(Killed):
+                await finish(run)
+        await finish(run)
+        assert sorted(trainer.batches) == [1, 2, 3, 4]
+    result = audit(run.folder.path)
+    assert result.is_clean, result
+    results = [(found.group, found.attempt) for _, found in read_traces(run.folder.traces)]
+    assert len(results) == len(set(results)) >= 4 * 8

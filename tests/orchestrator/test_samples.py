@@ -41,7 +41,9 @@ def trace(*nodes, reward=0.5):
 
 
 def test_a_single_turn_is_prompt_without_loss_then_completion_with_loss():
-    [sample] = training_samples(trace(user(), policy(0, [1, 2], [3, 4], version=5)), advantage=0.25, temperature=0.7)
+    [sample] = training_samples(
+        trace(user(), policy(0, [1, 2], [3, 4], version=5)), 0.5, advantage=0.25, temperature=0.7
+    )
     assert sample.token_ids == [1, 2, 3, 4]
     assert sample.loss_mask == [0, 0, 1, 1]
     assert sample.logprobs == pytest.approx([0, 0, -0.3, -0.4])
@@ -51,14 +53,14 @@ def test_a_single_turn_is_prompt_without_loss_then_completion_with_loss():
 
 def test_turns_of_one_branch_make_one_sample():
     nodes = [user(), policy(0, [1], [2]), user(1), policy(2, [3, 4], [5]), user(3)]
-    [sample] = training_samples(trace(*nodes), 1.0, 1.0)
+    [sample] = training_samples(trace(*nodes), 0.5, 1.0, 1.0)
     assert sample.token_ids == [1, 2, 3, 4, 5]
     assert sample.loss_mask == [0, 1, 0, 0, 1]
 
 
 def test_the_version_is_the_lowest_that_sampled_a_token():
     versions = [VersionRun(9, 1), VersionRun(4, 1), VersionRun(6, 1)]
-    [sample] = training_samples(trace(user(), policy(0, [1], [2, 3, 4], versions=versions)), 1.0, 1.0)
+    [sample] = training_samples(trace(user(), policy(0, [1], [2, 3, 4], versions=versions)), 0.5, 1.0, 1.0)
     assert sample.version == 4
 
 
@@ -71,7 +73,7 @@ def test_a_node_that_branches_share_trains_once():
         user(1),
         policy(4, [5], [6], version=7),
     ]
-    first, second = training_samples(trace(*nodes), 1.0, 1.0)
+    first, second = training_samples(trace(*nodes), 0.5, 1.0, 1.0)
     assert (first.token_ids, first.loss_mask) == ([1, 2, 3, 4], [0, 1, 0, 1])
     assert (second.token_ids, second.loss_mask) == ([1, 2, 5, 6], [0, 0, 0, 1])
     assert second.logprobs == pytest.approx([0, 0, 0, -0.6])
@@ -81,12 +83,12 @@ def test_a_node_that_branches_share_trains_once():
 
 def test_a_branch_with_nothing_of_its_own_to_train_is_no_sample():
     nodes = [user(), policy(0, [1], [2]), user(1), user(1)]
-    assert len(training_samples(trace(*nodes), 1.0, 1.0)) == 1
+    assert len(training_samples(trace(*nodes), 0.5, 1.0, 1.0)) == 1
 
 
 def test_equal_nodes_of_two_branches_are_two_nodes():
     nodes = [user(), policy(0, [1], [2]), policy(0, [1], [2])]
-    assert [sample.loss_mask for sample in training_samples(trace(*nodes), 1.0, 1.0)] == [[0, 1], [0, 1]]
+    assert [sample.loss_mask for sample in training_samples(trace(*nodes), 0.5, 1.0, 1.0)] == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hone.config.recipe import RlSection
 from hone.orchestrator.advantages import advantages, normalised
 from hone.orchestrator.samples import training_samples
 from hone.schema.batches import TrainingBatch
-from hone.schema.traces import FailureClass, Trace
+from hone.schema.traces import FailureClass, Timing, Trace
 from hone.transport.batches import batch_from
 
 
@@ -23,22 +23,22 @@ class MadeBatch:
 
 def make_batch(step: int, groups: Sequence[Sequence[Trace]], section: RlSection) -> MadeBatch:
     """The batch of `step` from the valid traces of its groups: the same from the same traces, whenever it is made."""
-    per_group = [advantages(section.advantage, [trace.reward for trace in group]) for group in groups]
-    values = [value for group in per_group for value in group]
+    rewards = [[trace.reward for trace in group] for group in groups]
+    values = [value for group in rewards for value in advantages(section.advantage, group)]
     if section.batch_normalisation:
         values = normalised(values)
+    flat_rewards = [reward for group in rewards for reward in group]
     traces = [trace for group in groups for trace in group]
     samples = [
         sample
-        for trace, value in zip(traces, values, strict=True)
-        for sample in training_samples(trace, value, section.sampling.temperature)
+        for trace, reward, value in zip(traces, flat_rewards, values, strict=True)
+        for sample in training_samples(trace, reward, value, section.sampling.temperature)
     ]
     batch = batch_from(step, len(groups), samples)
     staleness = [step - 1 - sample.version for sample in samples]
-    rewards = [trace.reward for trace in traces]
     metrics = {
-        "batch/reward_mean": _mean(rewards),
-        "batch/reward_std": _deviation(rewards),
+        "batch/reward_mean": _mean(flat_rewards),
+        "batch/reward_std": _deviation(flat_rewards),
         "batch/advantage_std": _deviation(values),
         "batch/advantage_max": max(values),
         "batch/advantage_min": min(values),
@@ -59,38 +59,54 @@ class Tally:
 
     num_filtered: int = 0
     num_dropped: int = 0
+    num_stale: int = 0
     failures: Counter[FailureClass] = field(default_factory=Counter)
-    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    started_at: float = math.inf
-    ended_at: float = 0.0
-    generate_seconds: float = 0.0
-    score_seconds: float = 0.0
+    traces: list[Trace] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
 
-    def add(self, trace: Trace) -> None:
-        """A valid rollout."""
-        values, timing = self.values, trace.timing
-        values["rollout/reward_mean"].append(trace.reward)
-        values[f"rollout/{trace.environment}/reward_mean"].append(trace.reward)
-        for name, reward in trace.rewards.items():
-            values[f"rollout/{trace.environment}/reward_{name}_mean"].append(reward.value)
-        for name, metric in trace.metrics.items():
-            values[f"rollout/{trace.environment}/metric_{name}_mean"].append(metric)
-        values["rollout/truncated_share"].append(trace.is_truncated)
-        values["rollout/completion_tokens_mean"].append(trace.num_completion_tokens)
-        values["rollout/duration_seconds"].append(timing.total_seconds)
-        self.started_at = min(self.started_at, timing.started_at)
-        self.ended_at = max(self.ended_at, timing.started_at + timing.total_seconds)
-        self.generate_seconds += timing.generate_seconds
-        self.score_seconds += timing.score_seconds
+    def add(self, trace: Trace, reward: float) -> None:
+        """A valid rollout with its total reward."""
+        self.traces.append(trace)
+        self.rewards.append(reward)
 
     def metrics(self) -> dict[str, float]:
-        metrics = {name: _mean(found) for name, found in self.values.items()}
-        metrics["rollout/finished_count"] = len(self.values["rollout/reward_mean"])
-        metrics["rollout/filtered_groups_count"] = self.num_filtered
-        metrics["rollout/dropped_groups_count"] = self.num_dropped
-        metrics["rollout/failed_count"] = self.failures.total()
-        metrics |= {f"rollout/failed_{kind}_count": count for kind, count in self.failures.items()}
-        return metrics
+        counts = {
+            "rollout/finished_count": float(len(self.traces)),
+            "rollout/filtered_groups_count": self.num_filtered,
+            "rollout/dropped_groups_count": self.num_dropped,
+            "rollout/stale_groups_count": self.num_stale,
+            "rollout/failed_count": self.failures.total(),
+        }
+        failures = {f"rollout/failed_{kind}_count": count for kind, count in self.failures.items()}
+        return counts | failures | (self._means() if self.traces else {})
+
+    def timing(self) -> Timing:
+        """From the first beginning to the last end, with the seconds that all rollouts together spent."""
+        timings = [trace.timing for trace in self.traces]
+        started_at = min((timing.started_at for timing in timings), default=0.0)
+        ended_at = max((timing.started_at + timing.total_seconds for timing in timings), default=0.0)
+        return Timing(
+            started_at=started_at,
+            total_seconds=ended_at - started_at,
+            generate_seconds=sum(timing.generate_seconds for timing in timings),
+            score_seconds=sum(timing.score_seconds for timing in timings),
+        )
+
+    def _means(self) -> dict[str, float]:
+        traces = self.traces
+        values: dict[str, list[float]] = defaultdict(list)
+        values["rollout/reward_mean"] = self.rewards
+        values["rollout/truncated_share"] = [trace.is_truncated for trace in traces]
+        values["rollout/completion_tokens_mean"] = [trace.num_completion_tokens for trace in traces]
+        values["rollout/duration_seconds"] = [trace.timing.total_seconds for trace in traces]
+        for trace, reward in zip(traces, self.rewards, strict=True):
+            area = f"rollout/{trace.environment}/"
+            values[area + "reward_mean"].append(reward)
+            for name, part in trace.rewards.items():
+                values[area + "reward_" + name + "_mean"].append(part.value)
+            for name, metric in trace.metrics.items():
+                values[area + "metric_" + name + "_mean"].append(metric)
+        return {name: _mean(found) for name, found in values.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

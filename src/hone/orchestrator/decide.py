@@ -1,6 +1,6 @@
 """What the orchestrator does next, as a pure state machine: admission, batches, retries, weights, evaluations, the end.
 
-`decide(state, event)` has no clock, socket, file or randomness: the same events give the same commands. To cost O(1)
+`decide(state, *events)` has no clock, socket, file or randomness: the same events give the same commands. To cost O(1)
 per rollout it changes the state that it is given and hands it back, so a state must not be used twice.
 
 Why the staleness bound holds. P groups make a batch, S is `max_staleness`, B batches are formed. Step s trains a
@@ -406,7 +406,7 @@ class State:
             self._end_early(f"evaluation of version {event.version} reached reward {event.reward:.4g}", commands)
 
     def go_on(self, commands: list[Command]) -> None:
-        """Everything that the state of affairs allows, after any event."""
+        """Everything that the state of affairs allows, after any events."""
         self._form(commands)
         self._offer(commands)
         self._load(commands)
@@ -617,9 +617,17 @@ class State:
             commands.append(EndRun())
 
 
-def decide(state: State, event: Event) -> tuple[State, list[Command]]:
-    """What follows from an event. The state is changed and handed back; the old one is used up."""
+def decide(state: State, *events: Event) -> tuple[State, list[Command]]:
+    """What follows from events that arrived in the same moment. The state is changed and handed back; the old one is
+    used up."""
     commands: list[Command] = []
+    for event in events:
+        _take(state, event, commands)
+    state.go_on(commands)
+    return state, commands
+
+
+def _take(state: State, event: Event, commands: list[Command]) -> None:
     match event:
         case RolloutFinished():
             state.finish(event, commands)
@@ -640,8 +648,6 @@ def decide(state: State, event: Event) -> tuple[State, list[Command]]:
             state.finish_evaluation(event, commands)
         case Resumed():
             state.resume(commands)
-    state.go_on(commands)
-    return state, commands
 
 
 def waiting_for(state: State) -> str:

@@ -9,7 +9,7 @@ orchestrator's loop: only then may anybody be told.
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -69,7 +69,7 @@ FROM attempts a JOIN groups g ON g.number = a.number LEFT JOIN batches b ON b.st
 
 # In this order within a transaction: rows first, then what happens to them.
 _ADMIT = "INSERT INTO groups (number, environment, draw, task_key, version) VALUES (?, ?, ?, ?, ?)"
-_ISSUE = "INSERT INTO attempts (number, attempt) VALUES (?, ?)"
+_ISSUE = "INSERT INTO attempts (number, attempt, state) VALUES (?, ?, ?)"
 _RUN = "UPDATE attempts SET state = 'running' WHERE number = ? AND attempt = ? AND state = 'issued'"
 _FINISH = (
     "UPDATE attempts SET state = 'finished', reward = ?, min_version = ?, segment = ?, offset = ?"
@@ -152,6 +152,7 @@ class Ledger:
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._pending: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+        self._issued: dict[int, int] = {}
         self._path = path
         try:
             self._database = sqlite3.connect(path, isolation_level=None)
@@ -179,10 +180,13 @@ class Ledger:
 
     def admit(self, number: int, draw: Draw, task_key: str, version: int, num_attempts: int) -> None:
         self._pending[_ADMIT].append((number, draw.environment, draw.number, task_key, version))
-        self._pending[_ISSUE].extend((number, attempt) for attempt in range(num_attempts))
+        self._issued[number] = num_attempts
 
-    def run(self, number: int, attempts: Iterable[int]) -> None:
-        self._pending[_RUN].extend((number, attempt) for attempt in attempts)
+    def run(self, number: int, attempts: Sequence[int]) -> None:
+        if self._issued.pop(number, None) is None:
+            self._pending[_RUN].extend((number, attempt) for attempt in attempts)
+        else:  # admitted in this very tick, whole
+            self._pending[_ISSUE].extend((number, attempt, "running") for attempt in attempts)
 
     def finish(self, number: int, attempt: int, reward: float, min_version: int | None, location: Location) -> None:
         row = (reward, min_version, location.segment, location.offset, number, attempt)
@@ -230,6 +234,9 @@ class Ledger:
 
     def commit(self) -> None:
         """Write what was recorded since the last commit, all of it or nothing."""
+        for number, num_attempts in self._issued.items():
+            self._pending[_ISSUE].extend((number, attempt, "issued") for attempt in range(num_attempts))
+        self._issued.clear()
         if not self._pending:
             return
         execute = self._database.executemany

@@ -218,7 +218,9 @@ class Orchestrator:
         self._take_from_workers()
         self._take_from_trainer()
         while self._events:
-            self._decide(self._events.popleft())
+            events = list(self._events)
+            self._events.clear()
+            self._decide(*events)
         self._send_requests()
         self._commit()
 
@@ -226,8 +228,8 @@ class Orchestrator:
         self._events.append(event)
         self._wake.set()
 
-    def _decide(self, event: d.Event) -> None:
-        self._state, commands = d.decide(self._state, event)
+    def _decide(self, *events: d.Event) -> None:
+        self._state, commands = d.decide(self._state, *events)
         for command in commands:
             self._perform(command)
 
@@ -276,41 +278,31 @@ class Orchestrator:
     def _take_result(self, result: RolloutResult, location: Location) -> None:
         key, trace = (result.group, result.attempt), result.trace
         self._dispatch.done(key)
-        failure = None if trace.failure is None else trace.failure.kind
         if trace.failure is not None:
             self._last_failure = f"{trace.failure.kind} at {trace.failure.where}: {trace.failure.message}"
+            self._fail(key, trace.failure.kind)
         elif result.group.startswith(PREFIX):
             self._finish_evaluated(key, trace)
-            return
         else:
-            failure = self._objection(trace)
-        if failure is not None:
-            self._fail(key, failure)
-            return
-        number = int(result.group)
-        version = trace.min_version
-        self._traces.setdefault(number, {})[result.attempt] = trace
-        self._tally.add(trace)
-        self._ledger.finish(number, result.attempt, trace.reward, version, location)
-        self._decide(d.RolloutFinished(number, result.attempt, trace.reward, version))
+            self._finish(int(result.group), result.attempt, trace, location)
 
-    def _objection(self, trace: Trace) -> FailureClass | None:
-        """What makes a trace that calls itself valid unfit for training."""
+    def _finish(self, number: int, attempt: int, trace: Trace, location: Location) -> None:
         try:
-            check_trainable(trace)
+            reward, version = check_trainable(trace)
         except UntrainableTraceError as error:
             self._last_failure = str(error)
-            return error.kind
-        if not math.isfinite(trace.reward):
-            self._last_failure = f"the reward is {trace.reward}"
-            return FailureClass.ENVIRONMENT
-        return None
+            self._fail((group_name(number), attempt), error.kind)
+            return
+        self._traces.setdefault(number, {})[attempt] = trace
+        self._tally.add(trace, reward)
+        self._ledger.finish(number, attempt, reward, version, location)
+        self._events.append(d.RolloutFinished(number, attempt, reward, version))
 
     def _fail(self, key: Key, kind: FailureClass) -> None:
         group, attempt = key
         if not group.startswith(PREFIX):
             self._tally.failures[kind] += 1
-            self._decide(d.RolloutFailed(int(group), attempt, kind))
+            self._events.append(d.RolloutFailed(int(group), attempt, kind))
         elif self._evaluation is not None and self._evaluation.waits_for(key):
             request = self._evaluation.fail(key, kind)
             if request is not None:
@@ -380,7 +372,7 @@ class Orchestrator:
             case d.DropGroup(number, kind):
                 self._drop(number, str(kind))
             case d.DropStaleGroup(number):
-                logger.warning("a group is too old: the engine went back to older weights", extra=fields(group=number))
+                self._tally.num_stale += 1
                 self._drop(number, "stale")
             case d.CancelGroup(number):
                 self._cancel(number)
@@ -498,10 +490,9 @@ class Orchestrator:
             "batch/ahead_count": state.num_batches - state.trained,
         }
         self._metrics.write(metrics | tally.metrics() | queues, step)
-        if tally.started_at < math.inf:
-            wall = tally.ended_at - tally.started_at
-            self._spans.record("generate", tally.started_at, wall, step=step, busy_seconds=tally.generate_seconds)
-            self._spans.record("score", tally.started_at, wall, step=step, busy_seconds=tally.score_seconds)
+        times = tally.timing()
+        for name, busy in (("generate", times.generate_seconds), ("score", times.score_seconds)):
+            self._spans.record(name, times.started_at, times.total_seconds, step=step, busy_seconds=busy)
 
     def _offer_batch(self, step: int) -> None:
         self._ledger.offer(step)

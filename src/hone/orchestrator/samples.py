@@ -1,6 +1,8 @@
 """A scored trace to training samples: the tokens of each branch exactly as they were sampled."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from hone.schema.batches import TrainingSample
 from hone.schema.sampling import Turn
@@ -15,36 +17,50 @@ class UntrainableTraceError(ValueError):
         self.kind = kind
 
 
-def check_trainable(trace: Trace) -> None:
+class Trainable(NamedTuple):
+    """What a trace brings to its group: the total reward and the lowest version among its sampled tokens."""
+
+    reward: float
+    min_version: int
+
+
+def check_trainable(trace: Trace) -> Trainable:
     """Raise `UntrainableTraceError` unless `training_samples` can make samples of the trace."""
-    has_tokens = False
-    for turn in trace.turns:
-        num_tokens = len(turn.token_ids)
-        has_tokens = has_tokens or num_tokens > 0
+    versions: list[int] = []
+    for node in trace.nodes:
+        turn = node.turn
+        if turn is None:
+            continue
+        num_tokens, num_versioned = len(turn.token_ids), 0
+        for run in turn.versions:
+            num_versioned += run.count
+            if run.count:
+                versions.append(run.version)
         if len(turn.logprobs) != num_tokens:
-            raise UntrainableTraceError(
-                FailureClass.MODEL, f"{num_tokens} sampled tokens, but {len(turn.logprobs)} logprobs"
-            )
-        num_versioned = sum(run.count for run in turn.versions)
+            complaint = f"{num_tokens} sampled tokens, but {len(turn.logprobs)} logprobs"
+            raise UntrainableTraceError(FailureClass.MODEL, complaint)
         if num_versioned != num_tokens:
-            raise UntrainableTraceError(
-                FailureClass.MODEL, f"{num_tokens} sampled tokens, but versions of {num_versioned}"
-            )
-    if not has_tokens:
+            complaint = f"{num_tokens} sampled tokens, but versions of {num_versioned}"
+            raise UntrainableTraceError(FailureClass.MODEL, complaint)
+    if not versions:
         raise UntrainableTraceError(
             FailureClass.ENVIRONMENT, "the rollout ended without a sampled token; there is nothing to train"
         )
+    reward = trace.reward
+    if not math.isfinite(reward):
+        raise UntrainableTraceError(FailureClass.ENVIRONMENT, f"the reward is {reward}")
+    return Trainable(reward, min(versions))
 
 
-def training_samples(trace: Trace, advantage: float, temperature: float) -> list[TrainingSample]:
-    """One sample for each branch that has tokens to train.
+def training_samples(trace: Trace, reward: float, advantage: float, temperature: float) -> list[TrainingSample]:
+    """One sample for each branch that has tokens to train; `reward` is the trace's, which costs time to add up.
 
     A node that several branches share trains in the first of them only; in the others its tokens are context.
     """
-    reward = trace.reward
     samples = []
     trained: set[int] = set()
-    for branch in trace.branches():
+    branches = [trace.nodes] if is_chain(trace) else trace.branches()
+    for branch in branches:
         turns = [(id(node), node.turn) for node in branch if node.turn is not None]
         fresh = [turn for identity, turn in turns if identity not in trained and turn.token_ids]
         if fresh:
@@ -53,6 +69,11 @@ def training_samples(trace: Trace, advantage: float, temperature: float) -> list
             samples.append(sample)
         trained.update(identity for identity, _ in turns)
     return samples
+
+
+def is_chain(trace: Trace) -> bool:
+    """Whether each message follows the one before it, so that there is one branch: the common case."""
+    return all(node.parent == index - 1 for index, node in enumerate(trace.nodes) if index)
 
 
 def _sample(
@@ -82,7 +103,7 @@ def _sample(
         logprobs=logprobs,
         advantages=advantages,
         temperature=temperature,
-        version=min(run.version for turn in fresh for run in turn.versions),
+        version=min(run.version for turn in fresh for run in turn.versions if run.count),
         group=trace.group,
         attempt=trace.attempt,
         reward=reward,

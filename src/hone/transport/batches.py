@@ -1,6 +1,5 @@
 """Training batches between orchestrator and trainer: samples to flat arrays and back, durable files in between."""
 
-import os
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,15 +47,15 @@ def samples_of(batch: TrainingBatch) -> Iterator[TrainingSample]:
 
 
 def write_batch(path: Path, batch: TrainingBatch) -> None:
-    """Write a batch durably: after a crash the file is whole or not there. Writing it again is harmless."""
+    """Write a batch so that it is whole or not there, whatever happens to this process. Writing it again is harmless.
+
+    There is no fsync (it would take a tenth of the time at a dozen steps a second): after a power cut `read_batch`
+    refuses a damaged file, and the orchestrator makes it again from the traces.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(encode(batch))
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_bytes(encode(batch))
     temporary.replace(path)
-    _sync_folder(path.parent)
 
 
 def read_batch(path: Path) -> TrainingBatch:
@@ -117,11 +116,3 @@ def _read_floats(data: bytes) -> list[float]:
     if sys.byteorder == "big":
         values.byteswap()
     return values.tolist()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
