@@ -4,6 +4,7 @@ N flat tokens, S sequences, H query heads, K key/value heads, d head size, V voc
 m blocks per sequence.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -157,7 +158,11 @@ def empty_caches(model: Transformer, num_blocks: int, block_size: int) -> list[t
     config, like = model.config, model.embedding
     shape = (num_blocks, block_size, config.num_kv_heads, config.head_size)
 
-    def blocks() -> Tensor:
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    return [(_zeros(shape, like), _zeros(shape, like)) for _ in range(config.num_layers)]
 
-    return [(blocks(), blocks()) for _ in range(config.num_layers)]
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if like.is_cuda:
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    # The system's zero pages: memory is taken when a block is first written, not for the whole cache at once.
+    return torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8)).view(like.dtype).view(shape)
