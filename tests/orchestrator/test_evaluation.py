@@ -1,0 +1,108 @@
+"""An evaluation: bounded, retried, added up per environment."""
+
+import pytest
+
+from hone.config.recipe import EvaluationSection
+from hone.orchestrator.evaluation import Evaluation
+from hone.schema.messages import Message
+from hone.schema.sampling import FinishReason, Turn, VersionRun
+from hone.schema.tasks import Task
+from hone.schema.traces import FailureClass, Node, Reward, StopReason, Trace
+
+
+class Environment:
+    num_held_out_tasks = 3
+
+    def held_out_task(self, index):
+        return Task(prompt=(Message("user", str(index)),))
+
+    def is_solved(self, trace):
+        return trace.reward >= 1
+
+
+def evaluation(**section):
+    chosen = EvaluationSection(**{"num_tasks": 2, **section})
+    return Evaluation(7, {"e": Environment()}, chosen, run_seed=0, max_attempts=2)
+
+
+def trace(request, reward, version=7):
+    turn = Turn(
+        Message("assistant"), FinishReason.STOP, token_ids=[1], logprobs=[-1.0], versions=[VersionRun(version, 1)]
+    )
+    return Trace(
+        "e",
+        request.task,
+        request.attempts[0],
+        nodes=[Node(turn.message, None, turn)],
+        rewards={"exact": Reward(reward)},
+        metrics={"length": 4.0},
+        stop_reason=StopReason.COMPLETED,
+    )
+
+
+def key(request):
+    return request.group, request.attempts[0]
+
+
+def test_no_more_rollouts_run_than_allowed():
+    plan = evaluation(attempts=2, max_concurrent=3)
+    first = plan.start()
+    assert len(first) == 3
+    assert plan.start() == []
+    plan.finish(key(first[0]), trace(first[0], 1.0))
+    assert len(plan.start()) == 1
+
+
+def test_tasks_beyond_the_held_out_split_are_not_asked_for():
+    assert len(evaluation(num_tasks=10).start()) == 3
+
+
+def test_every_version_is_evaluated_with_the_same_seeds():
+    later = Evaluation(8, {"e": Environment()}, EvaluationSection(num_tasks=2), run_seed=0, max_attempts=2)
+    assert [r.seed for r in evaluation().start()] == [r.seed for r in later.start()]
+    assert not {r.group for r in evaluation().start()} & {r.group for r in later.start()}
+
+
+def test_the_report_has_the_mean_of_everything_that_is_named():
+    plan = evaluation()
+    for request, reward, version in zip(plan.start(), (1.0, 0.0), (7, 9), strict=True):
+        plan.finish(key(request), trace(request, reward, version))
+    assert plan.is_complete
+    assert plan.reward == 0.5
+    report = plan.report()
+    assert (report["version"], report["min_version"], report["max_version"]) == (7, 7, 9)
+    own = report["environments"]["e"]
+    assert (own["num_rollouts"], own["reward_exact_mean"], own["metric_length_mean"], own["solved_mean"]) == (
+        2,
+        0.5,
+        4,
+        0.5,
+    )
+    assert plan.metrics()["eval/e/reward_mean"] == 0.5
+
+
+def test_failures_are_tried_again_and_then_counted_but_never_rewards():
+    plan = evaluation()
+    first, second = plan.start()
+    assert plan.fail(key(first), FailureClass.CANCELLED) == first
+    assert plan.fail(key(first), FailureClass.TOOL) == first
+    assert plan.fail(key(first), FailureClass.TOOL) is None
+    plan.finish(key(second), trace(second, 1.0))
+    assert plan.is_complete
+    assert plan.reward == 1.0
+    assert plan.report()["environments"]["e"]["num_failed"] == 1
+
+
+def test_an_evaluation_in_which_everything_failed_reaches_no_goal():
+    plan = evaluation(num_tasks=1)
+    [request] = plan.start()
+    plan.fail(key(request), FailureClass.TOOL)
+    plan.fail(key(request), FailureClass.TOOL)
+    assert plan.reward == float("-inf")
+    assert plan.report()["reward_mean"] is None
+    assert "eval/e/reward_mean" not in plan.metrics()
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_each_task_is_attempted_so_often(attempts):
+    assert len({key(request) for request in evaluation(attempts=attempts).start()}) == 2 * attempts
