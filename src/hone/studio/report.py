@@ -136,7 +136,11 @@ def _source(name: str) -> str:
 
 @cache
 def _plotly() -> Markup:
-    return Markup((files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8"))
+    try:
+        package = files("plotly")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the report draws with plotly; install it with pip install 'hone[train]'") from error
+    return Markup((package / "package_data" / "plotly.min.js").read_text(encoding="utf-8"))
 
 
 def _embedded(data: Mapping[str, Any]) -> Markup:
