@@ -32,8 +32,9 @@ from hone.model.transformer import Transformer
 from hone.trainer.losses import supervised_loss
 from hone.trainer.memory import keep_freed_memory
 from hone.trainer.optim import build_optimizers
-from hone.trainer.packing import Samples, pack
+from hone.trainer.packing import pack
 from hone.trainer.ranks import Ranks
+from hone.trainer.samples import Samples
 from hone.trainer.step import Trainer, train_step
 
 CONFIG = {

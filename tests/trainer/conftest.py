@@ -16,8 +16,8 @@ from hone.model.families import ModelConfig
 from hone.model.transformer import Transformer
 from hone.text.training import train_tokenizer
 from hone.trainer.optim import build_optimizers
-from hone.trainer.packing import Samples
 from hone.trainer.ranks import Ranks
+from hone.trainer.samples import Samples
 from hone.trainer.step import Trainer
 from hone.transport.folders import RunFolder
 

@@ -12,8 +12,8 @@ from hone.trainer import checkpoint
 from hone.trainer.checkpoint import Checkpoints, Progress, complete_checkpoints
 from hone.trainer.losses import supervised_loss
 from hone.trainer.optim import build_optimizers
-from hone.trainer.packing import Samples
 from hone.trainer.ranks import Ranks
+from hone.trainer.samples import Samples
 from hone.trainer.step import Trainer, train_step
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ def test_a_cosine_schedule_is_halfway_in_the_middle() -> None:
     found = rates(10, schedule="cosine", warmup_steps=2, min_lr_ratio=0.1)
     assert found[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert found[6] == pytest.approx(0.55)
-    assert all(a > b for a, b in itertools.pairwise(found))
+    assert all(a > b for a, b in itertools.pairwise(found[2:]))
 
 
 def test_weight_decay_is_for_matrices_only(model: Transformer) -> None:

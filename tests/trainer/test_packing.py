@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hone.schema.batches import TrainingSample
-from hone.trainer.packing import Samples, micro_batch, pack, plan_micro_batches
+from hone.trainer.packing import micro_batch, pack, plan_micro_batches
+from hone.trainer.samples import Samples
 from hone.transport.batches import batch_from
 
 CPU = torch.device("cpu")

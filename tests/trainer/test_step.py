@@ -14,7 +14,8 @@ from hone.model.transformer import Transformer
 from hone.schema.batches import TrainingSample
 from hone.trainer import step as step_module
 from hone.trainer.losses import PolicyLoss, policy_loss, supervised_loss
-from hone.trainer.packing import MicroBatch, Samples
+from hone.trainer.packing import MicroBatch
+from hone.trainer.samples import Samples
 from hone.trainer.step import Objective, Trainer, cut, forward_backward, train_step
 from hone.transport.batches import batch_from
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hone.schema.messages import Message, ToolCall, ToolSpec
 from hone.schema.seeds import derive_seed
-from hone.trainer.packing import Integers, Samples
+from hone.trainer.samples import Integers, Samples
 
 logger = logging.getLogger(__name__)
 

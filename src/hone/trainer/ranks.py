@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 # Ranks wait in a broadcast while rank 0 waits for rollouts, which may take long; a lost rank ends sooner, through torchrun.
-COLLECTIVE_TIMEOUT = timedelta(hours=6)
+COLLECTIVE_TIMEOUT = timedelta(days=2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,9 @@ from hone.trainer.exchange import Exchange
 from hone.trainer.losses import PolicyLoss, kept_tokens, policy_loss, reference_kl
 from hone.trainer.mismatch import mismatch_metrics
 from hone.trainer.optim import learning_rate, set_learning_rate
-from hone.trainer.packing import MicroBatch, Samples
+from hone.trainer.packing import MicroBatch
 from hone.trainer.ranks import Ranks
+from hone.trainer.samples import Samples
 from hone.trainer.start import Run, after, build_trainer, check_bad_steps, export, load_policy, run_process
 from hone.trainer.step import StepOutcome, Trainer, hidden_states, token_logprobs, train_step
 from hone.transport import weights

@@ -24,7 +24,7 @@ from hone.trainer.data import (
 )
 from hone.trainer.losses import supervised_loss
 from hone.trainer.optim import learning_rate, set_learning_rate
-from hone.trainer.packing import Integers, Samples
+from hone.trainer.samples import Integers, Samples
 from hone.trainer.start import Run, after, build_trainer, check_bad_steps, export, run_process
 from hone.trainer.step import Objective, StepOutcome, Trainer, train_step
 

@@ -23,8 +23,8 @@ from hone.observability.spans import Spans
 from hone.trainer.checkpoint import Progress
 from hone.trainer.memory import keep_freed_memory
 from hone.trainer.optim import build_optimizers
-from hone.trainer.packing import Samples
 from hone.trainer.ranks import Ranks
+from hone.trainer.samples import Samples
 from hone.trainer.step import StepOutcome, Trainer
 from hone.transport.batches import write_batch
 from hone.transport.folders import RunFolder

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hone.model import ops
 from hone.model.transformer import Transformer
-from hone.trainer.packing import MicroBatch, Samples, micro_batch, plan_micro_batches
+from hone.trainer.packing import MicroBatch, micro_batch, plan_micro_batches
 from hone.trainer.ranks import Ranks
+from hone.trainer.samples import Samples
 
 # 256 MiB of float32 logits; more of them are computed in parts, and again in the backward pass.
 MAX_LOGITS = 2**26
