@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from hone.model import ops, torch_ops
 from hone.model.families import ModelConfig
-from hone.model.layers.moe import route
+from hone.model.layers.moe import Moe, route
 
 
 def every_expert_masked(x_ND, ids_Nk, weights_Nk, gate_up_E2FD, down_EDF):
@@ -115,3 +115,22 @@ def test_scores_are_those_of_the_sigmoid_even_where_it_is_tiny(backend):
     logits_NE = torch.tensor([[-100.0, -30.0, -9.0, 0.0, 3.0, 30.0, 100.0, 1.0]])
     weights_Nk = route(logits_NE, None, moe_config(num_experts_per_tok=8, norm_topk_prob=False)).weights
     torch.testing.assert_close(weights_Nk[0].sort().values, logits_NE[0].sort().values.sigmoid())
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("changes", [{}, {"n_group": 2, "topk_group": 1}, {"norm_topk_prob": False}], ids=str)
+def test_a_layer_gives_the_same_bits_in_inference_in_training_and_while_it_counts(shared, changes, backend):
+    moe = Moe(16, moe_config(n_shared_experts=shared, routed_scaling_factor=1.5, **changes))
+    for tensor in moe.state_dict().values():
+        tensor.normal_(generator=torch.Generator().manual_seed(tensor.numel()))
+    x_ND = torch.randn(37, 16)
+
+    trained = moe(x_ND).detach()
+    with torch.no_grad():
+        in_one_call = moe(x_ND)
+        moe.expert_counts_E = torch.zeros(8, dtype=torch.int64)
+        counted = moe(x_ND)
+
+    assert torch.equal(in_one_call, trained)
+    assert torch.equal(counted, trained)
+    assert moe.expert_counts_E.sum() == 37 * 2

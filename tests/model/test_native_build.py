@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hone.model import ops
 from hone.model.native import build, library
 
 needs_compiler = pytest.mark.skipif(not library.available(), reason="needs a C compiler")
@@ -47,6 +48,8 @@ def test_without_a_compiler_the_kernels_are_unavailable_and_nothing_breaks(
     try:
         with caplog.at_level(logging.WARNING):
             assert not library.available.__wrapped__()
+        with pytest.raises(ValueError, match=r"strict numerics need, .* install gcc"):
+            ops.set_backend("native")
     finally:
         library.functions.cache_clear()
     assert "install gcc" in caplog.text

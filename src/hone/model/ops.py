@@ -4,7 +4,6 @@ N flat tokens, S sequences, D width, H query heads, K key/value heads, d head si
 E experts, k experts per token, F expert hidden, V vocabulary, X KV blocks, b block size, m blocks per sequence.
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, Protocol
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hone.model import torch_ops
+from hone.model.native import kernels, library
 
 Backend = Literal["auto", "native", "torch"]
 Score = Literal["sigmoid", "softmax"]
@@ -21,7 +21,7 @@ _backend: Backend = "auto"
 
 
 class Kernels(Protocol):
-    """What a backend computes; training needs all but the paged pair to be differentiable."""
+    """What a backend computes; training needs all but `mixture` and the paged pair to be differentiable."""
 
     def rms_norm(self, x_xD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
 
@@ -74,6 +74,25 @@ class Kernels(Protocol):
         down_EDF: Tensor,
     ) -> Tensor: ...
 
+    def mixture(
+        self,
+        x_ND: Tensor,
+        router_ED: Tensor,
+        correction_bias_E: Tensor | None,
+        gate_up_E2FD: Tensor,
+        down_EDF: Tensor,
+        shared: tuple[Tensor, Tensor] | None,
+        num_chosen: int,
+        *,
+        score: Score,
+        num_groups: int = 1,
+        groups_per_token: int = 1,
+        normalise: bool = True,
+        scale: float = 1.0,
+    ) -> Tensor: ...
+
+    def mlp(self, x_ND: Tensor, gate_up_2FD: Tensor, down_DF: Tensor) -> Tensor: ...
+
     def swiglu(self, gate_up_N2F: Tensor) -> Tensor: ...
 
     def token_logprobs(self, logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor | float = 1.0) -> Tensor: ...
@@ -84,8 +103,8 @@ def set_backend(backend: Backend) -> None:
     global _backend
     if backend not in ("auto", "native", "torch"):
         raise ValueError(f"backend {backend!r} must be 'auto', 'native' or 'torch'")
-    if backend == "native" and _native_kernels() is None:
-        raise ValueError("no native kernels are available on this machine; use backend 'auto' or 'torch'")
+    if backend == "native" and (obstacle := library.obstacle()) is not None:
+        raise ValueError(f"the native kernels, which strict numerics need, cannot be used on this machine: {obstacle}")
     _backend = backend
 
 
@@ -191,6 +210,46 @@ def experts(
     return _kernels_for(x_ND).experts(x_ND, expert_ids_Nk, expert_weights_Nk, gate_up_E2FD, down_EDF)
 
 
+def mixture(
+    x_ND: Tensor,
+    router_ED: Tensor,
+    correction_bias_E: Tensor | None,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    shared: tuple[Tensor, Tensor] | None,
+    num_chosen: int,
+    *,
+    score: Score,
+    num_groups: int = 1,
+    groups_per_token: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
+) -> Tensor:
+    """`experts` on what `route` chooses by the router's logits, plus the `mlp` of the shared (gate_up, down).
+
+    Has the bits of its parts, but no gradient: one call for decoding, where a call costs more than what it computes.
+    """
+    return _kernels_for(x_ND).mixture(
+        x_ND,
+        router_ED,
+        correction_bias_E,
+        gate_up_E2FD,
+        down_EDF,
+        shared,
+        num_chosen,
+        score=score,
+        num_groups=num_groups,
+        groups_per_token=groups_per_token,
+        normalise=normalise,
+        scale=scale,
+    )
+
+
+def mlp(x_ND: Tensor, gate_up_2FD: Tensor, down_DF: Tensor) -> Tensor:
+    """swiglu(x @ gate_up.T) @ down.T, with the bits of these three."""
+    return _kernels_for(x_ND).mlp(x_ND, gate_up_2FD, down_DF)
+
+
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
     """silu(first half) * second half."""
     return _kernels_for(gate_up_N2F).swiglu(gate_up_N2F)
@@ -207,10 +266,5 @@ def _kernels_for(x: Tensor) -> Kernels:
     return _native_kernels() or torch_ops
 
 
-@functools.cache
 def _native_kernels() -> Kernels | None:
-    try:
-        from hone.model.native import kernels  # may compile, so only when needed
-    except ImportError:
-        return None
-    return kernels if kernels.available() else None
+    return kernels if library.available() else None

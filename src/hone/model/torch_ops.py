@@ -141,6 +141,39 @@ def experts(
     return (out_NkD * expert_weights_Nk[..., None]).sum(1).to(x_ND.dtype)
 
 
+def mixture(
+    x_ND: Tensor,
+    router_ED: Tensor,
+    correction_bias_E: Tensor | None,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    shared: tuple[Tensor, Tensor] | None,
+    num_chosen: int,
+    *,
+    score: Literal["sigmoid", "softmax"],
+    num_groups: int = 1,
+    groups_per_token: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
+) -> Tensor:
+    expert_ids_Nk, expert_weights_Nk = route(
+        linear(x_ND.float(), router_ED.float()),
+        correction_bias_E,
+        num_chosen,
+        score=score,
+        num_groups=num_groups,
+        groups_per_token=groups_per_token,
+        normalise=normalise,
+        scale=scale,
+    )
+    out_ND = experts(x_ND, expert_ids_Nk, expert_weights_Nk, gate_up_E2FD, down_EDF)
+    return out_ND if shared is None else out_ND + mlp(x_ND, *shared)
+
+
+def mlp(x_ND: Tensor, gate_up_2FD: Tensor, down_DF: Tensor) -> Tensor:
+    return linear(swiglu(linear(x_ND, gate_up_2FD)), down_DF)
+
+
 def grouped_products(x_ND: Tensor, ends_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
     """The experts' MLPs of rows sorted by expert, those of expert e ending before ends[e]: one call per product."""
     gate_up_N2F = functional.grouped_mm(x_ND, gate_up_E2FD.transpose(1, 2), offs=ends_E)

@@ -15,4 +15,4 @@ class Mlp(nn.Module):
         self.down = nn.Parameter(torch.zeros(width, hidden))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return ops.linear(ops.swiglu(ops.linear(x_ND, self.gate_up)), self.down)
+        return ops.mlp(x_ND, self.gate_up, self.down)

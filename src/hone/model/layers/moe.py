@@ -37,6 +37,8 @@ class Moe(nn.Module):
         self.expert_counts_E: Tensor | None = None
 
     def forward(self, x_ND: Tensor) -> Tensor:
+        if self.expert_counts_E is None and not torch.is_grad_enabled():
+            return self._infer(x_ND)
         logits_NE = ops.linear(x_ND.float(), self.router.float())
         expert_ids_Nk, expert_weights_Nk = route(logits_NE, self.correction_bias, self.config)
         if self.expert_counts_E is not None:
@@ -44,6 +46,24 @@ class Moe(nn.Module):
             self.expert_counts_E.scatter_add_(0, chosen, torch.ones_like(chosen))
         out_ND = ops.experts(x_ND, expert_ids_Nk, expert_weights_Nk, self.gate_up, self.down)
         return out_ND if self.shared is None else out_ND + self.shared.forward(x_ND)
+
+    def _infer(self, x_ND: Tensor) -> Tensor:
+        """The same in one operation, which has no gradient and does not tell what it chose."""
+        config, shared = self.config, self.shared
+        return ops.mixture(
+            x_ND,
+            self.router,
+            self.correction_bias,
+            self.gate_up,
+            self.down,
+            None if shared is None else (shared.gate_up, shared.down),
+            config.experts_per_token,
+            score=config.score,
+            num_groups=config.num_groups,
+            groups_per_token=config.groups_per_token,
+            normalise=config.normalise_weights,
+            scale=config.weight_scale,
+        )
 
 
 def route(logits_NE: Tensor, correction_bias_E: Tensor | None, config: MoeConfig) -> Routing:

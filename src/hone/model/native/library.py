@@ -51,9 +51,16 @@ def functions() -> ctypes.CDLL:
 @functools.cache
 def available() -> bool:
     """Whether the kernels compile and load here; the reason is logged when they do not."""
+    reason = obstacle()
+    if reason is not None:
+        logger.warning("no native kernels: %s", reason)
+    return reason is None
+
+
+def obstacle() -> str | None:
+    """Why the kernels do not compile or load here; None where they do."""
     try:
         functions()
     except (build.BuildError, OSError) as error:
-        logger.warning("no native kernels: %s", error)
-        return False
-    return True
+        return str(error)
+    return None
