@@ -158,6 +158,13 @@ def test_strict_numerics_need_float32_everywhere(small: Path) -> None:
     assert load_recipe(small, [strict]).trainer.numerics == "strict"
 
 
+def test_strict_numerics_are_for_the_cpu(small: Path) -> None:
+    strict = "--trainer.numerics=strict"
+    assert "'strict' is for the CPU" in complaint(small, strict, "--model.device=cuda")
+    assert load_recipe(small, [strict]).device == "cpu"
+    assert load_recipe(small).device == "auto"
+
+
 def test_bounds_that_mask_everything_and_bounds_without_effect_are_refused(small: Path) -> None:
     assert "every token would be masked" in complaint(small, "--rl.loss.low=2.0", "--rl.loss.high=1.5")
     assert "rl.loss.low has no effect" in complaint(small, "--rl.loss.low=0.5", "--rl.loss.kind=cispo")

@@ -138,7 +138,7 @@ class TrainerSection(Section):
     autocast: Literal["none", "bfloat16"] = "none"
     """Compute in bfloat16 with float32 master weights."""
     numerics: Literal["fast", "strict"] = "fast"
-    """strict: forward results are bitwise independent of packing and equal to the engine's (float32 on a CPU)."""
+    """fast: trainer and engine agree up to rounding; GPU, bfloat16 and torch's kernels are taken where they are there. strict: equal bit for bit, however tokens are batched, cut and packed; always on the CPU, and what cannot keep that (another number type, no C compiler) is refused at the start."""
     checkpoint_every: Positive = 50
     """Optimizer steps between two resumable checkpoints."""
     keep_checkpoints: Positive = 2
@@ -383,6 +383,8 @@ class Recipe(Section):
             raise ValueError("a model built from model.config needs tokenizer.path or tokenizer.vocab_size")
         if self.tokenizer.vocab_size is not None and self.tokenizer.path is not None:
             raise ValueError("tokenizer.vocab_size trains a tokenizer, tokenizer.path loads one; give one of them")
+        if self.trainer.numerics == "strict" and self.model.device == "cuda":
+            raise ValueError("trainer.numerics = 'strict' is for the CPU; set model.device to 'cpu' or leave it out")
         if self.trainer.numerics == "strict" and (
             self.model.dtype != "float32" or self.engine.dtype != "model" or self.trainer.autocast != "none"
         ):
@@ -394,6 +396,11 @@ class Recipe(Section):
                 "rl.stop_at_reward needs evaluation.every: it is compared with the evaluations during training"
             )
         return self
+
+    @property
+    def device(self) -> Literal["auto", "cpu", "cuda"]:
+        """Where trainer and engine compute: model.device, and the CPU in strict mode."""
+        return "cpu" if self.trainer.numerics == "strict" else self.model.device
 
     @property
     def folder(self) -> Path:

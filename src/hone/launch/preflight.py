@@ -9,6 +9,7 @@ from hone.config.load import ConfigError
 from hone.config.recipe import Recipe
 from hone.envs.registry import load_environment
 from hone.model.families import ModelConfig
+from hone.model.native import library
 from hone.text.tokenizer import Tokenizer
 from hone.transport.addresses import allocate
 
@@ -62,6 +63,13 @@ def _tokenizer_is_readable(recipe: Recipe) -> None:
         Tokenizer.load(recipe.tokenizer.path)
 
 
+def _strict_numerics_are_possible(recipe: Recipe) -> None:
+    if recipe.trainer.numerics == "strict" and (obstacle := library.obstacle()) is not None:
+        raise ConfigError(
+            f"trainer.numerics = 'strict' needs the native kernels: {obstacle}; or set trainer.numerics = 'fast'"
+        )
+
+
 def _environments_load(recipe: Recipe) -> None:
     for section in recipe.environments:
         load_environment(section.name, **section.arguments)
@@ -76,6 +84,7 @@ CHECKS: tuple[Callable[[Recipe], None], ...] = (
     _files_exist,
     _model_is_buildable,
     _tokenizer_is_readable,
+    _strict_numerics_are_possible,
     _environments_load,
     _ports_are_free,
 )

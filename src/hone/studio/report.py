@@ -35,6 +35,7 @@ HEADLINES: tuple[tuple[str, str, Callable[[Sequence[float]], float]], ...] = (
     ("sampled tokens per second", "engine/tokens_per_second", median),
     ("largest staleness", "train/staleness_max", max),
     ("largest difference of logprobs", "train/logprob_difference_max", max),
+    ("its 99th percentile in the worst step", "train/logprob_difference_p99", max),
 )
 """Numbers at the head of the page: name, metric, and how its values become one."""
 

@@ -81,10 +81,10 @@ def join_run(folder: RunFolder) -> Run:
     keep_freed_memory()
     if section.threads is not None:
         torch.set_num_threads(max(1, section.threads // section.num_ranks))
-    if section.numerics == "strict" and not torch.cuda.is_available():
+    if section.numerics == "strict":
         ops.set_backend("native")
     # Computing in another type than the weights is done by FSDP, also on a single rank.
-    ranks = Ranks.join(recipe.model.device, always=section.autocast != "none")
+    ranks = Ranks.join(recipe.device, always=section.autocast != "none")
     if ranks.num_ranks != section.num_ranks:
         raise ValueError(
             f"trainer.num_ranks is {section.num_ranks}, but {ranks.num_ranks} processes were started;"

@@ -60,7 +60,8 @@ def serving_of(
         admin_token=None if variable is None else secret(variable),
         tokens=addresses.tokens,
         dtype=torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32,
-        device=recipe.model.device,
+        device=recipe.device,
+        strict=recipe.trainer.numerics == "strict",
         report=report,
     )
 

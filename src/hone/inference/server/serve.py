@@ -23,6 +23,7 @@ from hone.inference.server.api import Service, api_app
 from hone.inference.server.frontend import Frontend
 from hone.inference.server.loop import EngineLoop
 from hone.inference.server.tokens import AddressInUseError
+from hone.model import ops
 from hone.model.checkpoint import load_model
 from hone.observability.logs import fields
 from hone.text.rendering import Renderer
@@ -48,7 +49,8 @@ class Serving:
     """What to serve and where.
 
     tokenizer_folder: default the model's. admin: an address of their own for the admin routes; admin_token: what they
-    want as bearer token. tokens: ZeroMQ address of the token channel. dtype: of the weights as they are loaded.
+    want as bearer token. tokens: ZeroMQ address of the token channel. dtype: of the weights as they are loaded. strict:
+    compute through the native kernels alone, as a trainer does whose logprobs must be the same; `ValueError` without.
     """
 
     model_folder: Path
@@ -62,6 +64,7 @@ class Serving:
     tokens: str | None = None
     dtype: torch.dtype = torch.float32
     device: str = "auto"
+    strict: bool = False
     report: Callable[[Engine], None] | None = None
     started: Callable[[str], None] = field(default=lambda _: None)
 
@@ -106,6 +109,8 @@ def run(serving: Serving) -> None:
 
 def load(serving: Serving) -> tuple[Engine, Service, Frontend]:
     """The engine with its weights, and the text side of the model."""
+    if serving.strict:
+        ops.set_backend("native")
     tokenizer = Tokenizer.load(serving.tokenizer_folder or serving.model_folder)
     if serving.engine.threads is not None:
         torch.set_num_threads(serving.engine.threads)
