@@ -1,9 +1,14 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hone.inference.engine.sampler import draw, draw_truncated, uniforms
+from hone.inference.engine.sampler import draw_truncated, uniforms
+from hone.model import ops
+from hone.model.native import library
+
+BACKENDS = ["torch", "native"] if library.available() else ["torch"]
 
 
 def ones(count: int) -> torch.Tensor:
@@ -28,11 +33,17 @@ def test_random_numbers_are_uniform_and_uncorrelated_between_positions_and_seeds
     assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.02
 
 
-def test_tokens_are_drawn_with_their_probabilities():
+def drawn(backend, *arguments):
+    with ops.use_backend(backend):
+        return ops.draw(*arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_are_drawn_with_their_probabilities(backend):
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5]).repeat(40000, 1)
     temperatures = torch.full((40000,), 0.8)
-    drawn = frequencies(draw(logits, temperatures, many_uniforms(40000)), 5)
-    torch.testing.assert_close(drawn, (logits[0] / 0.8).softmax(-1), atol=0.01, rtol=0)
+    found = frequencies(drawn(backend, logits, temperatures, many_uniforms(40000)), 5)
+    torch.testing.assert_close(found, (logits[0] / 0.8).softmax(-1), atol=0.01, rtol=0)
 
 
 def truncated(logits, top_k=1000, top_p=1.0, min_p=0.0, count=20000):
@@ -71,10 +82,12 @@ def test_a_row_is_drawn_alike_alone_and_in_any_batch(data, size, rows):
     numbers = torch.rand(rows, generator=generator)
     temperatures = torch.rand(rows, generator=generator) + 0.3
     limits = (torch.full((rows,), 7.0), torch.full((rows,), 0.8), torch.full((rows,), 0.01))
-    plain, cut = draw(logits, temperatures, numbers), draw_truncated(logits, *limits, numbers)
+    plain = {backend: drawn(backend, logits, temperatures, numbers) for backend in BACKENDS}
+    cut = draw_truncated(logits, *limits, numbers)
     for row in range(rows):
         one = slice(row, row + 1)
-        assert draw(logits[one], temperatures[one], numbers[one]) == plain[row]
+        for backend in BACKENDS:
+            assert drawn(backend, logits[one], temperatures[one], numbers[one]) == plain[backend][row]
         assert draw_truncated(logits[one], *(limit[one] for limit in limits), numbers[one]) == cut[row]
 
 
@@ -84,4 +97,18 @@ def test_a_token_of_probability_zero_is_never_drawn(size, banned):
     logits = torch.zeros(3, size + 1)
     logits[:, banned % (size + 1)] = -torch.inf
     numbers = torch.tensor([0.0, 0.5, 1 - 2**-24])
-    assert (draw(logits, ones(3), numbers) != banned % (size + 1)).all()
+    for backend in BACKENDS:
+        assert (drawn(backend, logits, ones(3), numbers) != banned % (size + 1)).all()
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="no native kernels here")
+def test_both_backends_draw_the_same_tokens_but_for_rounding():
+    logits = torch.randn(4000, 300, generator=torch.Generator().manual_seed(0)) * 3
+    both = [drawn(backend, logits, torch.full((4000,), 0.9), many_uniforms(4000)) for backend in BACKENDS]
+    assert (both[0] != both[1]).sum() < 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_that_are_not_numbers_still_give_a_token_of_the_vocabulary(backend):
+    found = drawn(backend, torch.full((2, 37), torch.nan), ones(2), torch.tensor([0.0, 0.9]))
+    assert ((found >= 0) & (found < 37)).all()

@@ -97,6 +97,8 @@ class Kernels(Protocol):
 
     def token_logprobs(self, logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor | float = 1.0) -> Tensor: ...
 
+    def draw(self, logits_SV: Tensor, temperatures_S: Tensor, uniforms_S: Tensor) -> Tensor: ...
+
 
 def set_backend(backend: Backend) -> None:
     """Choose for this process: "auto" takes native kernels for float32 on the CPU where there are any."""
@@ -258,6 +260,11 @@ def swiglu(gate_up_N2F: Tensor) -> Tensor:
 def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor | float = 1.0) -> Tensor:
     """Float32 logprobs of the targets under logits / temperature."""
     return _kernels_for(logits_NV).token_logprobs(logits_NV, targets_N, temperature_N)
+
+
+def draw(logits_SV: Tensor, temperatures_S: Tensor, uniforms_S: Tensor) -> Tensor:
+    """One token per row from softmax(logits / temperature), decided by the row's number in [0, 1) alone."""
+    return _kernels_for(logits_SV).draw(logits_SV, temperatures_S, uniforms_S)
 
 
 def _kernels_for(x: Tensor) -> Kernels:

@@ -48,6 +48,20 @@ def swiglu(gate_up_N2F: Tensor) -> Tensor:
     return functional.silu(gate_NF) * up_NF
 
 
+def draw(logits_SV: Tensor, temperatures_S: Tensor, uniforms_S: Tensor) -> Tensor:
+    return invert(torch.softmax(logits_SV / temperatures_S[:, None], -1), uniforms_S)
+
+
+def invert(probs_SV: Tensor, uniforms_S: Tensor) -> Tensor:
+    """The first token at which the probabilities, summed in the order of the vocabulary, exceed uniform * their sum."""
+    cumulative_SV = probs_SV.cumsum(-1)
+    total_S1 = cumulative_SV[:, -1:]
+    # Strictly below the total, so that a token of probability 0 at the end is never reached by rounding.
+    wanted_S1 = torch.minimum(uniforms_S[:, None] * total_S1, total_S1.nextafter(torch.zeros_like(total_S1)))
+    tokens_S: Tensor = torch.searchsorted(cumulative_SV, wanted_S1, right=True)[:, 0]
+    return tokens_S.clamp(max=probs_SV.shape[-1] - 1)
+
+
 def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor | float = 1.0) -> Tensor:
     scaled_NV = logits_NV.float()
     if isinstance(temperature_N, Tensor):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hone.inference.engine.request import Request, TopLogprobs
-from hone.model import ops
+from hone.model import ops, torch_ops
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -64,7 +64,7 @@ class Sampler:
         if is_greedy_S.all():
             tokens_S = logits_SV.argmax(-1)
         else:
-            tokens_S = draw(logits_SV, temperatures_S, uniforms_S)
+            tokens_S = ops.draw(logits_SV, temperatures_S, uniforms_S)
             if len(special):
                 tokens_S = self._redraw(tokens_S, logits_SV, uniforms_S, special, requests)
             if is_greedy_S.any():
@@ -109,11 +109,6 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return drawn
 
 
-def draw(logits_SV: Tensor, temperatures_S: Tensor, uniforms_S: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution, summed in the order of the vocabulary."""
-    return _invert(torch.softmax(logits_SV / temperatures_S[:, None], -1), uniforms_S)
-
-
 def draw_truncated(scaled_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor, uniforms_S: Tensor) -> Tensor:
     """Draw among the top k, of these among the fewest that hold top_p of their mass, none below min_p of the best."""
     sorted_SV, order_SV = scaled_SV.sort(stable=True, dim=-1, descending=True)
@@ -125,7 +120,7 @@ def draw_truncated(scaled_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S:
     dropped_SV = (before_SV >= limits_S1) & (top_p_S < 1)[:, None]
     dropped_SV |= probs_SV < min_p_S[:, None] * probs_SV[:, :1]
     dropped_SV[:, 0] = False
-    ranks_S = _invert(probs_SV.masked_fill(dropped_SV, 0.0), uniforms_S)
+    ranks_S = torch_ops.invert(probs_SV.masked_fill(dropped_SV, 0.0), uniforms_S)
     return order_SV.gather(-1, ranks_S[:, None])[:, 0]
 
 
@@ -140,12 +135,3 @@ def top(scaled_V: Tensor, count: int) -> TopLogprobs:
     """The likeliest tokens with their logprobs, best first."""
     values, token_ids = scaled_V.log_softmax(-1).topk(min(count, len(scaled_V)))
     return list(zip(token_ids.tolist(), values.tolist(), strict=True))
-
-
-def _invert(probs_SV: Tensor, uniforms_S: Tensor) -> Tensor:
-    cumulative_SV = probs_SV.cumsum(-1)
-    total_S1 = cumulative_SV[:, -1:]
-    # Strictly below the total, so that a token of probability 0 at the end is never reached by rounding.
-    wanted_S1 = torch.minimum(uniforms_S[:, None] * total_S1, total_S1.nextafter(torch.zeros_like(total_S1)))
-    tokens_S: Tensor = torch.searchsorted(cumulative_SV, wanted_S1, right=True)[:, 0]
-    return tokens_S.clamp(max=probs_SV.shape[-1] - 1)

@@ -155,6 +155,19 @@ def token_logprobs(
     return out
 
 
+def draw(logits_SV: Tensor, temperatures_S: Tensor, uniforms_S: Tensor) -> Tensor:
+    logits_SV, temperatures_S, uniforms_S = map(_contiguous, (logits_SV, temperatures_S, uniforms_S))
+    rows, vocabulary = logits_SV.shape
+    for name, numbers_S in (("temperatures", temperatures_S), ("uniforms", uniforms_S)):
+        if numbers_S.shape != (rows,) or numbers_S.dtype is not torch.float32:
+            raise _mismatch(name, numbers_S, f"be float32 [{rows}]")
+    tokens_S = torch.empty(rows, dtype=torch.int64)
+    functions().hone_draw(
+        logits_SV.data_ptr(), temperatures_S.data_ptr(), uniforms_S.data_ptr(), tokens_S.data_ptr(), rows, vocabulary
+    )  # fmt: skip
+    return tokens_S
+
+
 def token_logprobs_backward(
     d_out: Tensor, logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor, normalizers: Tensor
 ) -> Tensor:

@@ -18,6 +18,7 @@ from hone.model.native.packs import forget_packs
 __all__ = [
     "add_rms_norm",
     "available",
+    "draw",
     "experts",
     "forget_packs",
     "linear",
@@ -170,6 +171,10 @@ def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature_N: Tensor |
         out: Tensor = _applied(_TokenLogprobs, logits_NV, targets_N, temperatures)
         return out
     return calls.token_logprobs(logits_NV, targets_N, temperatures)
+
+
+def draw(logits_SV: Tensor, temperatures_S: Tensor, uniforms_S: Tensor) -> Tensor:
+    return calls.draw(logits_SV, temperatures_S, uniforms_S)
 
 
 def _trains(*inputs: Tensor) -> bool:

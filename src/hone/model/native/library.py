@@ -23,6 +23,7 @@ _ARGUMENTS = {
     "hone_swiglu_backward": "pppll",
     "hone_token_logprobs": "ppplppll",
     "hone_token_logprobs_backward": "pppplppll",
+    "hone_draw": "ppppll",
     "hone_write_cache": "plplpppll",
     "hone_route": "ppppp" + "lllll" + "iif",
     "hone_route_backward": "pppp" + "lll" + "iif",
