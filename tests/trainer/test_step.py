@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hone.model import ops
 from hone.model.layers.attention import PackedAttention
 from hone.model.transformer import Transformer
 from hone.schema.batches import TrainingSample
@@ -180,3 +181,28 @@ def test_a_sample_without_trained_tokens_leaves_gradients_of_zero(
     found = gradients(trainer, idle, supervised(idle))
     assert set(found) == dict(trainer.model.named_parameters()).keys()
     assert all(not gradient.any() for gradient in found.values())
+
+
+def test_native_logprobs_are_the_same_bits_however_a_step_is_cut(
+    trainer: Trainer, random_samples: Callable[..., Samples]
+) -> None:
+    if not native_is_there():
+        pytest.skip("no native kernels on this machine")
+    samples = random_samples(9, 4, 17, 23, 2, 11)
+    with ops.use_backend("native"):
+        whole, parts = (logprobs(dataclasses.replace(trainer, micro_batch_tokens=m), samples) for m in (1000, 23))
+    assert torch.equal(whole, parts)
+
+
+def native_is_there() -> bool:
+    try:
+        with ops.use_backend("native"):
+            return True
+    except ValueError:
+        return False
+
+
+def logprobs(trainer: Trainer, samples: Samples) -> Tensor:
+    micro_batches = cut(trainer, samples)
+    parts = [forward_backward(trainer, part, supervised(samples)) for part in micro_batches]
+    return step_module.combine(parts, micro_batches, samples, trainer.ranks)[1]
