@@ -7,11 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import zmq
+import zmq.asyncio
 
 from hone.observability.metrics import read_metrics
 from hone.orchestrator.audit import audit
 from hone.orchestrator.ledger import Ledger, LedgerError
+from hone.orchestrator.loop import main
+from hone.schema.sampling import Answers, FinishReason, Generated, GenerateMany, VersionRun
 from hone.schema.traces import Failure, FailureClass, Trace
+from hone.schema.wire import Wire
+from hone.text.training import train_tokenizer
 from hone.transport.addresses import PortInUseError
 from hone.transport.traces import read_traces
 
@@ -274,3 +280,41 @@ async def test_a_kill_between_files_and_ledger_loses_and_repeats_nothing(make_ru
     assert result.is_clean, result
     results = [(found.group, found.attempt) for _, found in read_traces(run.folder.traces)]
     assert len(results) == len(set(results)) >= 4 * 8
+
+
+async def serve_tokens(address):
+    """The token channel of an engine that says two tokens to everything."""
+    out, back = Wire(GenerateMany), Wire(Answers)
+    dice = random.Random(0)
+    with zmq.asyncio.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(address)
+        while True:
+            identity, data = await socket.recv_multipart()
+            answers = []
+            for request in out.decode(data).requests:
+                token_ids = [dice.choice([5, 6])]
+                versions = [VersionRun(0, 1)]
+                answers.append(Generated(request.request_id, token_ids, [-0.5], versions, FinishReason.STOP))
+            await socket.send_multipart([identity, back.encode(Answers(answers))])
+
+
+async def test_a_run_without_worker_processes_takes_the_same_way(make_run):
+    run = make_run({"num_steps": 2, "max_staleness": 9, "filter_without_signal": False}, workers={"num_workers": 0})
+    train_tokenizer(["digits 0123456789"], vocab_size=300, chat_template="chatml").save(run.folder.model)
+    async with run.world() as (_, worker, trainer):
+        await worker.__aexit__()
+        server = asyncio.create_task(serve_tokens(run.addresses.tokens))
+        await finish(run)
+        server.cancel()
+        await asyncio.gather(server, return_exceptions=True)
+        assert sorted(trainer.batches) == [1, 2]
+        await worker.__aenter__()
+    assert audit(run.folder.path).is_clean
+
+
+def test_what_will_never_work_ends_with_code_2_and_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "no recipe at" in capsys.readouterr().err
+    assert main([]) == 2
+    assert "usage" in capsys.readouterr().err

@@ -61,6 +61,10 @@ logger = logging.getLogger("hone.orchestrator.loop")
 
 WILL_NEVER_WORK = 2
 SILENT_BEATS = 10
+PAUSE_SECONDS = 0.005
+"""What arrives within this time shares a tick, and so a transaction."""
+SHORT_PAUSE_SECONDS = 0.001
+"""The same while the trainer waits for a batch."""
 TIMER_SECONDS = 0.2
 REMIND_SECONDS = 30.0
 GRACE_SECONDS = 120.0
@@ -209,7 +213,7 @@ class Orchestrator:
             except TimeoutError:
                 pass
             else:
-                await asyncio.sleep(0)  # let the loop read its other descriptors before the next tick
+                await asyncio.sleep(PAUSE_SECONDS if self._state.wanted is None else SHORT_PAUSE_SECONDS)
             self._look_at_the_clock()
 
     # One tick.
@@ -440,7 +444,6 @@ class Orchestrator:
     def _tell_worker(self, identity: bytes, frames: list[bytes]) -> None:
         for start in range(0, len(frames), FRAMES_PER_MESSAGE):
             self._workers.send(identity, frames[start : start + FRAMES_PER_MESSAGE])
-        self._wake.set()  # sending may have swallowed the sign that something arrived
 
     def _forget(self, number: int) -> None:
         self._tasks.pop(number, None)
