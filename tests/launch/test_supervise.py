@@ -124,3 +124,11 @@ asyncio.run(Supervisor(Path({str(tmp_path)!r}), 0).run([ProcessPlan("p", (sys.ex
     if sys.platform != "linux":
         pytest.skip("the parent-death signal is Linux's")
     asyncio.run(kill_launcher())
+
+
+def test_a_rank_that_will_never_work_ends_the_stage_through_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text("import sys\nprint('error: the disk is full', file=sys.stderr)\nsys.exit(2)\n")
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    with pytest.raises(StageFailed, match="trainer: error: the disk is full"):
+        run(tmp_path, ProcessPlan("trainer", command, ends_stage=True))

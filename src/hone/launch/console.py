@@ -108,7 +108,10 @@ async def _follow(path: Path, bar: Bar, progress: Progress, task: TaskID) -> Non
 
 
 def _move(line: str, bar: Bar, progress: Progress, task: TaskID) -> None:
-    values = json.loads(line)
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError:  # torn by a process that was killed
+        return
     if bar.total_of in values:
         progress.update(task, total=values[bar.total_of])
     if bar.step_of not in values or "step" not in values:

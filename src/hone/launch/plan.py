@@ -68,6 +68,11 @@ def _python(name: str, module: str, *arguments: str, threads: int, ends_stage: b
     return ProcessPlan(
         name=name,
         command=(sys.executable, "-m", module, *arguments),
-        environment={"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+        # Threads that spin while they wait take the core from the process that they wait for.
+        environment={
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        },
         ends_stage=ends_stage,
     )

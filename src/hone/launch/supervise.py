@@ -6,6 +6,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -18,9 +19,12 @@ logger = logging.getLogger(__name__)
 
 HOPELESS = 2
 """Exit code of a process that would fail again: a wrong recipe, a port in use, a full disk."""
+# torchrun ends with 1 whatever its ranks ended with, and prints their exit codes.
+HOPELESS_RANK = re.compile(rf"\s*exitcode\s*: {HOPELESS} ")
 GRACE_SECONDS = 10.0
 RESTART_DELAY_SECONDS = 0.2
-TAIL_LINES = 20
+TAIL_LINES = 200
+STORY_LINES = 20
 
 
 class StageFailed(RuntimeError):
@@ -90,10 +94,10 @@ class Supervisor:
                 logger.info("process ended", extra=fields(name=plan.name))
                 return
             last = tail[-1] if tail else "it said nothing"
-            if code == HOPELESS:
-                raise StageFailed(f"{plan.name}: {last}")
+            if code == HOPELESS or any(HOPELESS_RANK.match(line) for line in tail):
+                raise StageFailed(f"{plan.name}: {next((line for line in tail if line.startswith('error:')), last)}")
             if self._restarts_left == 0:
-                story = "\n".join(tail)
+                story = "\n".join(tail[-STORY_LINES:])
                 raise StageFailed(
                     f"{plan.name} ended with {_reason(code)} and run.max_restarts = {self._max_restarts} is used up; "
                     f"its last lines (all in {self._stderr(plan.name)}):\n{story}"
