@@ -18,7 +18,7 @@ from pathlib import Path
 
 import harness
 
-from hone.orchestrator.ledger import audit
+from hone.orchestrator.audit import audit
 from hone.schema.seeds import derive_seed
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         kills = torment(Path(scratch), arguments)
         folder = Path(scratch) / "crash"
-        result = audit(folder / "ledger.sqlite")
+        result = audit(folder)
         rewards = [
             line["train/reward_mean"]
             for line in map(json.loads, (folder / "metrics.jsonl").open())
@@ -54,6 +54,8 @@ def main() -> None:
             "kills": {kind: kills.count(kind) for kind in KINDS},
             "lost": result.lost,
             "trained_twice": result.trained_twice,
+            "regenerated": result.regenerated,
+            "too_stale": result.too_stale,
             "reward_first": rewards[0],
             "reward_final": final,
         },

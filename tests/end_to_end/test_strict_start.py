@@ -35,7 +35,7 @@ def recipe(folder: Path, numerics: str) -> Recipe:
     tree = {
         "run": {"folder": str(folder), "name": "x"},
         "model": {"config": {"model_type": "qwen3"} | SIZES},
-        "tokenizer": {"vocab_size": 64},
+        "tokenizer": {"vocab_size": 64, "chat_template": "chatml"},
         "environments": [{"name": "reverse_text"}],
         "trainer": {"numerics": numerics},
         "rl": {},

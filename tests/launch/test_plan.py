@@ -6,7 +6,7 @@ from hone.launch.plan import plan_rl, plan_sft
 
 TREE = {
     "model": {"config": {"model_type": "llama"}},
-    "tokenizer": {"vocab_size": 64},
+    "tokenizer": {"vocab_size": 64, "chat_template": "chatml"},
     "environments": [{"name": "reverse_text"}],
     "rl": {},
 }

@@ -12,7 +12,7 @@ def recipe(folder: Path, **rl: object) -> Recipe:
         {
             "run": {"folder": str(folder), "name": "x"},
             "model": {"config": {"model_type": "llama"}},
-            "tokenizer": {"vocab_size": 64},
+            "tokenizer": {"vocab_size": 64, "chat_template": "chatml"},
             "environments": [{"name": "reverse_text"}],
             "rl": rl,
         },

@@ -14,6 +14,9 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
+BUILT_IN_TEMPLATES = ("chatml", "qwen3", "glm4", "llama3")
+
+
 class Section(BaseModel):
     """A part of the tree: frozen, unknown fields refused, the sentence under a field is its documentation."""
 
@@ -64,7 +67,20 @@ class TokenizerSection(Section):
     alphabet: Literal["bytes", "seen"] = "bytes"
     """Start a trained tokenizer from all 256 bytes, or only from those seen in the training text."""
     chat_template: str | None = None
-    """A template that ships with hone (chatml, qwen3, glm4, llama3) or the path of a Jinja2 file; default: the model's."""
+    """A template that ships with hone (chatml, qwen3, glm4, llama3) or, for a trained tokenizer that is loaded, the path of a Jinja2 file; default: the model's."""
+
+    @model_validator(mode="after")
+    def _no_dead_fields(self) -> Self:
+        if self.vocab_size is not None and self.path is not None:
+            raise ValueError("tokenizer.vocab_size trains a tokenizer, tokenizer.path loads one; give one of them")
+        if self.vocab_size is None and self.alphabet == "seen":
+            raise ValueError("tokenizer.alphabet has no effect without tokenizer.vocab_size, which trains a tokenizer")
+        if self.vocab_size is not None and self.chat_template not in BUILT_IN_TEMPLATES:
+            raise ValueError(
+                f"tokenizer.chat_template is {self.chat_template!r}; a tokenizer that is trained takes its special tokens"
+                f" from one of {', '.join(BUILT_IN_TEMPLATES)}"
+            )
+        return self
 
 
 class EnvironmentSection(Section):
@@ -286,7 +302,7 @@ class EngineSection(Section):
     max_batch_tokens: Positive = 4096
     """Most tokens of one engine step; longer prompts are prefilled in chunks."""
     max_context: Positive | None = None
-    """Longest prompt plus completion; default: the model's."""
+    """Longest prompt plus completion; default: the model's. In RL never above trainer.micro_batch_tokens."""
     prefix_cache: bool = True
     """Reuse KV blocks of equal prefixes computed under the same weights."""
     dtype: Literal["model", "bfloat16"] = "model"
@@ -381,8 +397,10 @@ class Recipe(Section):
             )
         if self.model.config is not None and self.tokenizer.path is None and self.tokenizer.vocab_size is None:
             raise ValueError("a model built from model.config needs tokenizer.path or tokenizer.vocab_size")
-        if self.tokenizer.vocab_size is not None and self.tokenizer.path is not None:
-            raise ValueError("tokenizer.vocab_size trains a tokenizer, tokenizer.path loads one; give one of them")
+        if self.tokenizer.vocab_size is not None and (self.model.config is None or not self.environments):
+            raise ValueError(
+                "tokenizer.vocab_size trains a tokenizer for model.config on the texts of [[environments]]"
+            )
         if self.trainer.numerics == "strict" and self.model.device == "cuda":
             raise ValueError("trainer.numerics = 'strict' is for the CPU; set model.device to 'cpu' or leave it out")
         if self.trainer.numerics == "strict" and (

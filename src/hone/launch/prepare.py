@@ -3,6 +3,7 @@
 Runs as its own process (`python -m hone.launch.prepare RUN_FOLDER`) because it needs torch, which the launcher does not.
 """
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from hone.model.families import ModelConfig
 from hone.model.transformer import Transformer
 from hone.observability import logs
 from hone.schema.seeds import derive_seed
+from hone.text.template import FAMILIES, built_in
 from hone.text.tokenizer import Tokenizer
 from hone.text.training import train_tokenizer
 from hone.transport.folders import RunFolder
@@ -53,11 +55,21 @@ def _build_model(recipe: Recipe, config: dict[str, object], target: Path) -> Non
 def _tokenizer(recipe: Recipe) -> Tokenizer:
     section = recipe.tokenizer
     if section.path is not None:
-        return Tokenizer.load(section.path)
+        return _loaded(section.path, section.chat_template)
     assert section.vocab_size is not None  # the recipe's own rule
     return train_tokenizer(
         _training_texts(recipe), section.vocab_size, alphabet=section.alphabet, chat_template=section.chat_template
     )
+
+
+def _loaded(folder: Path | str, chat_template: str | None) -> Tokenizer:
+    """A trained tokenizer, with another template where the recipe names one."""
+    tokenizer = Tokenizer.load(folder)
+    if chat_template in FAMILIES:
+        tokenizer.chat_template = built_in(chat_template).source
+    elif chat_template is not None:
+        tokenizer.chat_template = Path(chat_template).read_text()
+    return tokenizer
 
 
 def _training_texts(recipe: Recipe) -> Iterator[str]:
@@ -75,15 +87,16 @@ def _link_model(recipe: Recipe, target: Path) -> None:
     assert recipe.model.path is not None  # the recipe's own rule
     source = _local(recipe.model.path)
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(
-        source.iterdir(), key=lambda file: file.name == "config.json"
-    ):  # config.json last: it marks the end
-        if file.is_file() and not (target / file.name).exists():
-            (target / file.name).symlink_to(file.absolute())
-    if recipe.tokenizer.path is not None:
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-            (target / name).unlink(missing_ok=True)
-        Tokenizer.load(recipe.tokenizer.path).save(target)
+    for file in source.iterdir():
+        link = target / file.name
+        if file.suffix == ".safetensors" and not link.exists():
+            link.symlink_to(file.absolute())
+        elif file.is_file() and file.name != "config.json" and not link.exists():
+            shutil.copy(file, link)
+    section = recipe.tokenizer
+    if section.path is not None or section.chat_template is not None:
+        _loaded(section.path or source, section.chat_template).save(target)
+    shutil.copy(source / "config.json", target / "config.json")  # last: it marks the end
 
 
 def _local(path: str) -> Path:

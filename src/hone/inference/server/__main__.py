@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import torch
 
 from hone.config.load import load_recipe
-from hone.config.recipe import Recipe
+from hone.config.recipe import EngineSection, Recipe
 from hone.inference.engine.engine import Engine
 from hone.inference.server.admin import describe
 from hone.inference.server.serve import Endpoint, Serving, run
@@ -52,7 +52,7 @@ def serving_of(
     return Serving(
         model_folder=weights,
         name=recipe.run.name,
-        engine=recipe.engine,
+        engine=engine_of(recipe),
         api=endpoint(addresses.api),
         version=version,
         tokenizer_folder=weights if own_tokenizer else folder.model,
@@ -64,6 +64,14 @@ def serving_of(
         strict=recipe.trainer.numerics == "strict",
         report=report,
     )
+
+
+def engine_of(recipe: Recipe) -> EngineSection:
+    """The recipe's engine; in RL no rollout gets longer than what the trainer can forward at once."""
+    if recipe.rl is None:
+        return recipe.engine
+    longest = min(recipe.engine.max_context or recipe.trainer.micro_batch_tokens, recipe.trainer.micro_batch_tokens)
+    return recipe.engine.model_copy(update={"max_context": longest})
 
 
 def endpoint(address: str) -> Endpoint:
