@@ -13,6 +13,7 @@ def load_environment(
     alphabet: str | None = None,
     num_train_tasks: int | None = None,
     held_out_share: float = 0.2,
+    shuffled_share: float = 0.0,
     prompt: str = "Write this backwards, and nothing else: {text}",
     partial_credit: float = 0.5,
     seed: int = 0,
@@ -22,7 +23,8 @@ def load_environment(
     mode: `words` (some 2,500 common English words), `sentences` (of a small grammar; endless), `letters` (random
     strings of `alphabet`; endless). min_length, max_length: of the text, in characters; by default 3 to 8 for words, 10
     to 60 for sentences, 4 to 6 for letters. num_train_tasks: only the first so many; default: all.
-    held_out_share: share of all texts that is never trained. prompt: must contain {text}.
+    held_out_share: share of all texts that is never trained. shuffled_share: of the train words, which then are drawn
+    without end, so many have their letters shuffled: a policy learns to reverse instead of learning the list. prompt: must contain {text}.
     partial_credit: most that an answer earns which is not exact. seed: of the texts that are drawn.
     """
     if not 0 <= partial_credit < 1:
@@ -33,6 +35,7 @@ def load_environment(
         alphabet=alphabet,
         num_train_tasks=num_train_tasks,
         held_out_share=held_out_share,
+        shuffled_share=shuffled_share,
         prompt=prompt,
         seed=seed,
     )

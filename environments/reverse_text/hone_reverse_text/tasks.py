@@ -24,6 +24,7 @@ def tasks_of(
     alphabet: str | None,
     num_train_tasks: int | None,
     held_out_share: float,
+    shuffled_share: float,
     prompt: str,
     seed: int,
 ) -> tuple[Tasks, Tasks]:
@@ -35,9 +36,13 @@ def tasks_of(
         raise ValueError(f"held_out_share {held_out_share} is not between 0 and 1")
     if alphabet is not None and mode != "letters":
         raise ValueError(f"alphabet has no effect with mode {mode!r}; remove it or use mode 'letters'")
+    if not 0 <= shuffled_share <= 1 or (shuffled_share and mode != "words"):
+        raise ValueError(f"shuffled_share {shuffled_share} is for mode 'words' and lies in [0, 1]")
     make = partial(_task, prompt)
     if mode == "words":
         train, held_out = _words(low, high, held_out_share, make)
+        if shuffled_share:
+            train = _shuffled(train, shuffled_share, held_out_share, seed, make)
     elif mode == "sentences":
         train, held_out = _drawn(sentence, low, high, held_out_share, seed, make)
     else:
@@ -85,6 +90,30 @@ def _words(low: int, high: int, share: float, make: Callable[[str], Task]) -> tu
         Tasks(lambda index: make(train[index]), len(train)),
         Tasks(lambda index: make(held_out[index]), len(held_out)),
     )
+
+
+def _shuffled(
+    words: Tasks, shuffled_share: float, held_out_share: float, seed: int, make: Callable[[str], Task]
+) -> Tasks:
+    """Endless: words, and words with their letters in another order, which nobody can have learned by heart."""
+    assert words.count is not None
+    count = words.count
+
+    def task(index: int) -> Task:
+        draw = random.Random(derive_seed(seed, "shuffled", index))
+        word = words[draw.randrange(count)]
+        assert word.reference is not None
+        letters = list(word.reference)
+        if draw.random() >= shuffled_share or len(set(letters)) == 1:
+            return word
+        for _ in range(MAX_DRAWS):
+            draw.shuffle(letters)
+            text = "".join(letters)
+            if text != text[::-1] and not is_held_out(text, held_out_share):
+                return make(text)
+        return word  # every order of its letters is held out
+
+    return Tasks(task)
 
 
 def _drawn(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.envs import EnvironmentLoadError, check_gold, load_environment, play
+from hone.envs import EnvironmentLoadError, check_gold, is_held_out, load_environment, play
 from hone_reverse_text.grammar import PATTERNS, SLOTS, sentence
 from hone_reverse_text.rewards import longest_common_subsequence, similarity
 from hone_reverse_text.tasks import words
@@ -119,6 +119,16 @@ def test_lengths_alphabet_count_and_prompt_are_kept():
 def test_arguments_without_meaning_are_refused(arguments, complaint):
     with pytest.raises(EnvironmentLoadError, match=complaint):
         load_environment("reverse_text", **arguments)
+
+
+def test_shuffled_words_are_endless_keep_their_letters_and_are_never_held_out():
+    environment = load_environment("reverse_text", shuffled_share=0.5)
+    assert environment.num_train_tasks is None
+    texts = [environment.train_task(index).reference[::-1] for index in range(400)]
+    listed = set(words())
+    known = {"".join(sorted(word)) for word in listed}
+    assert all("".join(sorted(text)) in known and text != text[::-1] and not is_held_out(text, 0.2) for text in texts)
+    assert 100 < sum(text in listed for text in texts) < 300
 
 
 def test_the_word_list_is_clean():
