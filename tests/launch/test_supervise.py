@@ -132,3 +132,160 @@ def test_a_rank_that_will_never_work_ends_the_stage_through_torchrun(tmp_path: P
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
     with pytest.raises(StageFailed, match="trainer: error: the disk is full"):
         run(tmp_path, ProcessPlan("trainer", command, ends_stage=True))
+
+
+def test_processes_may_put_their_things_in_order_before_they_end(tmp_path: Path) -> None:
+    ready, farewell = tmp_path / "ready", tmp_path / "farewell"
+    orderly = program(
+        "server",
+        f"""
+        import signal, sys, time
+        def leave(*_):
+            time.sleep(0.2)
+            open({str(farewell)!r}, "w").close()
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, leave)
+        open({str(ready)!r}, "w").close()
+        time.sleep(60)
+        """,
+    )
+    waits = program(
+        "trainer", f"import os, time\nwhile not os.path.exists({str(ready)!r}): time.sleep(.01)", ends_stage=True
+    )
+    run(tmp_path, orderly, waits)
+    assert farewell.exists()
+
+
+def test_an_interrupted_stage_also_stops_its_work_in_order(tmp_path: Path) -> None:
+    ready, farewell = tmp_path / "ready", tmp_path / "farewell"
+    orderly = program(
+        "trainer",
+        f"""
+        import signal, sys, time
+        def leave(*_):
+            open({str(farewell)!r}, "w").close()
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, leave)
+        open({str(ready)!r}, "w").close()
+        time.sleep(60)
+        """,
+        ends_stage=True,
+    )
+
+    async def interrupt() -> None:
+        stage = asyncio.create_task(Supervisor(tmp_path, 0).run([orderly]))
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not ready.exists():
+                await asyncio.sleep(0.02)
+            stage.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await stage
+
+    asyncio.run(interrupt())
+    assert farewell.exists()
+
+
+def test_a_service_that_ends_without_an_error_is_started_again(tmp_path: Path) -> None:
+    lives = tmp_path / "lives"
+    server = program(
+        "inference",
+        f"""
+        import time
+        open({str(lives)!r}, "a").write("x")
+        if open({str(lives)!r}).read() == "xx": time.sleep(60)
+        """,
+    )
+    waits = program(
+        "trainer",
+        f"""
+        import os, time
+        while not os.path.exists({str(lives)!r}) or open({str(lives)!r}).read() != "xx": time.sleep(.01)
+        """,
+        ends_stage=True,
+    )
+    assert run(tmp_path, server, waits).num_restarts == 1
+
+
+def test_a_worker_that_was_told_that_the_run_is_over_stays_away(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    worker = program("worker-0", f"open({str(mark)!r}, 'w').close()")
+    until = f"import os, time\nwhile not os.path.exists({str(mark)!r}): time.sleep(.01)\n"
+    orchestrator = program("orchestrator", until + "time.sleep(0.3)", ends_stage=True)
+    trainer = program("trainer", until + "time.sleep(1.2)", ends_stage=True)
+    assert run(tmp_path, worker, orchestrator, trainer, max_restarts=0).num_restarts == 0
+
+
+def test_a_grandchild_that_holds_the_pipe_does_not_hold_up_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hone.launch.supervise.DRAIN_SECONDS", 0.3)
+    pid = tmp_path / "pid"
+    leaves_one_behind = program(
+        "trainer",
+        f"""
+        import subprocess, sys
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+        open({str(pid)!r}, "w").write(str(child.pid))
+        """,
+        ends_stage=True,
+    )
+    try:
+        run(tmp_path, leaves_one_behind)
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def test_restarts_are_allowed_again_after_a_healthy_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hone.launch.supervise.HEALTHY_SECONDS", 0.1)
+    lives = tmp_path / "lives"
+    crashes_thrice = program(
+        "trainer",
+        f"""
+        import sys, time
+        open({str(lives)!r}, "a").write("x")
+        time.sleep(0.2)
+        sys.exit(open({str(lives)!r}).read() != "xxxx")
+        """,
+        ends_stage=True,
+    )
+    assert run(tmp_path, crashes_thrice, max_restarts=1).num_restarts == 3
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_a_torchrun_that_is_killed(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("the parent-death signal is Linux's")
+    script = tmp_path / "rank.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import os, time
+            from pathlib import Path
+            import hone.trainer.start as start
+
+            def stay(folder):
+                Path({str(tmp_path)!r}, "pid." + os.environ["RANK"] + ".tmp").write_text(str(os.getpid()))
+                Path({str(tmp_path)!r}, "pid." + os.environ["RANK"] + ".tmp").rename(
+                    Path({str(tmp_path)!r}, "pid." + os.environ["RANK"])
+                )
+                time.sleep(60)
+
+            start.join_run = stay
+            start.run_process(lambda run: None, [{str(tmp_path)!r}])
+            """
+        )
+    )
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    pids = [tmp_path / "pid.0", tmp_path / "pid.1"]
+
+    async def kill_torchrun() -> None:
+        process = await asyncio.create_subprocess_exec(*command)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not all(pid.exists() for pid in pids):
+                await asyncio.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+            while any(is_alive(int(pid.read_text())) for pid in pids):
+                await asyncio.sleep(0.02)
+
+    asyncio.run(kill_torchrun())

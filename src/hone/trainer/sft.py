@@ -48,7 +48,7 @@ def fine_tune(run: Run) -> None:
     )[: section.max_steps]
     trainer = build_trainer(run, run.folder.model, section.optimizer)
     checkpoints = Checkpoints(run.folder.sft_checkpoints, run.recipe.trainer.keep_checkpoints, run.ranks)
-    progress = resume(checkpoints, trainer, data_identity(conversations, section))
+    progress = resume(checkpoints, trainer, data_identity(conversations, section, run.recipe.run.seed))
     train(run, trainer, checkpoints, progress, conversations, steps)
     export(run, trainer, run.folder.sft_export, tokenizer_from=run.folder.model)
 
@@ -80,9 +80,14 @@ def load_conversations(run: Run, section: SftSection) -> Conversations:
     return found
 
 
-def data_identity(conversations: Conversations, section: SftSection) -> dict[str, int | str]:
+def data_identity(conversations: Conversations, section: SftSection, seed: int) -> dict[str, int | str]:
     """What a number of steps is a position in."""
-    return {"conversations": conversations.fingerprint, "batch_tokens": section.batch_tokens}
+    return {
+        "conversations": conversations.fingerprint,
+        "batch_tokens": section.batch_tokens,
+        "epochs": f"{section.epochs:g}",
+        "seed": seed,
+    }
 
 
 def resume(checkpoints: Checkpoints, trainer: Trainer, data: dict[str, int | str]) -> Progress:

@@ -1,9 +1,10 @@
 """What the two trainer processes share: start-up, the policy with its optimizer, publishing, and how they end."""
 
 import contextlib
-import errno
+import ctypes
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from hone.model.checkpoint import CheckpointError, load_model, save_model
 from hone.model.parallel import full_state, shard
 from hone.model.transformer import Transformer
 from hone.observability import logs
+from hone.observability.disk import disk_complaint, is_disk_trouble
 from hone.observability.metrics import Metrics
 from hone.observability.spans import Spans
 from hone.trainer.checkpoint import Progress
@@ -32,7 +34,6 @@ from hone.transport.folders import RunFolder
 logger = logging.getLogger(__name__)
 
 WILL_NEVER_WORK = 2
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Diverged(RuntimeError):
@@ -61,6 +62,8 @@ def run_process(body: Callable[[Run], None], arguments: list[str]) -> int:
         return _complain("give the run's folder, and nothing else")
     folder = RunFolder(Path(arguments[0]))
     rank = int(os.environ.get("RANK", "0"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     logs.configure("trainer" if rank == 0 else f"trainer-{rank}", folder.path)
     try:
         with contextlib.closing(join_run(folder)) as run:
@@ -68,10 +71,21 @@ def run_process(body: Callable[[Run], None], arguments: list[str]) -> int:
     except (ValueError, CheckpointError, Diverged) as error:
         return _complain(str(error))
     except OSError as error:
-        if error.errno not in OUT_OF_SPACE:
+        if not is_disk_trouble(error):
             raise
-        return _complain(f"cannot write {error.filename or folder.path}: {error.strerror}; free some space")
+        return _complain(disk_complaint(error, folder.path))
     return 0
+
+
+def die_with_parent() -> None:
+    """torchrun gives each rank a session of its own: without this, a rank outlives a torchrun that is killed."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel knew
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def join_run(folder: RunFolder) -> Run:
