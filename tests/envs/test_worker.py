@@ -13,9 +13,17 @@ import zmq.asyncio
 
 from fakes import ScriptedSampler
 from hone.envs import Rubric, SingleTurn, Task, reward, user
-from hone.envs.stalls import StallMeter
-from hone.envs.worker import WORKER_CHANNEL, Worker
-from hone.schema.rollouts import Heartbeat, RolloutCancel, RolloutRequest, RolloutResult, Shutdown, WorkerHello
+from hone.envs.stalls import STALLED, StallMeter
+from hone.envs.worker import Worker
+from hone.schema.rollouts import (
+    WORKER_CHANNEL,
+    Heartbeat,
+    RolloutCancel,
+    RolloutRequest,
+    RolloutResult,
+    Shutdown,
+    WorkerHello,
+)
 from hone.schema.sampling import SamplingParameters
 from hone.schema.wire import Wire
 from hone.text.training import train_tokenizer
@@ -190,6 +198,36 @@ async def test_a_standing_loop_is_reported_with_its_place(caplog):
         assert stalls.take_longest() > 0.2
         assert stalls.take_longest() == 0
     assert "blocks_everybody (test_worker.py" in caplog.text
+
+
+BLOCKED = """
+import asyncio, logging, re, sys, time
+from hone.envs import stalls
+logging.basicConfig(level=logging.WARNING)
+stalls.DUMP_SECONDS = 0.2
+
+def waits_for_ever():
+    time.sleep(60)
+
+def holds_the_lock_for_ever():
+    re.match("(a+)+$", "a" * 40 + "b")
+
+async def main():
+    with stalls.StallMeter(report_seconds=0.1, deadline_seconds=0.4):
+        await asyncio.sleep(0.1)
+        globals()[sys.argv[1]]()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("code", ["waits_for_ever", "holds_the_lock_for_ever"])
+def test_code_that_never_comes_back_ends_the_process_and_is_named(code):
+    process = subprocess.run(
+        [sys.executable, "-c", BLOCKED, code], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert process.returncode in (1, STALLED)
+    assert code in process.stderr
 
 
 def run_worker(*arguments):

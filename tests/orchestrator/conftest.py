@@ -15,10 +15,18 @@ from aiohttp import web
 from zmq.utils.monitor import recv_monitor_message
 
 from hone.config.load import recipe_from, save_recipe
-from hone.orchestrator.loop import TRAINER_CHANNEL, WORKER_CHANNEL, orchestrate
+from hone.orchestrator.loop import TRAINER_CHANNEL, orchestrate
 from hone.schema.batches import Acknowledged, BatchReady, BatchWanted, CheckpointSaved, NoMoreBatches, StepDone
 from hone.schema.messages import Message
-from hone.schema.rollouts import Heartbeat, RolloutRequest, RolloutResult, Shutdown, WorkerHello
+from hone.schema.rollouts import (
+    WORKER_CHANNEL,
+    Heartbeat,
+    RolloutCancel,
+    RolloutRequest,
+    RolloutResult,
+    Shutdown,
+    WorkerHello,
+)
 from hone.schema.sampling import FinishReason, Turn, VersionRun
 from hone.schema.traces import Node, Reward, StopReason, Timing, Trace
 from hone.schema.wire import Wire
@@ -81,6 +89,9 @@ class FakeWorker:
         self.outcome = lambda request, attempt: None
         self.requests = []
         self.finished = []
+        self.cancelled = []
+        self.num_hellos = 0
+        self.is_stalled = False
         self.is_over = False
         self.tasks = set()
 
@@ -110,6 +121,7 @@ class FakeWorker:
         while True:
             event = await recv_monitor_message(self.monitor)
             if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.num_hellos += 1
                 await self.send(WorkerHello(self.name, self.pid, ["digits"]))
             else:
                 for task in self.tasks:
@@ -118,7 +130,8 @@ class FakeWorker:
     async def beat(self):
         while True:
             await asyncio.sleep(0.1)
-            await self.send(Heartbeat(self.name, len(self.tasks), 0.0))
+            if not self.is_stalled:
+                await self.send(Heartbeat(self.name, len(self.tasks), 0.0))
 
     async def receive(self):
         while True:
@@ -130,6 +143,8 @@ class FakeWorker:
                         task = asyncio.create_task(self.roll_out(message, attempt))
                         self.tasks.add(task)
                         task.add_done_callback(self.tasks.discard)
+                elif isinstance(message, RolloutCancel):
+                    self.cancelled.append(message.group)
                 elif isinstance(message, Shutdown):
                     self.is_over = True
 

@@ -91,3 +91,39 @@ def test_a_withdrawn_group_is_neither_sent_nor_waited_for():
     assert dispatch.withdraw("a") == [b"1"]
     assert dispatch.assign(0) == []
     assert dispatch.withdraw("a") == []
+
+
+def test_a_worker_that_was_silent_and_speaks_again_is_used_again_and_forgets_what_it_ran():
+    dispatch = Dispatch()
+    dispatch.greet("w", 1, b"1", 0)
+    dispatch.submit(request("b"))
+    dispatch.submit(request("a"))
+    dispatch.assign(0)
+    dispatch.silent(20, 10)
+    assert dispatch.take_back(b"1", 21) == ["a", "b"]
+    assert dispatch.take_back(b"1", 21) is None
+    assert dispatch.hear(b"1", 22)
+    dispatch.submit(request("a"))
+    assert dispatch.assign(22) == [(b"1", request("a"))]
+
+
+def test_a_silent_worker_whose_place_another_process_took_is_not_taken_back():
+    dispatch = Dispatch()
+    dispatch.greet("w", 1, b"1", 0)
+    dispatch.silent(20, 10)
+    dispatch.greet("w", 2, b"2", 21)
+    assert dispatch.take_back(b"1", 22) is None
+    assert dispatch.identities == [b"2"]
+
+
+def test_a_late_answer_takes_the_repetition_out_of_the_queue():
+    dispatch = Dispatch()
+    dispatch.submit(request("a"))
+    dispatch.submit(request("b"))
+    dispatch.done(("a", 0))
+    dispatch.done(("b", 0))
+    dispatch.done(("b", 1))
+    dispatch.greet("w", 1, b"1", 0)
+    assert dispatch.assign(0) == [(b"1", request("a", 1))]
+    dispatch.done(("a", 1))
+    assert dispatch.overdue(100, 10) == []

@@ -175,6 +175,33 @@ async def test_a_silent_worker_is_taken_for_dead(make_run):
     assert audit(run.folder.path).is_clean
 
 
+async def test_the_only_worker_that_stood_still_for_long_is_used_again(make_run):
+    run = make_run({"num_steps": 3})
+    async with run.world() as (_, worker, trainer):
+        worker.seconds = lambda dice: 1e9
+        async with asyncio.TaskGroup() as group:
+            group.create_task(finish(run))
+            await asyncio.sleep(0.3)
+            worker.is_stalled = True
+            await asyncio.sleep(2)
+            worker.seconds = lambda dice: 0.0
+            worker.is_stalled = False
+            while not trainer.last_step:
+                await asyncio.sleep(0.02)
+        assert worker.num_hellos == 1
+        assert worker.cancelled
+    assert audit(run.folder.path).is_clean
+
+
+async def test_heartbeats_and_repeated_questions_are_not_taken_for_progress(make_run, monkeypatch, caplog):
+    monkeypatch.setattr("hone.orchestrator.loop.REMIND_SECONDS", 0.5)
+    run = make_run({"num_steps": 1})
+    async with run.world() as (_, worker, _):
+        worker.seconds = lambda dice: 1.5
+        await finish(run)
+    assert "nothing happens; waiting for" in caplog.text
+
+
 async def test_the_engine_may_restart(make_run):
     run = make_run({"num_steps": 8})
     async with run.world(seconds=0.02) as (engine, worker, trainer):

@@ -1,7 +1,9 @@
 """How long the event loop stands still, and in which code: environments share one loop, and one may block all."""
 
 import asyncio
+import faulthandler
 import logging
+import os
 import sys
 import threading
 import time
@@ -12,13 +14,22 @@ from typing import Self
 logger = logging.getLogger("hone.envs.stalls")
 
 TICK_SECONDS = 0.05
+STALLED = 70
+"""The exit code of a process whose loop stood still for too long."""
+DUMP_SECONDS = 5.0
+"""So long after the deadline the interpreter ends the process itself, where code that holds its lock stops all threads."""
 
 
 class StallMeter:
-    """Measures the longest stall of the running event loop; a stall over `report_seconds` is logged with its place."""
+    """Measures the longest stall of the running event loop; a stall over `report_seconds` is logged with its place.
 
-    def __init__(self, *, report_seconds: float = 1.0) -> None:
+    A stall over `deadline_seconds` ends the process: nothing else stops code that never comes back.
+    """
+
+    def __init__(self, *, report_seconds: float = 1.0, deadline_seconds: float | None = None) -> None:
         self._report_seconds = report_seconds
+        self._deadline_seconds = deadline_seconds
+        self._armed_at = 0.0
         self._longest = 0.0
         self._closed = threading.Event()
 
@@ -34,6 +45,7 @@ class StallMeter:
         self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
         self._watcher = threading.Thread(target=self._watch, name="stalls", daemon=True)
         self._watcher.start()
+        self._arm(time.monotonic())
         return self
 
     def __exit__(
@@ -41,6 +53,8 @@ class StallMeter:
     ) -> None:
         self._timer.cancel()
         self._closed.set()
+        if self._deadline_seconds is not None:
+            faulthandler.cancel_dump_traceback_later()
         self._watcher.join(timeout=2 * self._report_seconds)
 
     def _tick(self) -> None:
@@ -48,16 +62,32 @@ class StallMeter:
         self._longest = max(self._longest, now - self._due)
         self._due = now + TICK_SECONDS
         self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
+        if now - self._armed_at > self._report_seconds:
+            self._arm(now)
+
+    def _arm(self, now: float) -> None:
+        """Begin the deadline anew. The interpreter's own alarm needs no lock; it starts a thread each time."""
+        if self._deadline_seconds is not None:
+            self._armed_at = now
+            faulthandler.dump_traceback_later(self._deadline_seconds + DUMP_SECONDS, exit=True, file=sys.__stderr__)
 
     def _watch(self) -> None:
-        """In a thread of its own: once per stall, say where the loop's thread is."""
+        """In a thread of its own: once per stall, say where the loop's thread is; end the process at the deadline."""
         reported = 0.0
         while not self._closed.wait(self._report_seconds / 2):
             due = self._due
-            if due != reported and time.monotonic() - due > self._report_seconds:
+            seconds = time.monotonic() - due
+            if self._deadline_seconds is not None and seconds > self._deadline_seconds:
+                logger.error("the event loop stands still for %.0f s in %s; ending the process", seconds, self._where())
+                os._exit(STALLED)
+            if due != reported and seconds > self._report_seconds:
                 reported = due
-                place = _place(sys._current_frames().get(self._loop_thread))
-                logger.warning("the event loop stands still for more than %g s in %s", self._report_seconds, place)
+                logger.warning(
+                    "the event loop stands still for more than %g s in %s", self._report_seconds, self._where()
+                )
+
+    def _where(self) -> str:
+        return _place(sys._current_frames().get(self._loop_thread))
 
 
 def _place(frame: FrameType | None) -> str:

@@ -4,7 +4,8 @@ Start it as `python -m hone.envs.worker RUN_FOLDER NAME`. It speaks from a ZeroM
 Every frame is one message in its envelope, and a multipart message carries the frames of one tick of the event loop,
 in both directions. To the orchestrator: WorkerHello after each (re)connection, Heartbeat, RolloutResult. From it:
 RolloutRequest, RolloutCancel, Shutdown. When the connection breaks, all rollouts under way are given up, because the
-orchestrator that comes back issues anew what it still needs; results are idempotent by group and attempt.
+orchestrator that comes back issues anew what it still needs; results are idempotent by group and attempt. Code of an
+environment that blocks the event loop for longer than a rollout may take ends the process, which is started again.
 """
 
 import asyncio
@@ -32,7 +33,16 @@ from hone.envs.sampler import Sampler
 from hone.envs.stalls import StallMeter
 from hone.inference.client import TokenChannel, TokenSampler
 from hone.observability import logs
-from hone.schema.rollouts import Heartbeat, RolloutCancel, RolloutRequest, RolloutResult, Shutdown, WorkerHello
+from hone.schema.rollouts import (
+    FRAMES_PER_MESSAGE,
+    WORKER_CHANNEL,
+    Heartbeat,
+    RolloutCancel,
+    RolloutRequest,
+    RolloutResult,
+    Shutdown,
+    WorkerHello,
+)
 from hone.schema.wire import Wire, WireError
 from hone.text.rendering import Renderer
 from hone.text.tokenizer import Tokenizer
@@ -41,12 +51,11 @@ from hone.transport.folders import RunFolder
 
 logger = logging.getLogger("hone.envs.worker")
 
-WORKER_CHANNEL = (WorkerHello, Heartbeat, RolloutResult, RolloutRequest, RolloutCancel, Shutdown)
-FRAMES_PER_MESSAGE = 256
 RECONNECT_MILLISECONDS = 100
 PING_MILLISECONDS = 2_000
 SILENCE_MILLISECONDS = 30_000
 FAREWELL_MILLISECONDS = 1_000
+LEAST_STALL_SECONDS = 60.0
 
 WILL_NEVER_WORK = 2
 
@@ -126,6 +135,7 @@ class Worker:
         self._environments = environments
         self._runner = RolloutRunner(environments, sampler, self._send, limits)
         self._heartbeat_seconds = heartbeat_seconds
+        self._stall_seconds = max(LEAST_STALL_SECONDS, limits.deadline_seconds)
         self._wire = Wire(*WORKER_CHANNEL)
         self._outgoing: list[bytes] = []
         self._flush_is_due = False
@@ -167,7 +177,7 @@ class Worker:
 
     async def run(self) -> None:
         """Work until the orchestrator says that it is over."""
-        with StallMeter() as stalls:
+        with StallMeter(deadline_seconds=self._stall_seconds) as stalls:
             while not self._over.is_set():
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._over.wait(), self._heartbeat_seconds)

@@ -3,6 +3,8 @@
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
+
 from hone.schema.rollouts import RolloutRequest
 
 Key = tuple[str, int]
@@ -35,6 +37,7 @@ class Dispatch:
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
         self._names: dict[bytes, str] = {}
+        self._silent: dict[bytes, Worker] = {}
         self._owners: dict[Key, Worker] = {}
         self._queue: deque[RolloutRequest] = deque()
 
@@ -54,6 +57,7 @@ class Dispatch:
     def greet(self, name: str, pid: int, identity: bytes, now: float) -> Lost | None:
         """A worker says hello, which it does when it runs nothing: what it had is lost."""
         lost = None
+        self._silent = {place: worker for place, worker in self._silent.items() if worker.name != name}
         before = self._workers.get(name)
         if before is not None:
             lost = self._remove(before, has_died=before.pid != pid)
@@ -69,6 +73,19 @@ class Dispatch:
         self._workers[name].heard_at = now
         return True
 
+    def take_back(self, identity: bytes, now: float) -> list[str] | None:
+        """A worker that was given up for its silence speaks again on the same connection.
+
+        Returns the groups that it ran then, which it must forget; None if this connection is no such worker's.
+        """
+        worker = self._silent.pop(identity, None)
+        if worker is None:
+            return None
+        groups = sorted({group for group, _ in worker.running})
+        self._workers[worker.name] = Worker(worker.name, worker.pid, identity, now)
+        self._names[identity] = worker.name
+        return groups
+
     def forgive(self, now: float) -> None:
         """We did not listen for a while: nobody's silence counts."""
         for worker in self._workers.values():
@@ -77,6 +94,7 @@ class Dispatch:
     def silent(self, now: float, seconds: float) -> list[Lost]:
         """Give up workers that were not heard for this long."""
         gone = [worker for worker in self._workers.values() if now - worker.heard_at > seconds]
+        self._silent |= {worker.identity: worker for worker in gone}
         return [self._remove(worker, has_died=True) for worker in gone]
 
     def overdue(self, now: float, seconds: float) -> list[Key]:
@@ -126,6 +144,19 @@ class Dispatch:
         owner = self._owners.pop(key, None)
         if owner is not None:
             del owner.running[key]
+        else:
+            self._unqueue(key)
+
+    def _unqueue(self, key: Key) -> None:
+        """An attempt that was issued again may have its outcome before anybody has begun it a second time."""
+        group, attempt = key
+        for position, request in enumerate(self._queue):
+            if request.group == group and attempt in request.attempts:
+                attempts = [other for other in request.attempts if other != attempt]
+                del self._queue[position]
+                if attempts:
+                    self._queue.insert(position, msgspec.structs.replace(request, attempts=attempts))
+                return
 
     def _remove(self, worker: Worker, has_died: bool) -> Lost:
         del self._workers[worker.name]

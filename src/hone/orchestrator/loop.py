@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from hone.config.load import load_recipe
@@ -44,7 +45,16 @@ from hone.orchestrator.recovery import read_group_traces, recover
 from hone.orchestrator.samples import UntrainableTraceError, check_trainable
 from hone.orchestrator.sockets import RouterSocket
 from hone.schema.batches import Acknowledged, BatchReady, BatchWanted, CheckpointSaved, NoMoreBatches, StepDone
-from hone.schema.rollouts import Heartbeat, RolloutCancel, RolloutRequest, RolloutResult, Shutdown, WorkerHello
+from hone.schema.rollouts import (
+    FRAMES_PER_MESSAGE,
+    WORKER_CHANNEL,
+    Heartbeat,
+    RolloutCancel,
+    RolloutRequest,
+    RolloutResult,
+    Shutdown,
+    WorkerHello,
+)
 from hone.schema.sampling import SamplingParameters
 from hone.schema.seeds import derive_seed
 from hone.schema.tasks import Task
@@ -71,9 +81,7 @@ GRACE_SECONDS = 120.0
 """A rollout is given up this long after its worker should have ended it."""
 RETRY_SECONDS = 0.25
 LONGEST_RETRY_SECONDS = 10.0
-FRAMES_PER_MESSAGE = 256
 
-WORKER_CHANNEL = (WorkerHello, Heartbeat, RolloutResult, RolloutRequest, RolloutCancel, Shutdown)
 TRAINER_CHANNEL = (BatchWanted, BatchReady, NoMoreBatches, StepDone, CheckpointSaved, Acknowledged)
 
 
@@ -173,7 +181,7 @@ class Orchestrator:
         self._after_commit: list[Callable[[], None]] = []
         self._tally = Tally()
         self._last_failure = ""
-        self._heard_at = time.monotonic()
+        self._moved_at = time.monotonic()
         self._timer_at = time.monotonic()
         self._batch_wanted_at: float | None = None
         self._wake = asyncio.Event()
@@ -234,6 +242,8 @@ class Orchestrator:
 
     def _decide(self, *events: d.Event) -> None:
         self._state, commands = d.decide(self._state, *events)
+        if commands:
+            self._moved_at = time.monotonic()
         for command in commands:
             self._perform(command)
 
@@ -251,7 +261,6 @@ class Orchestrator:
         results: list[RolloutResult] = []
         seen: set[Key] = set()
         for identity, messages in self._workers.take():
-            self._heard_at = now
             for frame in messages:
                 message = self._decode(self._worker_wire, frame)
                 if isinstance(message, RolloutResult):
@@ -262,6 +271,8 @@ class Orchestrator:
                         results.append(message)
                 elif isinstance(message, WorkerHello):
                     self._greet(message, identity, now)
+                elif isinstance(message, Heartbeat) and not self._dispatch.hear(identity, now):
+                    self._take_back(message, identity, now)
             self._dispatch.hear(identity, now)
         if results:
             location = self._writer.append(frames)
@@ -274,13 +285,18 @@ class Orchestrator:
         key = result.group, result.attempt
         if result.trace.failure is not None and not self._dispatch.is_owner(identity, key):
             return False
-        if result.group.startswith(PREFIX):
+        return self._waits_for(key)
+
+    def _waits_for(self, key: Key) -> bool:
+        name, attempt = key
+        if name.startswith(PREFIX):
             return self._evaluation is not None and self._evaluation.waits_for(key)
-        group = self._state.groups.get(int(result.group))
-        return group is not None and result.attempt in group.pending
+        group = self._state.groups.get(int(name))
+        return group is not None and attempt in group.pending
 
     def _take_result(self, result: RolloutResult, location: Location) -> None:
         key, trace = (result.group, result.attempt), result.trace
+        self._moved_at = time.monotonic()
         self._dispatch.done(key)
         if trace.failure is not None:
             self._last_failure = f"{trace.failure.kind} at {trace.failure.where}: {trace.failure.message}"
@@ -320,6 +336,16 @@ class Orchestrator:
             raise ValueError(f"worker {hello.worker} lacks environment {missing[0]!r}; install it where workers run")
         self._lose(self._dispatch.greet(hello.worker, hello.pid, identity, now))
 
+    def _take_back(self, beat: Heartbeat, identity: bytes, now: float) -> None:
+        """A worker that stood still for so long that it was taken for dead has gone on: its rollouts run anew."""
+        groups = self._dispatch.take_back(identity, now)
+        if groups is not None:
+            logger.warning(
+                "an env worker is back", extra=fields(worker=beat.worker, stall_seconds=beat.max_stall_seconds)
+            )
+            frames = [self._worker_wire.encode(RolloutCancel(group)) for group in groups]
+            self._after_commit.append(partial(self._tell_worker, identity, frames))
+
     def _lose(self, lost: Lost | None) -> None:
         if lost is None or not lost.keys:
             return
@@ -333,7 +359,6 @@ class Orchestrator:
 
     def _take_from_trainer(self) -> None:
         for identity, messages in self._trainer.take():
-            self._heard_at = time.monotonic()
             for frame in messages:
                 message = self._decode(self._trainer_wire, frame)
                 if isinstance(message, BatchWanted):
@@ -427,9 +452,10 @@ class Orchestrator:
         asyncio.get_running_loop().call_later(delay, self._submit_now, request)
 
     def _submit_now(self, request: RolloutRequest) -> None:
-        is_evaluated = request.group.startswith(PREFIX)
-        if is_evaluated or int(request.group) in self._state.groups:
-            self._dispatch.submit(request)
+        """What the delay has left of a request: a late answer may have come in the meantime."""
+        attempts = [attempt for attempt in request.attempts if self._waits_for((request.group, attempt))]
+        if attempts:
+            self._dispatch.submit(msgspec.structs.replace(request, attempts=attempts))
             self._wake.set()
 
     def _send_requests(self) -> None:
@@ -652,7 +678,7 @@ class Orchestrator:
             return
         self._timer_at = now
         heartbeat = self._recipe.workers.heartbeat_seconds
-        if late > heartbeat + TIMER_SECONDS:
+        if late > heartbeat + 2 * TIMER_SECONDS:  # a message may come just before the timer, which then starts anew
             self._dispatch.forgive(now)
         for lost in self._dispatch.silent(now, SILENT_BEATS * heartbeat):
             self._lose(lost)
@@ -661,8 +687,8 @@ class Orchestrator:
             self._fail(key, FailureClass.TIMEOUT)
         if self._state.ended and self._is_exported():
             self._over = True
-        if now - self._heard_at > REMIND_SECONDS:
-            self._heard_at = now
+        if now - self._moved_at > REMIND_SECONDS:
+            self._moved_at = now
             logger.warning("nothing happens; waiting for %s", self._waiting_for())
 
     def _waiting_for(self) -> str:

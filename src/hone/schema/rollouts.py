@@ -36,7 +36,7 @@ class RolloutCancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WorkerHello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A worker is ready for work (also sent on request of a client that restarted)."""
+    """A worker is ready for work and runs nothing: after each (re)connection."""
 
     worker: str
     pid: int
@@ -55,3 +55,10 @@ class Shutdown(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Stop after this message."""
 
     reason: str
+
+
+WORKER_CHANNEL = (WorkerHello, Heartbeat, RolloutResult, RolloutRequest, RolloutCancel, Shutdown)
+"""What travels between the orchestrator and its env workers."""
+
+FRAMES_PER_MESSAGE = 256
+"""A multipart message of that channel carries at most so many of them."""
