@@ -45,6 +45,8 @@ class FakeEngine:
         self.version = run.newest_weights()[0]
         self.loaded = []
         self.load_seconds = 0.0
+        self.refusal = None
+        self.num_refused = 0
 
     async def __aenter__(self):
         app = web.Application()
@@ -66,6 +68,9 @@ class FakeEngine:
         body = await request.json()
         assert Path(body["folder"]).is_dir(), body
         await asyncio.sleep(self.load_seconds)
+        if self.refusal:
+            self.num_refused += 1
+            return web.json_response({"error": {"message": self.refusal}}, status=400)
         self.version = body["version"]
         self.loaded.append(body["version"])
         return web.json_response({"version": self.version})

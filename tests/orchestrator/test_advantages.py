@@ -45,9 +45,10 @@ def test_max_rl_of_a_group_without_success_is_zero():
     assert advantages("max_rl", [0.0, 0.0]) == [0.0, 0.0]
 
 
-def test_max_rl_refuses_negative_rewards():
-    with pytest.raises(ValueError, match="use 'grpo'"):
-        advantages("max_rl", [1.0, -0.5])
+def test_max_rl_of_a_group_whose_mean_is_not_positive_is_zero():
+    assert advantages("max_rl", [0.5, -1.0]) == [0.0, 0.0]
+    assert advantages("max_rl", [1.0, -1.0]) == [0.0, 0.0]
+    assert advantages("max_rl", [1.0, -0.5]) == [3.0, -3.0]
 
 
 @given(groups, st.sampled_from(["grpo", "dr_grpo", "rloo"]))

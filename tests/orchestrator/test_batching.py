@@ -61,8 +61,8 @@ def test_the_metrics_describe_the_batch():
 
 def test_the_tally_counts_what_was_not_trained_too():
     tally = Tally()
-    tally.add(trace(1.0, started_at=10.0), 1.0)
-    tally.add(trace(0.0, started_at=11.0), 0.0)
+    tally.add("e", trace(1.0, started_at=10.0), 1.0)
+    tally.add("e", trace(0.0, started_at=11.0), 0.0)
     tally.num_filtered += 1
     tally.failures[FailureClass.TOOL] += 2
     metrics = tally.metrics()
@@ -75,3 +75,9 @@ def test_the_tally_counts_what_was_not_trained_too():
 def test_an_empty_tally_has_no_means():
     assert "rollout/reward_mean" not in Tally().metrics()
     assert Tally().timing().total_seconds == 0
+
+
+def test_what_an_environment_measures_goes_under_the_name_of_the_recipe():
+    tally = Tally()
+    tally.add("e-hard", trace(1.0), 1.0)
+    assert tally.metrics()["rollout/e-hard/reward_r_mean"] == 1.0

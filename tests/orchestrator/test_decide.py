@@ -194,12 +194,12 @@ def test_a_good_evaluation_ends_training_at_the_last_offered_step():
     assert tell(state, d.EvaluationFinished(1, 0.2)) == [d.EndRun()]
 
 
-def barren(state, kind):
+def barren(state, kind, reward=1.0):
     number, commands = 0, []
-    while not of(commands, (d.GiveUpRun, d.EndEarly)):
+    while not of(commands, (d.GiveUpRun, d.GiveUpCollapsed, d.EndEarly)):
         number = min(state.groups)
         if kind is None:
-            commands = finish(state, number, rewards=(1.0, 1.0))
+            commands = finish(state, number, rewards=(reward, reward))
         else:
             commands = tell(state, *(d.RolloutFailed(number, attempt, kind) for attempt in range(2)))
         assert number < 1000
@@ -220,6 +220,16 @@ def test_a_run_that_has_learned_everything_ends_in_order():
     tell(state, BatchWanted(1))
     _, commands = barren(state, None)
     assert of(commands, d.EndEarly)[0].last_step == 1
+
+
+def test_a_policy_that_collapsed_is_not_taken_for_one_that_has_learned_everything():
+    state, _ = begin()
+    finish(state, 0)
+    finish(state, 1)
+    tell(state, BatchWanted(1))
+    _, commands = barren(state, None, reward=0.0)
+    assert of(commands, d.EndEarly) == []
+    assert of(commands, d.GiveUpCollapsed) == [d.GiveUpCollapsed(d.BARREN_BATCHES * LIMITS.groups_per_batch, 0.0, 0.5)]
 
 
 def test_a_run_in_which_everything_fails_is_given_up_with_the_class():

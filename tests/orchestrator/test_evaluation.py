@@ -106,3 +106,30 @@ def test_an_evaluation_in_which_everything_failed_reaches_no_goal():
 @pytest.mark.parametrize("attempts", [1, 3])
 def test_each_task_is_attempted_so_often(attempts):
     assert len({key(request) for request in evaluation(attempts=attempts).start()}) == 2 * attempts
+
+
+class Broken(Environment):
+    def held_out_task(self, index):
+        if index == 1:
+            raise KeyError("no such row")
+        return super().held_out_task(index)
+
+    def is_solved(self, trace):
+        raise TypeError("no answer")
+
+
+def test_code_of_an_environment_that_raises_costs_its_rollouts_and_not_the_evaluation():
+    plan = Evaluation(7, {"e": Broken()}, EvaluationSection(num_tasks=2, attempts=2), run_seed=0, max_attempts=2)
+    started = plan.start()
+    assert len(started) == 2
+    for request in started:
+        plan.finish(key(request), trace(request, 1.0))
+    assert plan.is_complete
+    assert plan.metrics() == {"eval/e/failed_count": 4}
+
+
+def test_rollouts_are_counted_under_the_name_of_the_recipe():
+    plan = Evaluation(7, {"hub/e": Environment()}, EvaluationSection(num_tasks=1), run_seed=0, max_attempts=2)
+    [request] = plan.start()
+    plan.finish(key(request), trace(request, 1.0))
+    assert plan.metrics()["eval/hub/e/reward_mean"] == 1.0

@@ -1,8 +1,11 @@
 """The orchestrator end to end: real sockets, ledger and files; engine, env worker and trainer are fakes."""
 
 import asyncio
+import errno
 import json
 import random
+import socket
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -12,8 +15,9 @@ import zmq.asyncio
 
 from hone.observability.metrics import read_metrics
 from hone.orchestrator.audit import audit
+from hone.orchestrator.engine import WeightsRefusedError
 from hone.orchestrator.ledger import Ledger, LedgerError
-from hone.orchestrator.loop import main
+from hone.orchestrator.loop import HopelessError, main
 from hone.schema.sampling import Answers, FinishReason, Generated, GenerateMany, VersionRun
 from hone.schema.traces import Failure, FailureClass, Trace
 from hone.schema.wire import Wire
@@ -260,12 +264,98 @@ async def test_a_ledger_of_another_recipe_is_refused(make_run):
         await finish(other)
 
 
-async def test_a_port_in_use_is_one_readable_error(make_run):
+async def test_a_port_in_use_is_one_readable_error(make_run, monkeypatch):
+    monkeypatch.setattr("hone.orchestrator.sockets.BIND_SECONDS", 0.1)
     run = make_run()
     server = await asyncio.start_server(lambda *_: None, "127.0.0.1", int(run.addresses.workers.rsplit(":", 1)[1]))
     async with server:
         with pytest.raises(PortInUseError, match="another orchestrator"):
             await finish(run)
+
+
+async def test_a_port_that_the_orchestrator_before_still_holds_is_waited_for(make_run):
+    run = make_run({"num_steps": 1})
+    holder = socket.socket()
+    holder.bind(("127.0.0.1", int(run.addresses.workers.rsplit(":", 1)[1])))
+    asyncio.get_running_loop().call_later(0.3, holder.close)
+    async with run.world():
+        await finish(run)
+
+
+async def test_tasks_that_an_environment_does_not_give_cost_their_groups_and_not_the_run(make_run):
+    run = make_run({"num_steps": 2})
+    digits = run.environments["digits"]
+    give = digits.train_task
+
+    def flaky(index):
+        if index % 2:
+            raise KeyError(f"no row {index}")
+        return give(index)
+
+    object.__setattr__(digits, "train_task", flaky)
+    async with run.world() as (_, _, trainer):
+        await finish(run)
+        assert sorted(trainer.batches) == [1, 2]
+    assert audit(run.folder.path).is_clean
+    assert sum(line.get("rollout/failed_environment_count", 0) for line in batch_lines(run)) > 0
+
+
+async def test_an_environment_that_gives_no_task_at_all_ends_the_run_with_what_it_said(make_run):
+    run = make_run({"num_steps": 1})
+
+    def broken(index):
+        raise KeyError("no such file")
+
+    object.__setattr__(run.environments["digits"], "train_task", broken)
+    async with run.world():
+        with pytest.raises(HopelessError, match="no such file"):
+            await finish(run)
+
+
+async def test_weights_that_the_engine_refuses_again_and_again_end_the_process(make_run):
+    run = make_run({"num_steps": 3})
+    async with run.world() as (engine, _, _):
+        engine.refusal = "no tensor lm_head.weight"
+        with pytest.raises(WeightsRefusedError, match=r"5 times.*no tensor lm_head.weight"):
+            await finish(run)
+
+
+async def test_weights_that_the_engine_refuses_once_are_offered_again(make_run):
+    run = make_run({"num_steps": 2, "max_staleness": 0})
+    async with run.world() as (engine, _, _):
+        engine.refusal = "busy"
+        async with asyncio.TaskGroup() as group:
+            group.create_task(finish(run))
+            while not engine.num_refused:
+                await asyncio.sleep(0.01)
+            engine.refusal = None
+        assert engine.loaded[0] == 1
+
+
+def run_main(run, monkeypatch, error):
+    async def fails(*_):
+        raise error
+
+    monkeypatch.setattr("hone.orchestrator.loop.load_environments", lambda recipe: {})
+    monkeypatch.setattr("hone.orchestrator.loop.orchestrate", fails)
+    return main([str(run.folder.path)])
+
+
+FULL = sqlite3.OperationalError("database or disk is full")
+FULL.sqlite_errorcode = sqlite3.SQLITE_FULL
+LOCKED = sqlite3.OperationalError("database is locked")
+LOCKED.sqlite_errorcode = sqlite3.SQLITE_BUSY
+
+
+@pytest.mark.parametrize("error", [HopelessError("no"), LedgerError("other"), OSError(errno.ENOSPC, "full"), FULL])
+def test_what_a_restart_does_not_change_ends_with_code_2(make_run, monkeypatch, error):
+    assert run_main(make_run(), monkeypatch, error) == 2
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EMFILE, "too many files"), LOCKED])
+def test_everything_else_crashes(make_run, monkeypatch, error):
+    with pytest.raises(type(error)):
+        run_main(make_run(), monkeypatch, error)
 
 
 async def test_an_ended_run_ends_again_at_once(make_run):

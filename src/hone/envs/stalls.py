@@ -14,6 +14,7 @@ from typing import Self
 logger = logging.getLogger("hone.envs.stalls")
 
 TICK_SECONDS = 0.05
+STANDARD_ERROR = 2
 STALLED = 70
 """The exit code of a process whose loop stood still for too long."""
 DUMP_SECONDS = 5.0
@@ -69,7 +70,7 @@ class StallMeter:
         """Begin the deadline anew. The interpreter's own alarm needs no lock; it starts a thread each time."""
         if self._deadline_seconds is not None:
             self._armed_at = now
-            faulthandler.dump_traceback_later(self._deadline_seconds + DUMP_SECONDS, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._deadline_seconds + DUMP_SECONDS, exit=True, file=STANDARD_ERROR)
 
     def _watch(self) -> None:
         """In a thread of its own: once per stall, say where the loop's thread is; end the process at the deadline."""

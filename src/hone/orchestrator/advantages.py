@@ -42,9 +42,7 @@ def rloo(rewards: Sequence[float]) -> list[float]:
 
 
 def max_rl(rewards: Sequence[float]) -> list[float]:
-    """(r - mean) / mean: a success counts the more, the rarer it is. All zero where every reward is zero."""
-    if min(rewards) < 0:
-        raise ValueError(f"rl.advantage = 'max_rl' needs rewards of at least 0, got {min(rewards)}; use 'grpo'")
+    """(r - mean) / mean: a success counts the more, the rarer it is. All zero where the mean is not positive."""
     mean = _mean(rewards)
     return [(reward - mean) / mean if mean > 0 else 0.0 for reward in rewards]
 

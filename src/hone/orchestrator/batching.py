@@ -61,11 +61,13 @@ class Tally:
     num_dropped: int = 0
     num_stale: int = 0
     failures: Counter[FailureClass] = field(default_factory=Counter)
+    environments: list[str] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
 
-    def add(self, trace: Trace, reward: float) -> None:
-        """A valid rollout with its total reward."""
+    def add(self, environment: str, trace: Trace, reward: float) -> None:
+        """A valid rollout with its total reward; `environment` is the recipe's name for where it comes from."""
+        self.environments.append(environment)
         self.traces.append(trace)
         self.rewards.append(reward)
 
@@ -99,8 +101,8 @@ class Tally:
         values["rollout/truncated_share"] = [trace.is_truncated for trace in traces]
         values["rollout/completion_tokens_mean"] = [trace.num_completion_tokens for trace in traces]
         values["rollout/duration_seconds"] = [trace.timing.total_seconds for trace in traces]
-        for trace, reward in zip(traces, self.rewards, strict=True):
-            area = f"rollout/{trace.environment}/"
+        for environment, trace, reward in zip(self.environments, traces, self.rewards, strict=True):
+            area = f"rollout/{environment}/"
             values[area + "reward_mean"].append(reward)
             for name, part in trace.rewards.items():
                 values[area + "reward_" + name + "_mean"].append(part.value)

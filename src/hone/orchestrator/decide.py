@@ -242,6 +242,15 @@ class GiveUpRun:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveUpCollapsed:
+    """The policy has got worse than what was trained on last, and nothing is left to learn from."""
+
+    num_filtered: int
+    reward: float
+    trained_reward: float
+
+
+@dataclass(frozen=True, slots=True)
 class EndRun:
     """Everything is trained and evaluated."""
 
@@ -264,6 +273,7 @@ Command = (
     | EndEarly
     | EndTraining
     | GiveUpRun
+    | GiveUpCollapsed
     | EndRun
 )
 
@@ -287,6 +297,10 @@ class Group:
     @property
     def is_complete(self) -> bool:
         return not self.pending
+
+    @property
+    def reward(self) -> float:
+        return math.fsum(self.rewards.values()) / len(self.rewards)
 
     @property
     def has_signal(self) -> bool:
@@ -315,6 +329,8 @@ class State:
         self.ended = False
         self.num_filtered_in_a_row = 0
         self.num_dropped_in_a_row = 0
+        self.filtered_rewards = 0.0
+        self.batched_reward: float | None = None
         self.ready: dict[int, deque[int]] = {}
         self.num_ready = 0
         self.num_by_deadline: dict[int, int] = {}
@@ -438,6 +454,7 @@ class State:
             self._leave_out(number, group, DropStaleGroup(number), commands)
         else:
             self.num_filtered_in_a_row = self.num_dropped_in_a_row = 0
+            self.filtered_rewards = 0.0
             self._make_ready(number, self._true_deadline(group))
             commands.append(FinishGroup(number))
 
@@ -449,6 +466,7 @@ class State:
         commands.append(command)
         if isinstance(command, FilterGroup):
             self.num_filtered_in_a_row += 1
+            self.filtered_rewards += group.reward
         else:
             self.num_dropped_in_a_row += 1
         if self.num_filtered_in_a_row + self.num_dropped_in_a_row == BARREN_BATCHES * self.limits.groups_per_batch:
@@ -457,6 +475,10 @@ class State:
     def _stop_barren(self, kind: FailureClass | None, commands: list[Command]) -> None:
         filtered, dropped = self.num_filtered_in_a_row, self.num_dropped_in_a_row
         if self.offered and filtered >= dropped:
+            reward = self.filtered_rewards / filtered
+            if self.batched_reward is not None and reward < self.batched_reward - EQUAL_REWARDS:
+                commands.append(GiveUpCollapsed(filtered, reward, self.batched_reward))
+                return
             self._end_early(f"the last {filtered} groups had equal rewards: nothing left to learn from", commands)
         else:
             commands.append(GiveUpRun(filtered, dropped, kind))
@@ -512,8 +534,9 @@ class State:
             if counts is None:
                 return
             self.num_batches += 1
-            groups = [self._take(deadline) for deadline, count in counts for _ in range(count)]
-            commands.append(FormBatch(self.num_batches, tuple(groups)))
+            taken = [self._take(deadline) for deadline, count in counts for _ in range(count)]
+            self.batched_reward = math.fsum(group.reward for _, group in taken) / len(taken)
+            commands.append(FormBatch(self.num_batches, tuple(number for number, _ in taken)))
 
     def _choose(self) -> list[tuple[int, int]] | None:
         """How many ready groups of each deadline make the next batch; None if (I) would not hold after it."""
@@ -530,14 +553,13 @@ class State:
                 chosen.append((deadline, take))
         return chosen
 
-    def _take(self, deadline: int) -> int:
+    def _take(self, deadline: int) -> tuple[int, Group]:
         number = self.ready[deadline].popleft()
         if not self.ready[deadline]:
             del self.ready[deadline]
         self.num_ready -= 1
         self._count(deadline, -1)
-        del self.groups[number]
-        return number
+        return number, self.groups.pop(number)
 
     def _offer(self, commands: list[Command]) -> None:
         if self.wanted is None:

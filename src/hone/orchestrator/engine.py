@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from hone.inference.client import AdminClient, EngineError
+from hone.inference.client import AdminClient, EngineError, EngineRefused
 from hone.observability.logs import fields
 from hone.observability.spans import Spans
 from hone.orchestrator.decide import EngineLost, EngineServes
@@ -17,6 +17,11 @@ HEALTH_SECONDS = 10.0
 POLL_SECONDS = 2.0
 RETRY_SECONDS = 0.3
 REMIND_SECONDS = 30.0
+MAX_REFUSALS = 5
+
+
+class WeightsRefusedError(RuntimeError):
+    """The inference server answers, but will not load a policy version."""
 
 
 class EngineDriver:
@@ -31,6 +36,7 @@ class EngineDriver:
         self._spans = spans
         self._wanted: int | None = None
         self._served: int | None = None
+        self._num_refusals: dict[int, int] = {}
         self._changed = asyncio.Event()
 
     def want(self, version: int) -> None:
@@ -39,7 +45,7 @@ class EngineDriver:
         self._changed.set()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled; raises `WeightsRefusedError` when a version is refused again and again."""
         silent_since: float | None = None
         while True:
             try:
@@ -48,6 +54,9 @@ class EngineDriver:
                 else:
                     await self._look()
                 silent_since = None
+            except EngineRefused as error:
+                self._count_refusal(error)
+                await asyncio.sleep(RETRY_SECONDS)
             except (EngineError, TimeoutError) as error:
                 self._lose(error)
                 now = time.monotonic()
@@ -58,6 +67,16 @@ class EngineDriver:
                 await asyncio.sleep(RETRY_SECONDS)  # the server has its own reasons to be away; do not spin
             else:
                 await self._rest()
+
+    def _count_refusal(self, error: EngineRefused) -> None:
+        version = self._wanted or 0
+        count = self._num_refusals.get(version, 0) + 1
+        self._num_refusals = {version: count}
+        logger.warning("the inference server refuses version %d: %s", version, error)
+        if count >= MAX_REFUSALS:
+            raise WeightsRefusedError(
+                f"the inference server refused version {version} {count} times: {error}"
+            ) from error
 
     async def _rest(self) -> None:
         if self._wanted is not None:

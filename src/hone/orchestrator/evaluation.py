@@ -1,7 +1,8 @@
 """One evaluation during training: held-out tasks, a bounded number at once, and what their rollouts add up to."""
 
+import logging
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,6 +13,8 @@ from hone.schema.sampling import SamplingParameters
 from hone.schema.seeds import derive_seed
 from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, Trace
+
+logger = logging.getLogger("hone.orchestrator.evaluation")
 
 PREFIX = "eval-"
 """How the names of evaluation groups begin."""
@@ -36,8 +39,14 @@ class _Tally:
     versions: set[int] = field(default_factory=set)
 
     def add(self, trace: Trace) -> None:
+        try:
+            is_solved = float(self.is_solved(trace))
+        except Exception as error:  # code of an environment may raise anything
+            logger.warning("environment %r cannot tell whether a rollout solved its task: %r", trace.environment, error)
+            self.num_failed += 1
+            return
         self.values["reward"].append(trace.reward)
-        self.values["solved"].append(float(self.is_solved(trace)))
+        self.values["solved"].append(is_solved)
         self.values["truncated"].append(float(trace.is_truncated))
         self.values["completion_tokens"].append(trace.num_completion_tokens)
         for name, reward in trace.rewards.items():
@@ -77,17 +86,25 @@ class Evaluation:
             RolloutRequest(
                 group=f"{PREFIX}{version:06d}-{name}-{index}",
                 environment=name,
-                task=environment.held_out_task(index),
+                task=task,
                 attempts=[attempt],
                 sampling=parameters,
                 seed=seed,
             )
             for name, environment in environments.items()
-            for index in range(_num_tasks(environment, section.num_tasks))
+            for index, task in self._tasks_of(name, environment, section)
             for attempt in range(section.attempts)
         )
         self._running: dict[Key, RolloutRequest] = {}
         self._failures: dict[Key, int] = defaultdict(int)
+
+    def _tasks_of(self, name: str, environment: HeldOut, section: EvaluationSection) -> Iterator[tuple[int, Task]]:
+        for index in range(_num_tasks(environment, section.num_tasks)):
+            try:
+                yield index, environment.held_out_task(index)
+            except Exception as error:  # code of an environment may raise anything
+                logger.warning("environment %r gives no held-out task %d: %r", name, index, error)
+                self._tallies[name].num_failed += section.attempts
 
     @property
     def is_complete(self) -> bool:
@@ -106,8 +123,7 @@ class Evaluation:
         return started
 
     def finish(self, key: Key, trace: Trace) -> None:
-        del self._running[key]
-        self._tallies[trace.environment].add(trace)
+        self._tallies[self._running.pop(key).environment].add(trace)
 
     def fail(self, key: Key, kind: FailureClass) -> RolloutRequest | None:
         """The request to send again, or None when the rollout is given up."""

@@ -20,6 +20,7 @@ from hone.schema.traces import FailureClass
 from hone.transport.traces import BEGINNING, Location
 
 LAYOUT = 1
+BUSY_SECONDS = 30.0
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -155,13 +156,15 @@ class Ledger:
         self._issued: dict[int, int] = {}
         self._path = path
         try:
-            self._database = sqlite3.connect(path, isolation_level=None)
+            self._database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
             self._database.execute("PRAGMA journal_mode = WAL")
             # A commit outlives the process; after a power cut the last ones may be missing, as a whole and in order.
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.executescript(_TABLES)
         except sqlite3.DatabaseError as error:
-            raise LedgerError(f"{path} cannot be opened as a ledger: {error}") from error
+            if error.sqlite_errorcode != sqlite3.SQLITE_NOTADB:
+                raise
+            raise LedgerError(f"{path} cannot be opened as a ledger: {error}; move it away") from error
         self._check(identity)
         self._num_completed = self._one("SELECT COALESCE(MAX(completed), 0) FROM groups")
 
@@ -307,6 +310,14 @@ class Ledger:
     def batches(self) -> list[BatchRow]:
         rows = self._database.execute("SELECT step, groups, state FROM batches ORDER BY step")
         return [BatchRow(step, json.loads(groups), state) for step, groups, state in rows]
+
+    def batch_reward(self, step: int) -> float:
+        """The mean reward of what the batch of `step` was made of."""
+        query = (
+            "SELECT AVG(a.reward) FROM attempts a JOIN groups g ON g.number = a.number"
+            " WHERE g.step = ? AND a.state = 'finished'"
+        )
+        return float(self._database.execute(query, (step,)).fetchone()[0])
 
     def covered(self) -> int:
         """The newest step that a reported checkpoint covers."""

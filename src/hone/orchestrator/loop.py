@@ -6,6 +6,7 @@ only then tells the others. So whatever anybody was told survives this process.
 """
 
 import asyncio
+import errno
 import gc
 import json
 import logging
@@ -24,7 +25,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from hone.config.load import load_recipe
+from hone.config.load import ConfigError, load_recipe
 from hone.config.recipe import Recipe, RlSection
 from hone.envs.environment import Environment
 from hone.envs.worker import Worker, limits_from, load_environments
@@ -39,7 +40,7 @@ from hone.orchestrator.batching import Tally, make_batch
 from hone.orchestrator.dispatch import Dispatch, Key, Lost
 from hone.orchestrator.engine import EngineDriver
 from hone.orchestrator.evaluation import PREFIX, Evaluation
-from hone.orchestrator.ledger import Ledger
+from hone.orchestrator.ledger import Ledger, LedgerError
 from hone.orchestrator.mixture import Draw, Mixture
 from hone.orchestrator.recovery import read_group_traces, recover
 from hone.orchestrator.samples import UntrainableTraceError, check_trainable
@@ -62,7 +63,7 @@ from hone.schema.traces import FailureClass, Trace
 from hone.schema.wire import Wire, WireError
 from hone.text.rendering import Renderer
 from hone.text.tokenizer import Tokenizer
-from hone.transport.addresses import Addresses, load_addresses
+from hone.transport.addresses import Addresses, PortInUseError, load_addresses
 from hone.transport.batches import write_batch
 from hone.transport.folders import RunFolder
 from hone.transport.traces import Location, TraceWriter
@@ -89,6 +90,14 @@ class NothingToTrainError(RuntimeError):
     """Rollouts end, but none of them can be trained."""
 
 
+class HopelessError(ValueError):
+    """The run cannot succeed as it is; the message says what to change."""
+
+
+HOPELESS = (ConfigError, HopelessError, LedgerError, PortInUseError, d.TrainerMismatchError)
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 def main(arguments: list[str]) -> int:
     """Run the orchestrator of a run's folder; the result is the process's exit code."""
     if len(arguments) != 1:
@@ -99,12 +108,30 @@ def main(arguments: list[str]) -> int:
     try:
         recipe = load_recipe(folder.config)
         environments = load_environments(recipe)
-        asyncio.run(orchestrate(folder, recipe, environments, load_addresses(folder.addresses)))
-    except (ValueError, OSError, sqlite3.OperationalError) as error:
-        # A wrong recipe, a port in use, a ledger of another run, a full disk: the same again after a restart.
-        logger.error("%s", error)
-        return WILL_NEVER_WORK
+        addresses = load_addresses(folder.addresses)
+    except ValueError as error:
+        return _complain(error)
+    try:
+        asyncio.run(orchestrate(folder, recipe, environments, addresses))
+    except HOPELESS as error:
+        return _complain(error)
+    except (OSError, sqlite3.OperationalError) as error:
+        if not is_out_of_space(error):
+            raise
+        return _complain(error)
     return 0
+
+
+def is_out_of_space(error: OSError | sqlite3.OperationalError) -> bool:
+    """Whether nothing more can be written, which the same again after a restart does not change."""
+    if isinstance(error, OSError):
+        return error.errno in OUT_OF_SPACE
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
+
+
+def _complain(error: Exception) -> int:
+    logger.error("%s", error)
+    return WILL_NEVER_WORK
 
 
 async def orchestrate(
@@ -112,10 +139,12 @@ async def orchestrate(
 ) -> None:
     """Run until everything is trained, evaluated and exported."""
     if recipe.rl is None:
-        raise ValueError("the recipe has no [rl] section; add one to reinforce")
+        raise ConfigError("the recipe has no [rl] section; add one to reinforce")
     held_out = [environment.num_held_out_tasks for environment in environments.values()]
     if recipe.evaluation.every is not None and not any(count != 0 for count in held_out):
-        raise ValueError("evaluation.every is set, but no environment has held-out tasks; remove it, or add such tasks")
+        raise ConfigError(
+            "evaluation.every is set, but no environment has held-out tasks; remove it, or add such tasks"
+        )
     orchestrator = Orchestrator(folder, recipe, recipe.rl, environments, addresses)
     await orchestrator.run()
 
@@ -173,7 +202,7 @@ class Orchestrator:
         self._state = d.State(limits_of(recipe, section))
         self._dispatch = Dispatch()
         self._events: deque[d.Event] = deque()
-        self._tasks: dict[int, tuple[str, Task]] = {}
+        self._tasks: dict[int, tuple[str, Task | None]] = {}
         self._traces: dict[int, dict[int, Trace]] = {}
         self._evaluation: Evaluation | None = None
         self._evaluation_began = 0.0
@@ -192,8 +221,12 @@ class Orchestrator:
         async with AsyncExitStack() as stack:
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             stack.callback(context.term)
-            self._workers = stack.enter_context(RouterSocket(context, self._addresses.workers, self._wake.set))
-            self._trainer = stack.enter_context(RouterSocket(context, self._addresses.trainer, self._wake.set))
+            self._workers = await stack.enter_async_context(
+                RouterSocket(context, self._addresses.workers, self._wake.set)
+            )
+            self._trainer = await stack.enter_async_context(
+                RouterSocket(context, self._addresses.trainer, self._wake.set)
+            )
             self._spans = Spans(self._folder.spans, "orchestrator")
             stack.callback(self._spans.close)
             self._metrics = stack.enter_context(Metrics(self._folder.metrics, "orchestrator", port=self._port()))
@@ -314,7 +347,7 @@ class Orchestrator:
             self._fail((group_name(number), attempt), error.kind)
             return
         self._traces.setdefault(number, {})[attempt] = trace
-        self._tally.add(trace, reward)
+        self._tally.add(self._tasks[number][0], trace, reward)
         self._ledger.finish(number, attempt, reward, version, location)
         self._events.append(d.RolloutFinished(number, attempt, reward, version))
 
@@ -333,7 +366,7 @@ class Orchestrator:
         logger.info("env worker is here", extra=fields(worker=hello.worker, pid=hello.pid))
         missing = sorted(self._environments.keys() - set(hello.environments))
         if missing:
-            raise ValueError(f"worker {hello.worker} lacks environment {missing[0]!r}; install it where workers run")
+            raise HopelessError(f"worker {hello.worker} lacks environment {missing[0]!r}; install it where workers run")
         self._lose(self._dispatch.greet(hello.worker, hello.pid, identity, now))
 
     def _take_back(self, beat: Heartbeat, identity: bytes, now: float) -> None:
@@ -389,7 +422,7 @@ class Orchestrator:
             case d.RunAgain(number, attempt, num_failures):
                 if num_failures:
                     self._ledger.retry(number, attempt, num_failures)
-                self._submit_later(self._request(number, [attempt]), num_failures)
+                self._run_attempts(number, [attempt], num_failures)
             case d.GiveUpAttempt(number, attempt, kind):
                 self._ledger.fail(number, attempt, kind)
             case d.FinishGroup(number):
@@ -425,19 +458,43 @@ class Orchestrator:
                 self._tell_trainer(self._askers[last_step + 1], NoMoreBatches(last_step))
             case d.GiveUpRun(num_filtered, num_failed, kind):
                 raise self._hopeless(num_filtered, num_failed, kind)
+            case d.GiveUpCollapsed(num_filtered, reward, trained_reward):
+                raise HopelessError(
+                    f"policy collapsed: the last {num_filtered} groups had equal rewards of {reward:.4g} on average, below"
+                    f" the {trained_reward:.4g} of the last batch; the checkpoints are kept: lower the learning rate, raise"
+                    f" rl.loss.reference_kl or rl.group_size, and start a new run"
+                )
             case d.EndRun():
                 logger.info("all is trained and evaluated", extra=fields(step=self._state.last_step))
 
     def _start_group(self, number: int, version: int) -> None:
         draw = self._mixture.draw()
-        task = self._mixture.task(draw)
         attempts = list(range(self._section.group_size))
+        task = self._task_of(draw)
         self._tasks[number] = draw.environment, task
-        self._ledger.admit(number, draw, task.key, version, len(attempts))
-        self._dispatch.submit(self._request(number, attempts))
+        self._ledger.admit(number, draw, "" if task is None else task.key, version, len(attempts))
+        self._run_attempts(number, attempts, num_failures=0)
 
-    def _request(self, number: int, attempts: list[int]) -> RolloutRequest:
+    def _task_of(self, draw: Draw) -> Task | None:
+        """None when the environment does not give it: the group fails, the run goes on."""
+        try:
+            task = self._mixture.task(draw)
+            assert task.key, "a task has a key"
+        except Exception as error:  # code of an environment may raise anything
+            self._last_failure = f"environment {draw.environment!r} gives no task {draw.number}: {error!r}"
+            logger.warning("%s", self._last_failure)
+            return None
+        return task
+
+    def _run_attempts(self, number: int, attempts: list[int], num_failures: int) -> None:
         environment, task = self._tasks[number]
+        if task is None:
+            for attempt in attempts:
+                self._fail((group_name(number), attempt), FailureClass.ENVIRONMENT)
+        else:
+            self._submit_later(self._request(number, environment, task, attempts), num_failures)
+
+    def _request(self, number: int, environment: str, task: Task, attempts: list[int]) -> RolloutRequest:
         name = group_name(number)
         # A task that comes again in another epoch gets other random numbers, a repeated attempt gets the same.
         seed = derive_seed(self._recipe.run.seed, "rollouts", name)
@@ -491,8 +548,8 @@ class Orchestrator:
     def _hopeless(self, num_filtered: int, num_failed: int, kind: FailureClass | None) -> Exception:
         if num_failed > num_filtered:
             text = f"{num_failed} groups in a row failed, the last rollout with: {self._last_failure}"
-            return ValueError(text) if kind is FailureClass.ENVIRONMENT else NothingToTrainError(text)
-        return ValueError(
+            return HopelessError(text) if kind is FailureClass.ENVIRONMENT else NothingToTrainError(text)
+        return HopelessError(
             f"{num_filtered} groups in a row had equal rewards, so there is nothing to learn from: give easier or harder"
             f" tasks, train longer by SFT first, or set rl.filter_without_signal = false"
         )
@@ -606,10 +663,10 @@ class Orchestrator:
         gc.collect()
         gc.freeze()
 
-    def _same_task(self, draw: Draw, task_key: str) -> Task:
-        task = self._mixture.task(draw)
-        if task.key != task_key:
-            raise ValueError(
+    def _same_task(self, draw: Draw, task_key: str) -> Task | None:
+        task = self._task_of(draw)
+        if task is not None and task.key != task_key:
+            raise LedgerError(
                 f"task {draw.number} of environment {draw.environment!r} is not the one that this run began with;"
                 f" install the environment's former version, or start a new run with another run.name"
             )
@@ -622,7 +679,7 @@ class Orchestrator:
         traces = read_group_traces(self._ledger, self._folder, row.groups)
         missing = [number for number in row.groups if number not in traces]
         if missing:
-            raise ValueError(
+            raise LedgerError(
                 f"the batch of step {step} and traces of its group {missing[0]} are gone from {self._folder.path};"
                 f" restore them, or start a new run"
             )
@@ -642,7 +699,7 @@ class Orchestrator:
             return None
         token = os.environ.get(variable)
         if token is None:
-            raise ValueError(f"environment variable {variable} (server.admin_token_variable) is not set; set it")
+            raise ConfigError(f"environment variable {variable} (server.admin_token_variable) is not set; set it")
         return token
 
     def _port(self) -> int | None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from hone.config.load import ConfigError
 from hone.schema.seeds import derive_seed
 from hone.schema.tasks import Task
 
@@ -37,7 +38,9 @@ class Mixture:
     def __init__(self, weights: Mapping[str, float], tasks: Mapping[str, TaskList], seed: int) -> None:
         empty = [name for name in weights if tasks[name].num_train_tasks == 0]
         if empty:
-            raise ValueError(f"environment {empty[0]!r} has no train tasks; give it data, or remove it from the recipe")
+            raise ConfigError(
+                f"environment {empty[0]!r} has no train tasks; give it data, or remove it from the recipe"
+            )
         total = sum(weights.values())
         self._shares = {name: weight / total for name, weight in weights.items()}
         self._tasks = tasks
@@ -48,7 +51,7 @@ class Mixture:
         """Go on after this many draws of each environment."""
         unknown = counts.keys() - self._counts.keys()
         if unknown:
-            raise ValueError(f"the ledger has tasks of environment {min(unknown)!r}, which the recipe does not list")
+            raise ConfigError(f"the ledger has tasks of environment {min(unknown)!r}, which the recipe does not list")
         self._counts |= counts
 
     def draw(self) -> Draw:

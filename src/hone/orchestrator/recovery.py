@@ -98,6 +98,7 @@ def _restore_steps(state: State, ledger: Ledger, folder: RunFolder) -> None:
     batches = ledger.batches()
     state.next_group = ledger.next_number()
     state.num_batches = len(batches)
+    state.batched_reward = ledger.batch_reward(batches[-1].step) if batches else None
     state.trained = max((row.step for row in batches if row.state == "trained"), default=0)
     state.offered = max((row.step for row in batches if row.state != "formed"), default=0)
     state.covered = ledger.covered()

@@ -1,6 +1,8 @@
 """A ZeroMQ ROUTER in an asyncio loop, without a future for each message: what arrived is taken in batches."""
 
 import asyncio
+import errno
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
@@ -12,6 +14,9 @@ from hone.transport.addresses import PortInUseError
 LINGER_MILLISECONDS = 1_000
 PING_MILLISECONDS = 2_000
 SILENCE_MILLISECONDS = 30_000
+BIND_SECONDS = 5.0
+"""The orchestrator before this one may still be about to let its ports go."""
+BIND_RETRY_SECONDS = 0.1
 
 
 class RouterSocket:
@@ -23,7 +28,7 @@ class RouterSocket:
         self._wake = wake
         self._inbox: list[tuple[bytes, list[bytes]]] = []
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         for option, value in (
             (zmq.SNDHWM, 0),
@@ -35,16 +40,29 @@ class RouterSocket:
         ):
             self._socket.setsockopt(option, value)
         try:
-            self._socket.bind(self._address)
-        except zmq.ZMQError as error:
+            await self._bind()
+        except BaseException:
             self._socket.close()
-            raise PortInUseError(
-                f"cannot bind {self._address} ({error.strerror}); is another orchestrator of this run alive?"
-            ) from error
+            raise
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._collect)
         return self
 
-    def __exit__(
+    async def _bind(self) -> None:
+        deadline = time.monotonic() + BIND_SECONDS
+        while True:
+            try:
+                self._socket.bind(self._address)
+                return
+            except zmq.ZMQError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                if time.monotonic() >= deadline:
+                    raise PortInUseError(
+                        f"cannot bind {self._address} ({error.strerror}); is another orchestrator of this run alive?"
+                    ) from error
+            await asyncio.sleep(BIND_RETRY_SECONDS)
+
+    async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         asyncio.get_running_loop().remove_reader(self._socket.fileno())
