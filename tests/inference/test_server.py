@@ -7,7 +7,7 @@ import pytest
 from served import ADD, CALLING, GREETING, fetch, prepare, running, start
 
 from hone.inference.client import AdminClient, ChatSampler, EngineRefused, TokenChannel, TokenSampler
-from hone.inference.server.__main__ import secret
+from hone.inference.server.serve import secret
 from hone.model.checkpoint import load_model, save_model
 from hone.schema.messages import Message
 from hone.schema.sampling import FinishReason, SamplingParameters
@@ -352,7 +352,7 @@ def test_a_taken_port_ends_with_one_readable_line(server):
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == 2
     last = complaint.decode().strip().splitlines()[-1]
-    assert last.startswith("inference: cannot bind")
+    assert last.startswith("error: cannot bind")
     assert "Traceback" not in complaint.decode()
 
 

@@ -58,11 +58,11 @@ def main() -> None:
         typer.echo("interrupted; the same command goes on from here", err=True)
         sys.exit(130)
     except Exception as error:  # whatever is not the caller's to mend is raised again, with its traceback
-        from hone.cli.errors import READABLE
+        from hone.cli.errors import complaint
 
-        if not isinstance(error, READABLE):
+        if (told := complaint(error)) is None:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {told}", err=True)
         sys.exit(2)
 
 

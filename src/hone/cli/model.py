@@ -21,6 +21,8 @@ Target = Annotated[
 Key = Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="API key of an http address.")]
 Model = Annotated[str | None, typer.Option(help="Model name at an http address; default: the first that it lists.")]
 
+DEFAULT_PORT = 8000
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
@@ -64,26 +66,32 @@ def evaluate(
 def serve(
     context: typer.Context,
     target: Annotated[str, typer.Argument(help="A recipe (its newest policy) or a model folder.")],
-    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 for every interface.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the OpenAI API and the chat page.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="Model name in the API; default: the folder's.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to bind, 0.0.0.0 for every interface; default: the recipe's, 127.0.0.1.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the OpenAI API and the chat page; default: the recipe's, 8000.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Model name in the API; default: the run's or the folder's.")] = None,
 ) -> None:
     """Serve a model: OpenAI-compatible API under /v1, a chat page at /."""
-    from hone.config.recipe import EngineSection
-    from hone.inference.server.serve import serve as serve_model
+    from hone.config.recipe import ServerSection
 
-    if target.endswith(".toml"):
-        recipe = _recipe(target, overrides(context))
-        folder, engine = _newest_policy(recipe), recipe.engine
-    else:
-        folder, engine = Path(target), EngineSection()
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is no model in the Hugging Face layout: it holds no config.json")
+    recipe, folder = _served(target, overrides(context))
+    from hone.inference.server.serve import serve as serve_model  # after the checks: torch takes seconds
 
     def started(address: str) -> None:
         typer.echo(f"chat page: {address}/    OpenAI API: {address}/v1    stop: Ctrl-C", err=True)
 
-    serve_model(folder, engine, host=host, port=port, name=name, started=started)
+    server = ServerSection() if recipe is None else recipe.server
+    serve_model(
+        folder,
+        recipe,
+        host=host or server.host,
+        port=(server.port or DEFAULT_PORT) if port is None else port,
+        name=name,
+        started=started,
+    )
 
 
 def chat(
@@ -118,6 +126,17 @@ async def _endpoint(target: str, model: str | None, api_key: str | None) -> "Asy
     folder = _newest_policy(_recipe(target, [])) if target.endswith(".toml") else Path(target)
     async with serving_folder(folder) as address:
         yield Endpoint(f"{address}/v1")
+
+
+def _served(target: str, changes: list[str]) -> "tuple[Recipe | None, Path]":
+    """What a target stands for: a recipe with its newest policy, or a folder alone."""
+    recipe = _recipe(target, changes) if target.endswith(".toml") else None
+    if recipe is None and changes:
+        raise ValueError(f"unknown argument {changes[0]}: {target} is a folder, only a recipe has fields to override")
+    folder = Path(target) if recipe is None else _newest_policy(recipe)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is no model in the Hugging Face layout: it holds no config.json")
+    return recipe, folder
 
 
 def _recipe(path: str, changes: list[str]) -> "Recipe":

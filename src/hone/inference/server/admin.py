@@ -20,8 +20,11 @@ from hone.inference.server.loop import EngineLoop
 from hone.model.checkpoint import CheckpointError, load_model
 
 
-def admin_router(loop: EngineLoop, token: str | None) -> APIRouter:
-    """The routes; those under /admin want `Authorization: Bearer <token>` when a token is given."""
+def admin_router(loop: EngineLoop, token: str | None, *, controls: bool = True) -> APIRouter:
+    """The routes; those under /admin want `Authorization: Bearer <token>` when a token is given.
+
+    controls: without them there are health and metrics alone.
+    """
     router = APIRouter()
     registry = CollectorRegistry()
     registry.register(EngineCollector(loop))
@@ -39,6 +42,9 @@ def admin_router(loop: EngineLoop, token: str | None) -> APIRouter:
     @router.get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    if not controls:
+        return router
 
     @router.post("/admin/pause", dependencies=[Depends(authorised)])
     async def pause() -> Response:

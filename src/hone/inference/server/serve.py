@@ -8,14 +8,14 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import uvicorn
 from fastapi import FastAPI
 
-from hone.config.recipe import EngineSection
+from hone.config.recipe import EngineSection, Recipe
 from hone.inference.engine.engine import Engine
 from hone.inference.server import errors
 from hone.inference.server.admin import admin_router
@@ -24,7 +24,8 @@ from hone.inference.server.frontend import Frontend
 from hone.inference.server.loop import EngineLoop
 from hone.inference.server.tokens import AddressInUseError
 from hone.model import ops
-from hone.model.checkpoint import load_model
+from hone.model.checkpoint import CheckpointError, load_model
+from hone.observability.disk import is_disk_trouble
 from hone.observability.logs import fields
 from hone.text.rendering import Renderer
 from hone.text.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ from hone.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 2
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # The engine shares the interpreter with HTTP; the default of 5 ms would let one request hold up several steps.
 SWITCH_SECONDS = 0.0005
 
@@ -71,33 +73,59 @@ class Serving:
 
 def serve(
     model_folder: Path,
-    engine: EngineSection,
+    recipe: Recipe | None = None,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
     name: str | None = None,
-    admin_token: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "auto",
     started: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Serve a plain model folder until interrupted; `started` gets the address. `ValueError` for what cannot be."""
-    run(
-        Serving(
-            model_folder,
-            name or model_folder.resolve().name,
-            engine,
-            Endpoint(host, port),
-            admin_token=admin_token,
-            dtype=dtype,
-            device=device,
-            started=started,
-        )
+    """Serve a model folder until interrupted, with the engine, numbers and admin routes of a recipe if there is one.
+
+    started: gets the address. `ValueError` for what cannot be served.
+    """
+    try:
+        run(serving_alone(model_folder, recipe, Endpoint(host, port), name, started))
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
+
+
+def serving_alone(
+    model_folder: Path,
+    recipe: Recipe | None,
+    api: Endpoint,
+    name: str | None = None,
+    started: Callable[[str], None] = lambda _: None,
+) -> Serving:
+    """A model outside of a run."""
+    plain = Serving(model_folder, name or model_folder.resolve().name, EngineSection(), api, started=started)
+    if recipe is None:
+        return plain
+    server = recipe.server
+    return replace(
+        plain,
+        name=name or recipe.run.name,
+        engine=recipe.engine,
+        admin=None if server.admin_port is None else Endpoint(server.admin_host or api.host, server.admin_port),
+        admin_token=secret(server.admin_token_variable),
+        dtype=getattr(torch, recipe.model.dtype),
+        device=recipe.device,
+        strict=recipe.trainer.numerics == "strict",
     )
 
 
+def secret(variable: str | None) -> str | None:
+    """The value of the environment variable that server.admin_token_variable names."""
+    if variable is None:
+        return None
+    value = os.environ.get(variable)
+    if not value:
+        raise ValueError(f"server.admin_token_variable names {variable}, which is not set; export it")
+    return value
+
+
 def run(serving: Serving) -> None:
-    """Serve until SIGINT or SIGTERM; `RuntimeError` when the engine dies."""
+    """Serve until SIGINT or SIGTERM; when the engine dies `RuntimeError`, or the `OSError` of a full disk."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(bind(serving.api))]
         if serving.admin is not None:
@@ -180,13 +208,21 @@ async def _serve(
         logger.info("serving", extra=fields(api=f"http://{address}:{port}", tokens=serving.tokens))
         await asyncio.gather(*(server.serve([sock]) for server, sock in zip(servers, sockets, strict=True)))
     if engine_loop.failure is not None:
+        if is_disk_trouble(engine_loop.failure):
+            raise engine_loop.failure
         raise RuntimeError(f"the engine failed: {engine_loop.failure!r}") from engine_loop.failure
 
 
 def applications(service: Service, engine_loop: EngineLoop, serving: Serving) -> list[FastAPI]:
     """The API, and the admin routes in it or beside it."""
     api = api_app(service)
-    routes = admin_router(engine_loop, serving.admin_token)
+    controls = serving.admin_token is not None or (serving.admin or serving.api).host in LOOPBACK
+    if not controls:
+        logger.warning(
+            "the admin routes are left out: they would be open to the network; give server.admin_token_variable, or"
+            " server.admin_host = '127.0.0.1' with server.admin_port = 0"
+        )
+    routes = admin_router(engine_loop, serving.admin_token, controls=controls)
     if serving.admin is None:
         api.include_router(routes)
         return [api]
