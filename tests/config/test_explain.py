@@ -35,7 +35,7 @@ def test_limits_types_and_defaults_are_those_of_the_models() -> None:
     size = only("rl.group_size")
     assert (size.type, size.default, size.constraints) == ("integer", "8", "≥ 2")
     momentum = only("sft.optimizer.momentum")
-    assert (momentum.type, momentum.default, momentum.constraints) == ("number", "none", "≥ 0, ≤ 1")
+    assert (momentum.type, momentum.default, momentum.constraints) == ("number", "none", "≥ 0, < 1")
     assert only("environments.0.name").default == "required"
     assert only("model.dtype").type == '"float32" or "bfloat16"'
     assert only("run.folder").default == '"runs"'

@@ -1,5 +1,6 @@
 """Recipes: what is right loads and survives a round trip, what is wrong is refused in words a person can act on."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,12 @@ def test_a_later_override_wins(small: Path) -> None:
         ("--rl.optimizer.momentum=0.9", "optimizer.momentum has no effect with kind = 'adamw'"),
         ("--rl.optimizer.min_lr_ratio=0.1", "optimizer.min_lr_ratio has no effect with a constant schedule"),
         ("--rl.stop_at_reward=0.9", "rl.stop_at_reward needs evaluation.every"),
+        ("--rl.optimizer={kind='muon', momentum=1.0}", "rl.optimizer.momentum = 1.0: input should be less than 1"),
+        ("--rl.optimizer.warmup_steps=100", "rl.optimizer.warmup_steps 100 leaves none of rl.num_steps 100"),
+        ("--rl.loss={kind='gspo', reducer='token_mean'}", "rl.loss.reducer = 'token_mean' does not fit kind = 'gspo'"),
+        ("--rl.loss={kind='ppo_clip', low=1.5}", "rl.loss.low 1.5 is above 1"),
+        ("--engine={num_blocks=8, cache_bytes=4096}", "engine.cache_bytes has no effect with engine.num_blocks"),
+        ("--run.metrics_port=65535", "run.metrics_port = 65535: input should be less than or equal to 65534"),
         ("--model.config={model_type='qwen3'}", "give either model.path (a trained model) or model.config"),
         ("--environments.1.name=first", "environment 'first' is listed twice"),
         ("--environments=[]", "no [[environments]] given"),
@@ -168,6 +175,33 @@ def test_strict_numerics_are_for_the_cpu(small: Path) -> None:
 def test_bounds_that_mask_everything_and_bounds_without_effect_are_refused(small: Path) -> None:
     assert "every token would be masked" in complaint(small, "--rl.loss.low=2.0", "--rl.loss.high=1.5")
     assert "rl.loss.low has no effect" in complaint(small, "--rl.loss.low=0.5", "--rl.loss.kind=cispo")
+
+
+def test_gspo_takes_the_mean_of_sequences(small: Path) -> None:
+    assert load_recipe(small).rl.loss.reducer == "token_mean"
+    assert load_recipe(small, ["--rl.loss.kind=gspo"]).rl.loss.reducer == "sequence_mean"
+
+
+def test_a_warm_up_of_sft_ends_before_its_steps_do(small: Path) -> None:
+    message = complaint(small, "--sft.max_steps=5", "--sft.optimizer.warmup_steps=5")
+    assert "sft.optimizer.warmup_steps 5 leaves none of sft.max_steps 5" in message
+
+
+def test_evaluations_between_policy_versions_need_rl(tmp_path: Path) -> None:
+    path = tmp_path / "plain.toml"
+    path.write_text('[model]\npath = "m"\n[evaluation]\nevery = 5\n')
+    assert "evaluation.every has no effect without [rl]" in complaint(path)
+
+
+def test_a_path_below_a_file_is_told(small: Path) -> None:
+    assert "cannot read the recipe" in complaint(small / "recipe.toml")
+
+
+def test_a_file_that_may_not_be_read_is_told(small: Path) -> None:
+    small.chmod(0)
+    if os.access(small, os.R_OK):
+        pytest.skip("this user may read everything")
+    assert "cannot read the recipe" in complaint(small)
 
 
 def test_a_built_model_needs_a_tokenizer(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"{path} is not a TOML file: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
     for override in overrides:
         _apply(tree, override)
     return recipe_from(tree, str(path))

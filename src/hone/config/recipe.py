@@ -12,6 +12,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+PortPair = Annotated[int, Field(ge=1, le=65534)]
 
 
 BUILT_IN_TEMPLATES = ("chatml", "qwen3", "glm4", "llama3")
@@ -120,7 +121,7 @@ class OptimizerSection(Section):
     """AdamW's decay rates."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of matrices."""
-    momentum: Fraction | None = None
+    momentum: DecayRate | None = None
     """Muon's momentum (0.95); only with kind = muon."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
@@ -162,7 +163,7 @@ class TrainerSection(Section):
     max_bad_steps: Positive = 5
     """Steps with a non-finite loss or gradient that may be skipped before the run stops."""
     threads: Positive | None = None
-    """CPU threads of one trainer process; default: one when it shares two cores with an engine, else all cores."""
+    """CPU threads of all trainer ranks together; default: half of the cores during RL, where an engine has the others, else all."""
 
 
 class SftSection(Section):
@@ -184,6 +185,8 @@ class SftSection(Section):
 
     @model_validator(mode="after")
     def _counted(self) -> Self:
+        if self.max_steps is not None:
+            check_warmup("sft", self.optimizer, self.max_steps, "max_steps")
         if self.data == "environments" and self.num_conversations is None:
             raise ValueError(
                 "sft.data = 'environments' needs sft.num_conversations: environments may have endless tasks"
@@ -195,22 +198,35 @@ class LossSection(Section):
     """The policy loss, composed of a surrogate with its mask, a reducer and penalties (docs/concepts, losses)."""
 
     kind: Literal["icepop", "dppo_tv", "ppo_clip", "gspo", "cispo", "aipo"] = "icepop"
-    """icepop: INTELLECT-3's double-sided masking; dppo_tv: mask by difference of probabilities; ppo_clip; gspo: sequence ratios; cispo, aipo: clipped, detached ratios."""
+    """icepop: INTELLECT-3's double-sided masking; dppo_tv: mask by difference of probabilities; ppo_clip; gspo: sequence ratios; cispo, aipo: clipped, detached ratios (the same formula, since both are anchored on the sampler)."""
     low: NonNegativeFloat | None = None
-    """Lower bound: icepop's ratio (0.5), dppo_tv's difference of probabilities (0.2), clip's and gspo's 1 - low (0.2, 3e-4)."""
+    """Lower bound: icepop's ratio (0.5), dppo_tv's difference of probabilities (0.2), ppo_clip's and gspo's 1 - low (0.2, 3e-4; at most 1)."""
     high: PositiveFloat | None = None
     """Upper bound: icepop's ratio (5), dppo_tv's difference (0.2), clip's and gspo's 1 + high (0.2, 4e-4), cispo's and aipo's cap (5)."""
     sequence_mask_below: NonNegativeFloat = 1e-5
     """A sequence with any token ratio under this is left out whole; 0 is off."""
     reducer: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
-    """token_mean: over all tokens of the step; sequence_mean: mean of each sequence's mean; sequence_sum: mean of sums; constant: sums over samples x max_tokens (Dr. GRPO)."""
+    """token_mean: over all tokens of the step; sequence_mean: mean of each sequence's mean; sequence_sum: mean of sums; constant: sums over samples x max_tokens (Dr. GRPO). gspo has sequence_mean, and nothing else."""
     kl_tau: NonNegativeFloat = 0.0
     """Weight of the squared log ratio between trainer and sampler; keeps the policy near the one that sampled."""
     reference_kl: NonNegativeFloat = 0.0
     """Weight of the KL divergence to the reference policy (the weights that RL started from); 0 loads no reference."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _reducer_of_the_kind(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("kind") == "gspo":
+            return {"reducer": "sequence_mean"} | given
+        return given
+
     @model_validator(mode="after")
     def _no_dead_fields(self) -> Self:
+        if self.kind == "gspo" and self.reducer != "sequence_mean":
+            raise ValueError(
+                f"rl.loss.reducer = {self.reducer!r} does not fit kind = 'gspo', whose ratio is a sequence's; remove it"
+            )
+        if self.kind in ("ppo_clip", "gspo") and self.low is not None and self.low > 1:
+            raise ValueError(f"rl.loss.low {self.low} is above 1: ratios would be clipped at 1 - low, below zero")
         if self.kind in ("cispo", "aipo") and self.low is not None:
             raise ValueError(
                 f"rl.loss.low has no effect with kind = {self.kind!r}, which clips from above only; remove it"
@@ -257,6 +273,7 @@ class RlSection(Section):
 
     @model_validator(mode="after")
     def _meaningful(self) -> Self:
+        check_warmup("rl", self.optimizer, self.num_steps, "num_steps")
         if self.batch_size % self.group_size:
             raise ValueError(
                 f"rl.group_size {self.group_size} does not divide rl.batch_size {self.batch_size};"
@@ -280,6 +297,15 @@ class RlSection(Section):
         return self.batch_size // self.group_size
 
 
+def check_warmup(section: str, optimizer: OptimizerSection, num_steps: int, field: str) -> None:
+    """Refuse a warm-up that lasts to the end: the learning rate of the recipe would never be reached."""
+    if optimizer.warmup_steps >= num_steps:
+        raise ValueError(
+            f"{section}.optimizer.warmup_steps {optimizer.warmup_steps} leaves none of {section}.{field} {num_steps};"
+            " lower it"
+        )
+
+
 def nearest_divisors(total: int, wish: int) -> str:
     """The divisors of `total` on both sides of `wish`, for an error message."""
     divisors = [n for n in range(2, total + 1) if total % n == 0]
@@ -296,7 +322,7 @@ class EngineSection(Section):
     num_blocks: Positive | None = None
     """KV blocks; default: what cache_bytes holds."""
     cache_bytes: Positive = 256 * 2**20
-    """Memory of the KV cache when num_blocks is not given."""
+    """Memory of the KV cache; only without num_blocks."""
     max_running: Positive = 512
     """Most requests that decode at once."""
     max_batch_tokens: Positive = 4096
@@ -308,14 +334,22 @@ class EngineSection(Section):
     dtype: Literal["model", "bfloat16"] = "model"
     """Number type of the engine: the model's, or bfloat16 for speed at the price of mismatch."""
     threads: Positive | None = None
-    """CPU threads of the engine; default: one when it shares two cores with a trainer, else all cores."""
+    """CPU threads of the engine; default: half of the cores during RL, where a trainer has the others, else all."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        # A saved recipe has every field: what equals the default was not asked for.
+        default = type(self).model_fields["cache_bytes"].default
+        if self.num_blocks is not None and self.cache_bytes != default:
+            raise ValueError("engine.cache_bytes has no effect with engine.num_blocks; give one of them")
+        return self
 
 
 class ServerSection(Section):
     """Addresses of the inference server."""
 
     host: str = "127.0.0.1"
-    """Address that the OpenAI API and the token channel bind to."""
+    """Address that the OpenAI API binds to; 0.0.0.0 is every interface. Local processes keep to this machine's own address then."""
     port: Port = 0
     """Port of the OpenAI API; 0 takes a free one (hone serve: 8000)."""
     admin_host: str | None = None
@@ -365,9 +399,9 @@ class RunSection(Section):
     seed: NonNegative = 0
     """Every random choice of the run is derived from this number."""
     max_restarts: NonNegative = 20
-    """How often a process that died is started again before the run is given up."""
-    metrics_port: Port | None = None
-    """First of a range of ports for Prometheus endpoints, one per process; default: no endpoint."""
+    """How often processes that died are started again, without ten minutes of peace in between, before the run is given up."""
+    metrics_port: PortPair | None = None
+    """Port of the trainer's Prometheus endpoint; the orchestrator's is the next one, the inference server's is /metrics at its admin address. Default: no endpoint for the two."""
 
 
 class Recipe(Section):
@@ -408,6 +442,10 @@ class Recipe(Section):
         ):
             raise ValueError(
                 "trainer.numerics = 'strict' needs float32 everywhere: model.dtype, engine.dtype = 'model', trainer.autocast = 'none'"
+            )
+        if self.rl is None and self.evaluation.every is not None:
+            raise ValueError(
+                "evaluation.every has no effect without [rl]: it counts the policy versions of RL; remove it"
             )
         if self.rl is not None and self.rl.stop_at_reward is not None and self.evaluation.every is None:
             raise ValueError(
