@@ -48,3 +48,12 @@ def test_a_folder_that_cannot_be_made_is_a_readable_error(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write the run's folder"), claim(recipe(tmp_path / "file")):
         pass
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    given = recipe(tmp_path)
+    with claim(given):
+        pass
+    reseeded = given.model_copy(update={"run": given.run.model_copy(update={"seed": 1})})
+    with pytest.raises(ConfigError, match=r"run.seed = 0, now it is 1"), claim(reseeded):
+        pass

@@ -33,6 +33,7 @@ from hone.envs.sampler import Sampler
 from hone.envs.stalls import StallMeter
 from hone.inference.client import TokenChannel, TokenSampler
 from hone.observability import logs
+from hone.observability.disk import disk_complaint, is_disk_trouble
 from hone.schema.rollouts import (
     FRAMES_PER_MESSAGE,
     WORKER_CHANNEL,
@@ -66,20 +67,29 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m hone.envs.worker RUN_FOLDER NAME", file=sys.stderr)
         return WILL_NEVER_WORK
     folder, name = RunFolder(Path(arguments[0])), arguments[1]
-    logs.configure(name, folder.path)
     try:
+        logs.configure(name, folder.path)
         recipe = load_recipe(folder.config)
         environments = load_environments(recipe)
         address = load_addresses(folder.addresses)
         renderer = Renderer(Tokenizer.load(folder.model))
     except ValueError as error:
-        logger.error("%s", error)
-        return WILL_NEVER_WORK
+        return _complain(str(error))
+    except OSError as error:
+        if not is_disk_trouble(error):
+            raise
+        return _complain(disk_complaint(error, folder.path))
     # What is loaded by now stays: spare the garbage collector from visiting it.
     gc.collect()
     gc.freeze()
     asyncio.run(_serve(recipe, name, environments, renderer, address.workers, address.tokens))
     return 0
+
+
+def _complain(message: str) -> int:
+    logger.error("%s", message)
+    print(f"error: {message}", file=sys.stderr)
+    return WILL_NEVER_WORK
 
 
 def load_environments(recipe: Recipe) -> dict[str, Environment]:
@@ -107,7 +117,7 @@ async def _serve(
             name,
             orchestrator,
             environments,
-            TokenSampler(channel, renderer),
+            TokenSampler(channel, renderer, deadline_seconds=limits_from(recipe).deadline_seconds),
             limits=limits_from(recipe),
             heartbeat_seconds=recipe.workers.heartbeat_seconds,
         )

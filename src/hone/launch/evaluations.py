@@ -1,17 +1,21 @@
 """Evaluate one model on the environments of a recipe, in the run's folder under evals/<label>/<environment>/."""
 
 import contextlib
+import itertools
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from hone.config.recipe import Recipe, SamplingSection
+import msgspec
+
+from hone.config.recipe import EnvironmentSection, Recipe, SamplingSection
 from hone.envs.registry import load_environment
 from hone.envs.sampler import Sampler
-from hone.evals.evaluate import Progress, evaluate
+from hone.envs.worker import limits_from
+from hone.evals.evaluate import Progress, evaluate, held_out_tasks
 from hone.evals.report import result_table
 from hone.evals.results import EvalResult
-from hone.evals.storage import read_result
+from hone.evals.storage import Settings, read_result
 from hone.inference.client import ChatSampler, TokenChannel, TokenSampler
 from hone.launch.console import StageConsole, Update
 from hone.launch.service import inference_server
@@ -56,6 +60,7 @@ async def evaluate_weights(recipe: Recipe, run: RunFolder, weights: Path, label:
     """Serve the weights, evaluate them; results that are there already are read."""
     if found := finished(recipe, run, label):
         return found
+    set_other_sampling_aside(recipe, run.evals / label)
     async with _engine(recipe, run, weights, console) as sampler:
         return await evaluate_with(sampler, recipe, run, label, console, model=label)
 
@@ -84,6 +89,7 @@ async def evaluate_with(
                 sampling=sampling_parameters(section.sampling),
                 seed=derive_seed(recipe.run.seed, "evaluation"),
                 max_concurrent=section.max_concurrent,
+                limits=limits_from(recipe),
                 folder=run.evals / label / environment.name,
                 model=model,
                 progress=show,
@@ -92,15 +98,42 @@ async def evaluate_with(
 
 
 def finished(recipe: Recipe, run: RunFolder, label: str) -> Results:
-    """The results under a label when all environments have one of the wanted size; else nothing."""
+    """The results under a label when all environments have one that was made as the recipe asks; else nothing."""
     results: Results = {}
     for environment in recipe.environments:
-        with contextlib.suppress(ValueError):
-            result = read_result(run.evals / label / environment.name)
-            wanted = recipe.evaluation.num_tasks * recipe.evaluation.attempts
-            if result.num_rollouts >= wanted and not result.failures:
+        with contextlib.suppress(ValueError, OSError):
+            folder = run.evals / label / environment.name
+            result = read_result(folder)
+            if _is_as_asked(result, _settings(folder), recipe, environment):
                 results[environment.name] = result
     return results if len(results) == len(recipe.environments) else {}
+
+
+def set_other_sampling_aside(recipe: Recipe, results: Path) -> None:
+    """Keep results that were sampled otherwise than the recipe asks now under another name: they cannot be gone on with."""
+    for environment in recipe.environments:
+        with contextlib.suppress(ValueError, OSError):
+            if _settings(results / environment.name).sampling != sampling_parameters(recipe.evaluation.sampling):
+                names = (results.with_name(f"{results.name}-{number}") for number in itertools.count(1))
+                results.rename(next(name for name in names if not name.exists()))
+                return
+
+
+def _is_as_asked(result: EvalResult, made: Settings, recipe: Recipe, environment: EnvironmentSection) -> bool:
+    section = recipe.evaluation
+    if result.failures or result.attempts != section.attempts:
+        return False
+    if (made.sampling, made.seed) != (
+        sampling_parameters(section.sampling),
+        derive_seed(recipe.run.seed, "evaluation"),
+    ):
+        return False
+    tasks = held_out_tasks(load_environment(environment.name, **environment.arguments), section.num_tasks)
+    return result.num_rollouts == len(tasks) * section.attempts
+
+
+def _settings(folder: Path) -> Settings:
+    return msgspec.json.decode((folder / "settings.json").read_bytes(), type=Settings)
 
 
 def sampling_parameters(section: SamplingSection) -> SamplingParameters:
@@ -138,4 +171,4 @@ async def _engine(recipe: Recipe, run: RunFolder, weights: Path, console: StageC
         inference_server(recipe, run, supervisor, weights) as addresses,
         TokenChannel(addresses.tokens) as channel,
     ):
-        yield TokenSampler(channel, renderer)
+        yield TokenSampler(channel, renderer, deadline_seconds=limits_from(recipe).deadline_seconds)

@@ -64,11 +64,11 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
 
 def _loaded(folder: Path | str, chat_template: str | None) -> Tokenizer:
     """A trained tokenizer, with another template where the recipe names one."""
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(Path(folder).expanduser())
     if chat_template in FAMILIES:
         tokenizer.chat_template = built_in(chat_template).source
     elif chat_template is not None:
-        tokenizer.chat_template = Path(chat_template).read_text()
+        tokenizer.chat_template = Path(chat_template).expanduser().read_text()
     return tokenizer
 
 

@@ -13,7 +13,10 @@ from hone.observability.machine import save_machine
 
 # What may differ when a run goes on: how long and where it runs, not what it computes.
 FREE = (
-    "run.",
+    "run.name",
+    "run.folder",
+    "run.max_restarts",
+    "run.metrics_port",
     "server.",
     "engine.",
     "workers.",

@@ -1,5 +1,7 @@
 """The stages of a run: prepare, SFT, RL, evaluations, report. Each does nothing when its result is there already."""
 
+import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -62,12 +64,15 @@ class Stages:
         if self._recipe.rl is None:
             raise ValueError("the recipe has no [rl] section; add one to train by reinforcement learning")
         if self._folder.export.exists():
-            return
+            if self._recipe.rl.num_steps <= finished_steps(self._folder):
+                return
+            set_result_aside(self._folder)
         await self.prepare()
         save_addresses(allocate(self._recipe), self._folder.addresses)
         bar = Bar("RL", self._recipe.rl.num_steps, "train/loss", RL_SHOWN)
         async with self._console.following(self._folder.metrics, bar):
             await self._supervisor.run(plan_rl(self._recipe, self._folder.path))
+        note_finished_steps(self._folder, self._recipe.rl.num_steps)
 
     def _write_conversations(self, count: int) -> None:
         sections = self._recipe.environments
@@ -77,3 +82,32 @@ class Stages:
 
     async def _evaluate(self, label: str, weights: Path) -> Results:
         return await evaluate_weights(self._recipe, self._folder, weights, label, self._console)
+
+
+def finished_steps(folder: RunFolder) -> int:
+    """The rl.num_steps that the run's export is the result of: more than were trained where a goal ended it early."""
+    mark = _mark(folder)
+    return int(json.loads(mark.read_text())["num_steps"]) if mark.exists() else max(folder.saved_steps(), default=0)
+
+
+def note_finished_steps(folder: RunFolder, num_steps: int) -> None:
+    """Remember what was asked of a stage that is over."""
+    _mark(folder).write_text(json.dumps({"num_steps": num_steps}))
+
+
+def set_result_aside(folder: RunFolder) -> None:
+    """Keep the result of fewer steps, with its evaluation, under names of their own."""
+    step = max(folder.saved_steps(), default=0)
+    for result in (folder.evals / "rl", folder.export):
+        if result.exists():
+            result.rename(_free(result.with_name(f"{result.name}-step_{step:06d}")))
+    _mark(folder).unlink(missing_ok=True)
+
+
+def _free(path: Path) -> Path:
+    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], others) if not candidate.exists())
+
+
+def _mark(folder: RunFolder) -> Path:
+    return folder.path / "rl_done.json"
