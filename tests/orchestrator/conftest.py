@@ -15,8 +15,17 @@ from aiohttp import web
 from zmq.utils.monitor import recv_monitor_message
 
 from hone.config.load import recipe_from, save_recipe
-from hone.orchestrator.loop import TRAINER_CHANNEL, orchestrate
-from hone.schema.batches import Acknowledged, BatchReady, BatchWanted, CheckpointSaved, NoMoreBatches, StepDone
+from hone.orchestrator.loop import orchestrate
+from hone.schema.batches import (
+    TRAINER_CHANNEL,
+    Acknowledged,
+    BatchPending,
+    BatchReady,
+    BatchWanted,
+    CheckpointSaved,
+    NoMoreBatches,
+    StepDone,
+)
 from hone.schema.messages import Message
 from hone.schema.rollouts import (
     WORKER_CHANNEL,
@@ -190,8 +199,10 @@ def trace_of(request, attempt, first_version, last_version, dice):
 class FakeTrainer:
     """Trains by looking: every batch it is given is kept, by step."""
 
-    def __init__(self, run, address, checkpoint_every=3, seconds=0.0):
+    def __init__(self, run, address, checkpoint_every=3, seconds=0.0, keep=1):
         self.run, self.address, self.checkpoint_every, self.seconds = run, address, checkpoint_every, seconds
+        self.keep = keep
+        self.pending = []
         self.wire = Wire(*TRAINER_CHANNEL)
         self.batches = {}
         self.steps_done = []
@@ -246,7 +257,10 @@ class FakeTrainer:
 
     async def save(self, socket, step):
         self.run.checkpoint_of(step).mkdir(parents=True, exist_ok=True)
-        await self.ask(socket, CheckpointSaved(step))
+        saved = self.run.saved_steps()
+        for old in saved[: -self.keep]:
+            self.run.checkpoint_of(old).rmdir()
+        await self.ask(socket, CheckpointSaved(step, saved[-self.keep] if len(saved) >= self.keep else 0))
 
     async def ask(self, socket, message):
         while True:
@@ -255,10 +269,12 @@ class FakeTrainer:
                 async with asyncio.timeout(0.3):
                     while True:
                         answer = self.wire.decode(await socket.recv())
-                        if isinstance(message, BatchWanted):
+                        if isinstance(answer, BatchPending):
+                            self.pending.append(answer)
+                        elif isinstance(message, BatchWanted):
                             if isinstance(answer, NoMoreBatches) or getattr(answer, "path", None):
                                 return answer
-                        elif isinstance(answer, Acknowledged) and answer.step == message.step:
+                        elif answer == Acknowledged.of(message):
                             return answer
 
 

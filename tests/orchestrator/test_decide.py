@@ -160,7 +160,7 @@ def test_a_trainer_without_its_checkpoint_is_refused():
     state, _ = begin()
     for number in range(4):
         finish(state, number)
-    tell(state, CheckpointSaved(2))
+    tell(state, CheckpointSaved(2, 2))
     with pytest.raises(d.TrainerMismatchError, match="put the checkpoint back"):
         tell(state, BatchWanted(1))
 

@@ -194,7 +194,7 @@ class World:
         self.tell(StepDone(self.trainer_step, f"weights/v{self.trainer_step}"))
         if dice.random() < 0.3:
             self.checkpoint = self.trainer_step
-            self.tell(CheckpointSaved(self.trainer_step))
+            self.tell(CheckpointSaved(self.trainer_step, self.trainer_step))
 
     def trainer_restarts(self, dice):
         self.trainer_step, self.has_batch, self.trainer_ended = self.checkpoint, None, False

@@ -255,6 +255,48 @@ async def test_killed_again_and_again_the_orchestrator_loses_and_repeats_nothing
     assert result.is_clean, result
 
 
+async def test_a_trainer_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(make_run):
+    run = make_run({"num_steps": 8})
+    async with run.world(seconds=0.02, checkpoint_every=2, keep=2) as (_, _, trainer):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(finish(run))
+            while len(trainer.steps_done) < 6 or run.folder.saved_steps()[-1] < 6:
+                await asyncio.sleep(0.005)
+            run.folder.checkpoint_of(run.folder.saved_steps()[-1]).rmdir()
+            await trainer.restart()
+        assert sorted(trainer.batches) == list(range(1, 9))
+        assert trainer.steps_done.count(6) == 2
+    assert audit(run.folder.path).is_clean
+
+
+async def test_a_trainer_that_asks_again_is_told_what_its_batch_waits_for(make_run):
+    run = make_run({"num_steps": 1})
+    async with run.world() as (_, worker, trainer):
+        worker.seconds = lambda dice: 1.0
+        await finish(run)
+        assert {(pending.step, "rollouts" in pending.waiting_for) for pending in trainer.pending} == {(1, True)}
+
+
+async def test_a_finished_run_is_made_longer_and_survives_a_restart_on_the_way(make_run):
+    run = make_run({"num_steps": 1000, "stop_at_reward": 0.0}, evaluation={"every": 2, "num_tasks": 2})
+    async with run.world(seconds=0.01) as (_, _, trainer):
+        await finish(run)
+        first = trainer.last_step
+    run.folder.export.rename(run.folder.path / "export.before")
+    longer = make_run({"num_steps": 1001, "max_concurrent": 16}, evaluation={"every": 2, "num_tasks": 2})
+    async with longer.world(seconds=0.01) as (_, _, trainer):
+        for goal in (3, 6):
+            task = asyncio.create_task(finish(longer))
+            async with asyncio.timeout(SECONDS):
+                while len(trainer.steps_done) < goal:
+                    assert not task.done()
+                    await asyncio.sleep(0.005)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        assert trainer.steps_done[:3] == [first + 1, first + 2, first + 3]
+    assert audit(run.folder.path).is_clean
+
+
 async def test_a_ledger_of_another_recipe_is_refused(make_run):
     run = make_run({"num_steps": 1})
     async with run.world():

@@ -110,3 +110,27 @@ def test_saving_a_step_again_replaces_it(checkpoints: Checkpoints, trainer: Trai
     checkpoints.save(trainer, Progress(1, num_bad_steps=0))
     checkpoints.save(trainer, Progress(1, num_bad_steps=4))
     assert checkpoints.resume(trainer) == Progress(1, num_bad_steps=4)
+
+
+def test_nothing_is_covered_until_as_many_are_kept_as_wanted(checkpoints: Checkpoints, trainer: Trainer) -> None:
+    covered = []
+    for step in (3, 6, 9):
+        checkpoints.save(trainer, Progress(step))
+        covered.append(checkpoints.covered())
+    assert covered == [0, 3, 6]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_appears(
+    checkpoints: Checkpoints, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[tuple[str, bool]] = []
+    target = checkpoints.folder / "step_000004"
+
+    def fsync(descriptor: int) -> None:
+        flushed.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, target.exists()))
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
+    checkpoints.save(trainer, Progress(4))
+    before = {name for name, is_there in flushed if not is_there}
+    assert {path.name for path in target.iterdir()} | {"step_000004.tmp"} <= before
+    assert flushed[-1] == ("checkpoints", True)

@@ -7,7 +7,16 @@ import msgspec
 import pytest
 import zmq
 
-from hone.schema.batches import Acknowledged, BatchReady, BatchWanted, CheckpointSaved, NoMoreBatches, StepDone
+from hone.schema.batches import (
+    TRAINER_CHANNEL,
+    Acknowledged,
+    BatchPending,
+    BatchReady,
+    BatchWanted,
+    CheckpointSaved,
+    NoMoreBatches,
+    StepDone,
+)
 from hone.schema.wire import Wire
 from hone.trainer.exchange import Exchange, OrchestratorSilent
 
@@ -20,7 +29,7 @@ class Orchestrator:
     def __init__(self, answer: Answer) -> None:
         self.received: list[msgspec.Struct] = []
         self._answer = answer
-        self._wire = Wire(BatchWanted, BatchReady, NoMoreBatches, StepDone, CheckpointSaved, Acknowledged)
+        self._wire = Wire(*TRAINER_CHANNEL)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         port = self._socket.bind_to_random_port("tcp://127.0.0.1")
@@ -66,8 +75,8 @@ def obliging(message: msgspec.Struct) -> list[msgspec.Struct]:
     match message:
         case BatchWanted(step):
             return [BatchReady(step, f"batches/{step}")]
-        case StepDone(step) | CheckpointSaved(step):
-            return [Acknowledged(step)]
+        case StepDone() | CheckpointSaved():
+            return [Acknowledged.of(message)]
     raise AssertionError(message)
 
 
@@ -107,9 +116,9 @@ def test_reports_arrive_in_order_each_after_the_one_before_is_acknowledged(orche
 
     _, exchange = orchestrated(deaf_once)
     exchange.report(StepDone(5, "weights/v000005"))
-    exchange.report(CheckpointSaved(5))
+    exchange.report(CheckpointSaved(5, 0))
     assert exchange.settle(5.0)
-    assert seen == [StepDone(5, "weights/v000005")] * 2 + [CheckpointSaved(5)]
+    assert seen == [StepDone(5, "weights/v000005")] * 2 + [CheckpointSaved(5, 0)]
 
 
 def test_reports_are_delivered_while_a_batch_is_awaited(orchestrated: Build) -> None:
@@ -129,5 +138,28 @@ def test_silence_has_a_deadline(orchestrated: Build) -> None:
     _, exchange = orchestrated(lambda message: [])
     with pytest.raises(OrchestratorSilent, match="no batch for step 3"):
         exchange.next_batch(3, 0.3)
-    exchange.report(CheckpointSaved(2))
+    exchange.report(CheckpointSaved(2, 0))
     assert not exchange.settle(0.2)
+
+
+def test_the_acknowledgement_of_a_step_does_not_acknowledge_its_checkpoint(orchestrated: Build) -> None:
+    def forgets_checkpoints(message: msgspec.Struct) -> list[msgspec.Struct]:
+        answer = Acknowledged.of(StepDone(5, ""))
+        return [answer, answer] if isinstance(message, StepDone) else []
+
+    orchestrator, exchange = orchestrated(forgets_checkpoints)
+    exchange.report(StepDone(5, "weights/v000005"))
+    exchange.report(CheckpointSaved(5, 0))
+    assert not exchange.settle(0.5)
+    assert orchestrator.received.count(CheckpointSaved(5, 0)) > 1
+
+
+def test_an_orchestrator_that_answers_is_waited_for_beyond_the_deadline(orchestrated: Build) -> None:
+    asked: list[msgspec.Struct] = []
+
+    def slow(message: msgspec.Struct) -> list[msgspec.Struct]:
+        asked.append(message)
+        return obliging(message) if len(asked) > 8 else [BatchPending(1, "8 rollouts")]
+
+    _, exchange = orchestrated(slow)
+    assert exchange.next_batch(1, 0.4) == BatchReady(1, "batches/1")

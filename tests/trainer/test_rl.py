@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import zmq
+from safetensors.torch import load_file
 
 from hone.model.checkpoint import load_hugging_face_tensors, load_model
 from hone.model.layers.attention import PackedAttention
@@ -21,6 +22,7 @@ from hone.model.transformer import Transformer
 from hone.observability.metrics import read_metrics
 from hone.observability.spans import read_spans
 from hone.schema.batches import (
+    TRAINER_CHANNEL,
     Acknowledged,
     BatchReady,
     BatchWanted,
@@ -32,7 +34,6 @@ from hone.schema.batches import (
 from hone.schema.wire import Wire
 from hone.trainer import rl
 from hone.trainer.start import run_process
-from hone.transport import weights
 from hone.transport.addresses import Addresses, save_addresses
 from hone.transport.batches import batch_from, write_batch
 from hone.transport.folders import RunFolder
@@ -51,7 +52,7 @@ class Orchestrator:
     poisoned: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        self._wire = Wire(BatchWanted, BatchReady, NoMoreBatches, StepDone, CheckpointSaved, Acknowledged)
+        self._wire = Wire(*TRAINER_CHANNEL)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         address = f"tcp://127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
@@ -74,7 +75,7 @@ class Orchestrator:
     def _answer(self, message: msgspec.Struct) -> msgspec.Struct:
         if not isinstance(message, BatchWanted):
             self.reports.append(message)
-            return Acknowledged(message.step)  # type: ignore[attr-defined]
+            return Acknowledged.of(message)  # type: ignore[arg-type]
         if message.step > self.num_steps:
             return NoMoreBatches(self.num_steps)
         path = self.folder.batch_of(message.step)
@@ -86,12 +87,15 @@ class Orchestrator:
         return BatchReady(message.step, self.folder.relative(path))
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
 def sample_completions(folder: RunFolder, step: int, num: int = 8) -> list[TrainingSample]:
-    policy = weights.latest(folder.weights)
-    assert policy is not None
+    version, published = folder.newest_weights()
     model = load_model(folder.model)
-    load_hugging_face_tensors(model, weights.read(Path(policy.folder)))
-    return [sample_completion(model, policy.version, seed=100 * step + index) for index in range(num)]
+    load_hugging_face_tensors(model, read_weights(published))
+    return [sample_completion(model, version, seed=100 * step + index) for index in range(num)]
 
 
 @torch.no_grad()
@@ -142,7 +146,7 @@ def test_rewards_rise_on_policy_and_the_result_is_exported(run_folder: RunFolder
     found = lines(folder)
     assert [line["step"] for line in found] == list(range(1, 13))
     assert found[-1]["train/reward_mean"] > found[0]["train/reward_mean"] + 0.3
-    exported, published = load_model(folder.export), weights.read(folder.weights_of(12))
+    exported, published = load_model(folder.export), read_weights(folder.weights_of(12))
     assert torch.equal(exported.embedding, published["model.embed_tokens.weight"])
 
 
@@ -165,7 +169,7 @@ def test_every_step_is_published_and_reported_then_checkpointed(
     served = orchestrator(folder, 6)
     assert reinforce(folder) == 0
     steps = [StepDone(step, f"weights/v{step:06d}") for step in range(1, 7)]
-    assert served.reports == [*steps[:4], CheckpointSaved(4), *steps[4:], CheckpointSaved(6)]
+    assert served.reports == [*steps[:4], CheckpointSaved(4, 4), *steps[4:], CheckpointSaved(6, 6)]
     assert folder.published_versions() == [3, 4, 5, 6]
     assert folder.saved_steps() == [6]
     names = {span["name"] for span in read_spans(folder.spans)}
@@ -202,6 +206,38 @@ def test_after_a_crash_training_goes_on_from_the_checkpoint_with_the_same_result
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_the_batches_after_the_oldest_checkpoint_are_not_given_up(
+    run_folder: RunFolders, orchestrator: Orchestrators
+) -> None:
+    folder = run_folder(rl={"num_steps": 3}, trainer={"checkpoint_every": 1, "keep_checkpoints": 2})
+    served = orchestrator(folder, 3)
+    assert reinforce(folder) == 0
+    saved = [report for report in served.reports if isinstance(report, CheckpointSaved)]
+    assert saved == [CheckpointSaved(1, 0), CheckpointSaved(2, 1), CheckpointSaved(3, 2)]
+
+
+def test_a_trainer_whose_result_is_exported_ends_at_once(run_folder: RunFolders, orchestrator: Orchestrators) -> None:
+    folder = run_folder(rl={"num_steps": 1})
+    served = orchestrator(folder, 1)
+    assert reinforce(folder) == 0
+    served.close()
+    assert reinforce(folder) == 0
+
+
+def test_a_finished_run_that_is_made_longer_goes_on_from_its_last_checkpoint(
+    run_folder: RunFolders, orchestrator: Orchestrators
+) -> None:
+    folder = run_folder(rl={"num_steps": 2})
+    orchestrator(folder, 2)
+    assert reinforce(folder) == 0
+    folder.export.rename(folder.path / "export.before")
+    served = orchestrator(folder, 4)
+    assert reinforce(folder) == 0
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4]
+    assert served.reports[0] == StepDone(3, "weights/v000003")
+    assert folder.is_exported()
+
+
 def test_the_result_of_sft_is_where_rl_starts(run_folder: RunFolders, orchestrator: Orchestrators) -> None:
     folder = run_folder(rl={"num_steps": 1})
     folder.sft.mkdir()
@@ -209,7 +245,7 @@ def test_the_result_of_sft_is_where_rl_starts(run_folder: RunFolders, orchestrat
     orchestrator(folder, 0)
     assert reinforce(folder) == 0
     start = load_model(folder.sft_export)
-    assert torch.equal(weights.read(folder.weights_of(0))["model.embed_tokens.weight"], start.embedding)
+    assert torch.equal(read_weights(folder.weights_of(0))["model.embed_tokens.weight"], start.embedding)
 
 
 def test_a_bad_batch_is_skipped_counted_and_published_all_the_same(
@@ -219,7 +255,7 @@ def test_a_bad_batch_is_skipped_counted_and_published_all_the_same(
     orchestrator(folder, 3, poisoned=frozenset({2}))
     assert reinforce(folder) == 0
     assert [line["train/num_bad_steps"] for line in lines(folder)] == [0, 1, 1]
-    before, after = weights.read(folder.weights_of(1)), weights.read(folder.weights_of(2))
+    before, after = read_weights(folder.weights_of(1)), read_weights(folder.weights_of(2))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [path.name for path in (folder.path / "bad_batches").iterdir()] == ["step_000002.batch"]
 

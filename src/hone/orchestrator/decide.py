@@ -198,7 +198,7 @@ class MarkTrained:
 
 @dataclass(frozen=True, slots=True)
 class ForgetBatches:
-    """A checkpoint covers the batches up to and including `step`; their files may go."""
+    """Every kept checkpoint covers the batches up to and including `step`; their files may go."""
 
     step: int
 
@@ -365,8 +365,8 @@ class State:
     def want(self, step: int, commands: list[Command]) -> None:
         if step <= self.covered and step <= self.last_step:
             raise TrainerMismatchError(
-                f"the trainer asks for the batch of step {step}, but a checkpoint of step {self.covered} was reported and"
-                f" the batch deleted; put the checkpoint back, or start a new run"
+                f"the trainer asks for the batch of step {step}, but its checkpoints were reported to cover step"
+                f" {self.covered} and the batch is deleted; put the checkpoint back, or start a new run"
             )
         if step > min(self.num_batches, self.last_step) + 1:
             raise TrainerMismatchError(
@@ -665,7 +665,7 @@ def _take(state: State, event: Event, commands: list[Command]) -> None:
             state.publish(event.step, commands)
         case CheckpointSaved():
             state.train_through(event.step, commands)
-            state.cover(event.step, commands)
+            state.cover(event.covered, commands)
         case EvaluationFinished():
             state.finish_evaluation(event, commands)
         case Resumed():

@@ -90,6 +90,7 @@ _BATCH = "INSERT INTO batches (step, groups, num_samples) VALUES (?, ?, ?)"
 _OFFER = "UPDATE batches SET state = 'offered' WHERE step = ? AND state = 'formed'"
 _TRAIN = "UPDATE batches SET state = 'trained' WHERE step <= ? AND state <> 'trained'"
 _CHECKPOINT = "INSERT OR IGNORE INTO checkpoints (step) VALUES (?)"
+_FORGET = "DELETE FROM meta WHERE key = ?"
 _META = "INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)"
 _ORDER = (
     _ADMIT,
@@ -105,6 +106,7 @@ _ORDER = (
     _OFFER,
     _TRAIN,
     _CHECKPOINT,
+    _FORGET,
     _META,
 )
 
@@ -228,7 +230,9 @@ class Ledger:
         self._pending[_META].append(("last_step", str(last_step)))
 
     def note_steps(self, num_steps: int) -> None:
-        """How many steps the recipe wants now; a run may be made longer."""
+        """How many steps the recipe wants now; a run may be made longer, also one that had ended early."""
+        if num_steps > self.num_steps():
+            self._pending[_FORGET].append(("last_step",))
         self._pending[_META].append(("num_steps", str(num_steps)))
 
     def note_traces(self, end: Location) -> None:
@@ -320,7 +324,7 @@ class Ledger:
         return float(self._database.execute(query, (step,)).fetchone()[0])
 
     def covered(self) -> int:
-        """The newest step that a reported checkpoint covers."""
+        """The newest step that all checkpoints cover that were kept when the last was reported."""
         return self._one("SELECT COALESCE(MAX(step), 0) FROM checkpoints")
 
     def early_end(self) -> int | None:

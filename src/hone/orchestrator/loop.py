@@ -45,7 +45,16 @@ from hone.orchestrator.mixture import Draw, Mixture
 from hone.orchestrator.recovery import read_group_traces, recover
 from hone.orchestrator.samples import UntrainableTraceError, check_trainable
 from hone.orchestrator.sockets import RouterSocket
-from hone.schema.batches import Acknowledged, BatchReady, BatchWanted, CheckpointSaved, NoMoreBatches, StepDone
+from hone.schema.batches import (
+    TRAINER_CHANNEL,
+    Acknowledged,
+    BatchPending,
+    BatchReady,
+    BatchWanted,
+    CheckpointSaved,
+    NoMoreBatches,
+    StepDone,
+)
 from hone.schema.rollouts import (
     FRAMES_PER_MESSAGE,
     WORKER_CHANNEL,
@@ -82,8 +91,6 @@ GRACE_SECONDS = 120.0
 """A rollout is given up this long after its worker should have ended it."""
 RETRY_SECONDS = 0.25
 LONGEST_RETRY_SECONDS = 10.0
-
-TRAINER_CHANNEL = (BatchWanted, BatchReady, NoMoreBatches, StepDone, CheckpointSaved, Acknowledged)
 
 
 class NothingToTrainError(RuntimeError):
@@ -395,14 +402,17 @@ class Orchestrator:
             for frame in messages:
                 message = self._decode(self._trainer_wire, frame)
                 if isinstance(message, BatchWanted):
+                    is_repeated = message.step in self._askers
                     self._askers[message.step] = identity
                     self._batch_wanted_at = self._batch_wanted_at or time.time()
                     self._decide(message)
+                    if is_repeated and self._state.wanted == message.step:
+                        self._tell_trainer(identity, BatchPending(message.step, self._waiting_for()))
                 elif isinstance(message, StepDone | CheckpointSaved):
                     self._decide(message)
-                    self._tell_trainer(identity, Acknowledged(message.step))
+                    self._tell_trainer(identity, Acknowledged.of(message))
 
-    def _tell_trainer(self, identity: bytes, message: BatchReady | NoMoreBatches | Acknowledged) -> None:
+    def _tell_trainer(self, identity: bytes, message: BatchReady | BatchPending | NoMoreBatches | Acknowledged) -> None:
         data = self._trainer_wire.encode(message)
         self._after_commit.append(partial(self._trainer.send, identity, [data]))
 
@@ -714,7 +724,11 @@ class Orchestrator:
             "worker-0",
             self._addresses.workers,
             self._environments,
-            TokenSampler(channel, Renderer(Tokenizer.load(self._folder.model))),
+            TokenSampler(
+                channel,
+                Renderer(Tokenizer.load(self._folder.model)),
+                deadline_seconds=self._section.rollout_timeout_seconds,
+            ),
             limits=limits_from(self._recipe),
             heartbeat_seconds=self._recipe.workers.heartbeat_seconds,
         )
@@ -742,7 +756,7 @@ class Orchestrator:
         for key in self._dispatch.overdue(now, self._section.rollout_timeout_seconds + GRACE_SECONDS):
             self._last_failure = "the worker did not end the rollout in time"
             self._fail(key, FailureClass.TIMEOUT)
-        if self._state.ended and self._is_exported():
+        if self._state.ended and self._folder.is_exported():
             self._over = True
         if now - self._moved_at > REMIND_SECONDS:
             self._moved_at = now
@@ -752,13 +766,6 @@ class Orchestrator:
         if self._dispatch.num_queued and not self._dispatch.num_workers:
             return f"an env worker ({self._dispatch.num_queued} requests are queued)"
         return d.waiting_for(self._state)
-
-    def _is_exported(self) -> bool:
-        """Whether the trainer has written its result, after its last checkpoint."""
-        export, checkpoint = self._folder.export, self._folder.checkpoint_of(self._state.last_step)
-        if not export.exists():
-            return False
-        return not checkpoint.exists() or export.stat().st_mtime >= checkpoint.stat().st_mtime
 
 
 class _Background:

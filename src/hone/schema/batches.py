@@ -62,6 +62,13 @@ class BatchReady(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str
 
 
+class BatchPending(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The batch of `step` is not ready yet: the answer to a question asked again; `waiting_for` says why."""
+
+    step: int
+    waiting_for: str
+
+
 class NoMoreBatches(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The run is over at `last_step`; the trainer writes its last checkpoint and ends."""
 
@@ -76,12 +83,25 @@ class StepDone(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CheckpointSaved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A checkpoint covers every batch up to and including `step`."""
+    """The checkpoint of `step` is on disk.
+
+    covered: no checkpoint that is kept needs a batch up to and including this step; 0 while fewer are kept than wanted.
+    """
 
     step: int
+    covered: int
 
 
 class Acknowledged(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The orchestrator has recorded what the trainer reported."""
+    """The orchestrator has recorded what the trainer reported: the type of the report and its step."""
 
+    report: str
     step: int
+
+    @classmethod
+    def of(cls, report: StepDone | CheckpointSaved) -> "Acknowledged":
+        return cls(type(report).__name__, report.step)
+
+
+TRAINER_CHANNEL = (BatchWanted, BatchReady, BatchPending, NoMoreBatches, StepDone, CheckpointSaved, Acknowledged)
+"""What travels between the orchestrator and the trainer."""

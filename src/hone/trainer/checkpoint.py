@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -71,6 +72,11 @@ class Checkpoints:
         )
         return _progress(self.folder / name)
 
+    def covered(self) -> int:
+        """The step up to which no kept checkpoint needs its data again; 0 while fewer than `keep` are there."""
+        complete = complete_checkpoints(self.folder)
+        return _progress(complete[0]).step if len(complete) >= self.keep else 0
+
     def _group(self) -> dict[str, Any]:
         if self.ranks.num_ranks == 1:
             return {"no_dist": True}
@@ -100,11 +106,26 @@ def _state(trainer: Trainer) -> dict[str, Any]:
 
 
 def _commit(unfinished: Path, target: Path, progress: Progress) -> None:
-    """The list of files with their sizes is written last; then one rename makes the checkpoint visible."""
+    """The list of files with their sizes is written last; then one rename makes the checkpoint visible.
+
+    Everything is on the disk before that: older checkpoints and the batches after them go when this one is there.
+    """
     sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
     (unfinished / COMMIT).write_text(json.dumps({"progress": asdict(progress), "files": sizes}))
+    for path in (*unfinished.iterdir(), unfinished):
+        _flush(path)
     shutil.rmtree(target, ignore_errors=True)
     unfinished.replace(target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_complete(path: Path) -> bool:

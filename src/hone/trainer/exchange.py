@@ -12,26 +12,37 @@ from typing import Self
 import zmq
 
 from hone.observability.logs import fields
-from hone.schema.batches import Acknowledged, BatchReady, BatchWanted, CheckpointSaved, NoMoreBatches, StepDone
+from hone.schema.batches import (
+    TRAINER_CHANNEL,
+    Acknowledged,
+    BatchPending,
+    BatchReady,
+    BatchWanted,
+    CheckpointSaved,
+    NoMoreBatches,
+    StepDone,
+)
 from hone.schema.wire import Wire, WireError
 
 logger = logging.getLogger(__name__)
 
 Report = StepDone | CheckpointSaved
+Answer = BatchReady | BatchPending | NoMoreBatches | Acknowledged
 RESEND_SECONDS = 2.0
+REMIND_SECONDS = 60.0
 LINGER_MILLISECONDS = 500
 
 
 class OrchestratorSilent(RuntimeError):
-    """No batch within the deadline; whoever started this process decides whether to start it again."""
+    """Neither a batch nor a word within the deadline; whoever started this process decides whether to start it again."""
 
 
 class Exchange:
     """A connection to the orchestrator. Reports travel one at a time, in order; the next goes out when the one before
-    is acknowledged, so an acknowledgement always belongs to the oldest report."""
+    is acknowledged."""
 
     def __init__(self, address: str, *, resend_seconds: float = RESEND_SECONDS) -> None:
-        self._wire = Wire(BatchWanted, BatchReady, NoMoreBatches, StepDone, CheckpointSaved, Acknowledged)
+        self._wire = Wire(*TRAINER_CHANNEL)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, LINGER_MILLISECONDS)
@@ -46,14 +57,18 @@ class Exchange:
         if len(self._reports) == 1:
             self._send(report)
 
-    def next_batch(self, step: int, timeout_seconds: float) -> BatchReady | NoMoreBatches:
-        """Wait for the batch of `step`; `OrchestratorSilent` after the deadline."""
+    def next_batch(self, step: int, silence_seconds: float) -> BatchReady | NoMoreBatches:
+        """Wait for the batch of `step`, as long as the orchestrator says that it is coming.
+
+        `OrchestratorSilent` when it has said nothing for `silence_seconds`.
+        """
         wanted = BatchWanted(step)
         self._send(wanted)
-        answer = self._wait(wanted, timeout_seconds)
+        answer = self._wait(wanted, silence_seconds)
         if answer is None:
             raise OrchestratorSilent(
-                f"no batch for step {step} from the orchestrator at {self._address} within {timeout_seconds:.0f} seconds"
+                f"no batch for step {step} and no word from the orchestrator at {self._address}"
+                f" for {silence_seconds:.0f} seconds"
             )
         return answer
 
@@ -79,6 +94,7 @@ class Exchange:
         """Receive until the wanted batch is there (or, with None, until the reports are answered), resending."""
         deadline = time.monotonic() + timeout_seconds
         resend_at = time.monotonic() + self._resend_seconds
+        remind_at = time.monotonic() + REMIND_SECONDS
         while (now := time.monotonic()) < deadline:
             if now >= resend_at:
                 self._send_again(wanted)
@@ -87,20 +103,25 @@ class Exchange:
                 continue
             answer = self._receive()
             match answer:
-                case Acknowledged(step):
-                    self._acknowledge(step)
+                case Acknowledged():
+                    self._acknowledge(answer)
                     if wanted is None and not self._reports:
                         return None
                 case BatchReady(step) if wanted is not None and step == wanted.step:
                     return answer
+                case BatchPending(step, waiting_for) if wanted is not None and step == wanted.step:
+                    deadline = time.monotonic() + timeout_seconds
+                    if time.monotonic() > remind_at:
+                        remind_at = time.monotonic() + REMIND_SECONDS
+                        logger.info("the next batch waits for %s", waiting_for, extra=fields(step=step))
                 case NoMoreBatches() if wanted is not None:
                     return answer
                 case _:
                     pass  # the answer to a question that was asked twice
         return None
 
-    def _acknowledge(self, step: int) -> None:
-        if self._reports and self._reports[0].step == step:
+    def _acknowledge(self, answer: Acknowledged) -> None:
+        if self._reports and answer == Acknowledged.of(self._reports[0]):
             self._reports.popleft()
             if self._reports:
                 self._send(self._reports[0])
@@ -117,9 +138,9 @@ class Exchange:
         except zmq.Again:  # the queue to an absent orchestrator is full; the message is sent again later
             logger.warning("the orchestrator does not read", extra=fields(address=self._address))
 
-    def _receive(self) -> BatchReady | NoMoreBatches | Acknowledged | None:
+    def _receive(self) -> Answer | None:
         try:
-            answer: BatchReady | NoMoreBatches | Acknowledged = self._wire.decode(self._socket.recv())
+            answer: Answer = self._wire.decode(self._socket.recv())
         except WireError as error:
             logger.warning("a message is passed over: %s", error)
             return None

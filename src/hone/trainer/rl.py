@@ -38,7 +38,7 @@ from hone.transport.batches import read_batch
 logger = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 10.0
-LEAST_BATCH_TIMEOUT_SECONDS = 3600.0
+LEAST_SILENCE_SECONDS = 600.0
 
 
 def main() -> int:
@@ -50,6 +50,9 @@ def reinforce(run: Run) -> None:
     section = run.recipe.rl
     if section is None:
         raise ValueError("the recipe has no [rl] section; add one to reinforce")
+    if run.folder.is_exported():
+        logger.info("the result is exported already")  # by a process that died between the export and its end
+        return
     start = run.folder.start_policy()
     trainer = build_trainer(run, start, section.optimizer)
     reference = load_reference(run) if section.loss.reference_kl else None
@@ -122,9 +125,9 @@ def next_samples(run: Run, section: RlSection, step: int, exchange: Exchange | N
 
 
 def fetch_batch(run: Run, section: RlSection, step: int, exchange: Exchange) -> bytes:
-    # A batch may take a long time, but not longer than every rollout failing slowly as often as it may.
-    timeout = max(LEAST_BATCH_TIMEOUT_SECONDS, 4 * section.max_attempts * section.rollout_timeout_seconds)
-    answer = exchange.next_batch(step, timeout)
+    # A batch may take as long as it takes. Code of an environment may keep an orchestrator without env workers from
+    # saying so, but not for longer than a rollout.
+    answer = exchange.next_batch(step, max(LEAST_SILENCE_SECONDS, 2 * section.rollout_timeout_seconds))
     if not isinstance(answer, BatchReady):
         return b""
     batch = read_batch(run.folder.resolve(answer.path))
@@ -172,7 +175,7 @@ def publish(run: Run, trainer: Trainer, version: int) -> None:
 
 def save(checkpoints: Checkpoints, trainer: Trainer, progress: Progress, exchange: Exchange | None) -> int:
     checkpoints.save(trainer, progress)
-    tell(exchange, CheckpointSaved(progress.step))
+    tell(exchange, CheckpointSaved(progress.step, checkpoints.covered()))
     return progress.step
 
 

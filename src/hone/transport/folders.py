@@ -98,9 +98,6 @@ class RunFolder:
     def checkpoint_of(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
 
-    def sft_checkpoint_of(self, step: int) -> Path:
-        return self.sft_checkpoints / f"step_{step:06d}"
-
     def eval_of(self, version: int) -> Path:
         return self.evals / f"v{version:06d}.json"
 
@@ -120,6 +117,13 @@ class RunFolder:
     def saved_steps(self) -> list[int]:
         """The steps of the RL checkpoints that lie complete in `checkpoints`, ascending."""
         return _numbers(self.checkpoints, _CHECKPOINT)
+
+    def is_exported(self) -> bool:
+        """Whether the trainer has written the run's result, which it does after its last checkpoint."""
+        if not self.export.exists():
+            return False
+        steps = self.saved_steps()
+        return not steps or self.export.stat().st_mtime_ns >= self.checkpoint_of(steps[-1]).stat().st_mtime_ns
 
     def relative(self, path: Path) -> str:
         """How a path inside the folder is written in messages: relative, with forward slashes."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hone.schema.policies import Policy
@@ -50,17 +49,6 @@ def publish(
     unfinished.rename(target)
     _prune(folder, keep, spared=version)
     return Policy(version, str(target))
-
-
-def latest(folder: Path) -> Policy | None:
-    """The newest version in `folder`; None when nothing is published."""
-    versions = _versions(folder)
-    return Policy(versions[-1], str(folder / f"v{versions[-1]:06d}")) if versions else None
-
-
-def read(folder: Path) -> dict[str, Tensor]:
-    """The tensors of one version's folder by name."""
-    return load_file(folder / FILE)
 
 
 def _versions(folder: Path) -> list[int]:
