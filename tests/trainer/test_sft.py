@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from hone.config.load import load_recipe
 from hone.model.checkpoint import load_model
+from hone.model.layers.attention import PackedAttention
 from hone.observability.metrics import read_metrics
 from hone.observability.spans import read_spans
+from hone.schema.messages import Message
+from hone.text.rendering import Renderer
 from hone.text.tokenizer import Tokenizer
 from hone.trainer import sft
 from hone.trainer.start import run_process
@@ -33,6 +37,42 @@ def test_sft_learns_and_exports_a_model_that_loads(run_folder: Callable[..., Run
     trained, base = load_model(folder.sft_export), load_model(folder.model)
     assert not torch.equal(trained.embedding, base.embedding)
     assert Tokenizer.load(folder.sft_export).chat_template == Tokenizer.load(folder.model).chat_template
+
+
+def test_sft_stops_when_validation_answers_have_become_likely_enough(run_folder: Callable[..., RunFolder]) -> None:
+    section = {"epochs": 40.0, "validation_conversations": 8, "validate_every": 2, "stop_at_likelihood": 0.5}
+    folder = run_folder(sft=section)
+    assert fine_tune(folder) == 0
+    measured = [line for line in read_metrics(folder.metrics) if "sft/validation_likelihood" in line]
+    likelihoods = [float(line["sft/validation_likelihood"]) for line in measured]
+    assert [line["step"] for line in measured] == list(range(2, 2 * len(measured) + 1, 2))
+    assert likelihoods[-1] >= 0.5 > max(likelihoods[:-1])
+    assert max(losses(folder)) == measured[-1]["step"]
+    assert folder.sft_export.exists()
+
+
+def test_the_validation_likelihood_is_the_probability_to_sample_the_whole_answer(
+    run_folder: Callable[..., RunFolder],
+) -> None:
+    folder = run_folder(sft={"max_steps": 1, "validation_conversations": 3, "validate_every": 1})
+    assert fine_tune(folder) == 0
+    (found,) = (
+        float(line["sft/validation_likelihood"])
+        for line in read_metrics(folder.metrics)
+        if "sft/validation_likelihood" in line
+    )
+    model, renderer = load_model(folder.sft_export), Renderer(Tokenizer.load(folder.model))
+    rows = [
+        json.loads(line)["messages"] for line in Path(load_recipe(folder.config).sft.data).read_text().splitlines()[-3:]
+    ]
+    likelihoods = []
+    for row in rows:
+        rendered = renderer.render_for_training([Message(**message) for message in row])
+        ids, mask = torch.tensor(rendered.token_ids), torch.tensor(rendered.loss_mask, dtype=torch.bool)
+        attend = PackedAttention(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+        logprobs = model.unembed(model(ids, torch.arange(len(ids)), attend)).log_softmax(-1)[:-1]
+        likelihoods.append(logprobs[torch.arange(len(ids) - 1), ids[1:]][mask[1:]].sum().exp().item())
+    assert found == pytest.approx(sum(likelihoods) / 3, rel=1e-4)
 
 
 def test_every_step_writes_its_metrics_in_one_line_and_a_span(run_folder: Callable[..., RunFolder]) -> None:

@@ -181,6 +181,12 @@ class SftSection(Section):
     """Passes over the data."""
     max_steps: Positive | None = None
     """Stop after this many optimizer steps; default: when the epochs are over."""
+    validation_conversations: NonNegative = 0
+    """The last so many conversations are not trained; their loss and likelihood are measured."""
+    validate_every: Positive | None = None
+    """Optimizer steps between two measurements (10); only with validation_conversations."""
+    stop_at_likelihood: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Stop when an answer of the validation conversations is sampled word for word with this mean probability."""
     optimizer: OptimizerSection = OptimizerSection()
 
     @model_validator(mode="after")
@@ -190,6 +196,13 @@ class SftSection(Section):
         if self.data == "environments" and self.num_conversations is None:
             raise ValueError(
                 "sft.data = 'environments' needs sft.num_conversations: environments may have endless tasks"
+            )
+        if not self.validation_conversations and (self.validate_every or self.stop_at_likelihood):
+            raise ValueError("sft.validate_every and sft.stop_at_likelihood need sft.validation_conversations")
+        if self.num_conversations is not None and self.validation_conversations >= self.num_conversations:
+            raise ValueError(
+                f"sft.validation_conversations {self.validation_conversations} leaves nothing to train"
+                f" of sft.num_conversations {self.num_conversations}"
             )
         return self
 

@@ -8,6 +8,10 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
 
 from hone.config.recipe import SftSection
 from hone.observability.logs import fields
@@ -26,9 +30,11 @@ from hone.trainer.losses import supervised_loss
 from hone.trainer.optim import learning_rate, set_learning_rate
 from hone.trainer.samples import Integers, Samples
 from hone.trainer.start import Run, after, build_trainer, check_bad_steps, export, run_process
-from hone.trainer.step import Objective, StepOutcome, Trainer, train_step
+from hone.trainer.step import Objective, StepOutcome, Trainer, score, train_step
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_VALIDATE_EVERY = 10
 
 
 def main() -> int:
@@ -43,8 +49,17 @@ def fine_tune(run: Run) -> None:
     if section is None:
         raise ValueError("the recipe has no [sft] section; add one to fine-tune")
     conversations = load_conversations(run, section)
+    num_trained = len(conversations.lengths_S) - section.validation_conversations
+    if num_trained < 1:
+        raise ValueError(
+            f"sft.validation_conversations {section.validation_conversations} leaves nothing to train"
+            f" of {len(conversations.lengths_S)} sequences"
+        )
     steps = plan_steps(
-        conversations.lengths_S, section.batch_tokens, section.epochs, derive_seed(run.recipe.run.seed, "sft")
+        conversations.lengths_S[:num_trained],
+        section.batch_tokens,
+        section.epochs,
+        derive_seed(run.recipe.run.seed, "sft"),
     )[: section.max_steps]
     trainer = build_trainer(run, run.folder.model, section.optimizer)
     checkpoints = Checkpoints(run.folder.sft_checkpoints, run.recipe.trainer.keep_checkpoints, run.ranks)
@@ -115,6 +130,7 @@ def train(
     """The remaining optimizer steps, with a checkpoint every so often and one at the end."""
     assert run.recipe.sft is not None
     section, every = run.recipe.sft.optimizer, run.recipe.trainer.checkpoint_every
+    validation = Validation.of(run.recipe.sft, conversations)
     run.metrics.write({"sft/num_steps": len(steps)})
     while progress.step < len(steps):
         started = time.perf_counter()
@@ -128,8 +144,43 @@ def train(
         extent = {"sft/lr": lr, "sft/num_steps": len(steps), "sft/step_seconds": time.perf_counter() - started}
         measure(run, progress, outcome, samples, extent)
         check_bad_steps(run, progress, outcome, samples)
-        if step % every == 0 or step == len(steps):
+        is_enough = validation is not None and validation.is_enough(run, trainer, step)
+        if step % every == 0 or step == len(steps) or is_enough:
             checkpoints.save(trainer, progress)
+        if is_enough:
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Conversations that are not trained, measured now and then."""
+
+    samples: Samples
+    every: int
+    stop_at_likelihood: float | None
+
+    @classmethod
+    def of(cls, section: SftSection, conversations: Conversations) -> "Validation | None":
+        count, size = section.validation_conversations, len(conversations.lengths_S)
+        if not count:
+            return None
+        samples = conversations.samples(np.arange(size - count, size))
+        return cls(samples, section.validate_every or DEFAULT_VALIDATE_EVERY, section.stop_at_likelihood)
+
+    def is_enough(self, run: Run, trainer: Trainer, step: int) -> bool:
+        """Measure when it is time; whether the likelihood that SFT shall stop at is reached.
+
+        The likelihood of an answer is the probability to sample it token for token at temperature 1.
+        """
+        if step % self.every:
+            return False
+        logprobs_T, tokens = score(trainer, self.samples), self.samples.trained_tokens()
+        logprobs_S = torch.zeros(tokens.num_sequences).index_add_(0, tokens.sequence_ids_T, logprobs_T)
+        likelihood = logprobs_S.exp().mean().item()
+        run.metrics.write(
+            {"sft/validation_loss": -logprobs_T.mean().item(), "sft/validation_likelihood": likelihood}, step=step
+        )
+        return self.stop_at_likelihood is not None and likelihood >= self.stop_at_likelihood
 
 
 def supervised(samples: Samples) -> Objective:

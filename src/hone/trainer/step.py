@@ -66,6 +66,18 @@ def train_step(trainer: Trainer, samples: Samples, objective: Objective) -> Step
     return outcome
 
 
+@torch.no_grad()
+def score(trainer: Trainer, samples: Samples) -> Tensor:
+    """Logprobs of the tokens that would train, in the order of the samples, under the present policy: collective."""
+    micro_batches = cut(trainer, samples)
+    parts = [
+        Part(torch.zeros(()), token_logprobs(trainer.model, hidden_states(trainer.model, part), part))
+        for part in micro_batches
+    ]
+    _, logprobs_T = combine(parts, micro_batches, samples, trainer.ranks)
+    return logprobs_T
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """What one micro-batch adds to the step: its share of the loss and its logprobs, both without gradient."""
