@@ -1,6 +1,7 @@
 """Every loss against its formula, written again in float64 numpy, with its gradient; and the traps."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hone.trainer.losses import (
     DEFAULT_BOUNDS,
     Denominators,
     PolicyLoss,
+    Reducer,
     SampledTokens,
     kept_tokens,
     policy_loss,
@@ -43,9 +45,16 @@ def value_and_gradient(
     return value.item(), gradient.numpy()
 
 
-def loss_of(kind: str, low: float | None = None, high: float | None = None, **fields: object) -> PolicyLoss:
+def loss_of(
+    kind: str,
+    low: float | None = None,
+    high: float | None = None,
+    reducer: Reducer = "token_mean",
+    **fields: object,
+) -> PolicyLoss:
+    """Any kind with any reducer: the formulas go together where a recipe refuses the pair (gspo)."""
     section = LossSection.model_validate({"kind": kind, "low": low, "high": high, "sequence_mask_below": 0} | fields)
-    return PolicyLoss.from_section(section, max_tokens=10)
+    return replace(PolicyLoss.from_section(section, max_tokens=10), reducer=reducer)
 
 
 def test_icepop_passes_ratios_inside_its_bounds_and_zeroes_the_others() -> None:
