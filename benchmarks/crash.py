@@ -69,7 +69,7 @@ def torment(scratch: Path, arguments: argparse.Namespace) -> list[str]:
     victims = [kind for _ in range(arguments.kills) for kind in draw.sample(KINDS, len(KINDS))]
     command = [
         HONE, "rl", str(RECIPE), f"--run.folder={scratch}", "--run.name=crash", f"--rl.num_steps={arguments.steps}",
-        "--run.max_restarts=1000", "--trainer.checkpoint_every=5",
+        "--run.max_restarts=1000", "--trainer.checkpoint_every=5", "--rl.optimizer.warmup_steps=5",
     ]  # fmt: skip
     subprocess.run([HONE, "sft", *command[2:]], check=True)
     launcher = subprocess.Popen(command)
