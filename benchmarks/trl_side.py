@@ -80,7 +80,7 @@ def train(arguments: argparse.Namespace) -> dict[str, object]:
         train_dataset=Dataset.from_list(prompts),
         callbacks=[clock],
         args=GRPOConfig(
-            output_dir="/tmp/trl_side",
+            output_dir=str(arguments.model.parent / "trl"),
             use_cpu=True,
             bf16=False,
             seed=arguments.seed,
