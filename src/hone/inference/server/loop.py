@@ -87,7 +87,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             self._serve()
-        except BaseException as error:
+        except BaseException as error:  # whatever ends this thread must end the process, readably
             self.failure = error
             logger.exception("the engine failed")
             self._refuse_calls()
@@ -134,7 +134,7 @@ class EngineLoop:
                 continue
             try:
                 future.set_result(function(self.engine))
-            except Exception as error:
+            except Exception as error:  # carried to the caller, who waits on the future
                 future.set_exception(error)
 
     def _refuse_calls(self) -> None:
