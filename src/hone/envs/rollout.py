@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hone.envs.failures import RolloutFailure, failures_as
+from hone.envs.pacing import take_turn
 from hone.envs.rubric import NO_SCORES
 from hone.envs.sampler import Sampler
 from hone.schema.messages import Message, ToolSpec
@@ -128,6 +129,7 @@ class Rollout:
             raise
         finally:
             self.generate_seconds += time.perf_counter() - started
+        await take_turn()
         self._add(Node(turn.message, self._leaf, turn))
         self.num_turns += 1
         if self._max_tokens is not None:
@@ -207,6 +209,7 @@ async def run_rollout(
     scores = NO_SCORES
     try:
         async with asyncio.timeout(limits.deadline_seconds):
+            await take_turn()
             with failures_as(FailureClass.ENVIRONMENT, "setup"):
                 await environment.setup(rollout)
             stopwatch.enter("run")

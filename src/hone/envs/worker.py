@@ -10,7 +10,6 @@ environment that blocks the event loop for longer than a rollout may take ends t
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -26,6 +25,7 @@ from zmq.utils.monitor import parse_monitor_message
 from hone.config.load import load_recipe
 from hone.config.recipe import Recipe
 from hone.envs.environment import Environment
+from hone.envs.pacing import spare_collector
 from hone.envs.registry import load_environment
 from hone.envs.rollout import Limits
 from hone.envs.runner import RolloutRunner
@@ -79,9 +79,7 @@ def main(arguments: list[str]) -> int:
         if not is_disk_trouble(error):
             raise
         return _complain(disk_complaint(error, folder.path))
-    # What is loaded by now stays: spare the garbage collector from visiting it.
-    gc.collect()
-    gc.freeze()
+    spare_collector()
     asyncio.run(_serve(recipe, name, environments, renderer, address.workers, address.tokens))
     return 0
 

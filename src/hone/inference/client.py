@@ -40,6 +40,7 @@ DEADLINE_SECONDS = 600.0
 REPEAT_SECONDS = 10.0
 RECONNECT_MILLISECONDS = 100
 ADMIN_SECONDS = 300.0
+JSON_HEADERS = {"Content-Type": "application/json"}
 
 
 class EngineError(Exception):
@@ -266,11 +267,12 @@ def before_stop(text: str, stops: Sequence[str]) -> str:
 class ChatSampler:
     """Samples turns from any OpenAI-compatible endpoint; the turns carry text, but no tokens. Use as a context.
 
-    base_url includes the version part: http://127.0.0.1:8000/v1.
+    base_url includes the version part: http://127.0.0.1:8000/v1. deadline_seconds: for one turn; by default nothing but
+    the deadline of the rollout ends the wait for an answer.
     """
 
     def __init__(
-        self, base_url: str, model: str, api_key: str | None = None, *, deadline_seconds: float = DEADLINE_SECONDS
+        self, base_url: str, model: str, api_key: str | None = None, *, deadline_seconds: float | None = None
     ) -> None:
         self._url = base_url.rstrip("/") + "/chat/completions"
         self._model = model
@@ -434,9 +436,9 @@ class AdminClient:
 
 @dataclass(slots=True)
 class _Http:
-    """One aiohttp session, opened in the event loop that first needs it."""
+    """One aiohttp session, opened in the event loop that first needs it; deadline_seconds None: the caller has one."""
 
-    deadline_seconds: float
+    deadline_seconds: float | None
     _session: "aiohttp.ClientSession | None" = field(default=None)
 
     async def post(self, url: str, body: dict[str, Any], headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
@@ -460,14 +462,15 @@ class _Http:
                 connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(self.deadline_seconds)
             )
         try:
-            async with self._session.request(method, url, json=body, headers=headers) as response:
-                data = await response.read()
+            data = None if body is None else msgspec.json.encode(body)
+            async with self._session.request(method, url, data=data, headers=JSON_HEADERS | headers) as response:
+                content = await response.read()
         except TimeoutError as error:
-            raise EngineLost(f"no answer from {url} within {self.deadline_seconds:g} s") from error
+            raise EngineLost(f"no answer from {url} within {self.deadline_seconds} s") from error
         except aiohttp.ClientError as error:
             raise EngineLost(f"no answer from {url}: {error}") from error
         with contextlib.suppress(msgspec.DecodeError):
-            answer = msgspec.json.decode(data)
+            answer = msgspec.json.decode(content)
             if isinstance(answer, dict):
                 return response.status, answer
-        return response.status, {"error": data[:500].decode(errors="replace")}
+        return response.status, {"error": content[:500].decode(errors="replace")}
