@@ -94,12 +94,14 @@ class Recorder:
         parent = rollout.append_after(place.parent, *place.new)
         assert parent is not None, "a call has messages"
         try:
-            return await rollout.turn_after(parent, call.tools, stop=call.stop, seed=self._seed(parent, call))
+            turn = await rollout.turn_after(parent, call.tools, stop=call.stop, seed=self._seed(parent, call))
+            rollout.count_tool_calls(len(turn.message.tool_calls))
         except Stopped:
             raise self._ended() from None
         except RolloutFailure as error:
             self.ended.set()
             raise Refusal(Trouble.FAILED, f"the rollout has failed: {error}") from error
+        return turn
 
     def _ended(self) -> Refusal:
         self.ended.set()
