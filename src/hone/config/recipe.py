@@ -401,7 +401,11 @@ class WorkersSection(Section):
     num_workers: NonNegative = 1
     """Env worker processes; 0 runs the environments inside the orchestrator."""
     heartbeat_seconds: PositiveFloat = 1.0
-    """A worker reports this often; after ten silent periods it is taken for dead and its rollouts are re-issued."""
+    """A worker reports this often; after ten silent periods, and never before max_stall_seconds is over, it is taken for dead and its rollouts are issued again."""
+    max_stall_seconds: PositiveFloat = 30.0
+    """Environment code that keeps the event loop of its worker for longer is interrupted; its rollout is a failure of class timeout, the others go on."""
+    max_rollouts_per_worker: Positive = 1024
+    """Most rollouts under way in one env worker; others wait in the orchestrator for the least loaded one."""
 
 
 class RunSection(Section):

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -230,6 +231,18 @@ class Rollout:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Underway:
+    """A rollout under way and where it belongs; `underway` is the one in whose context the current code runs."""
+
+    environment: str
+    group: str
+    rollout: Rollout
+
+
+underway: ContextVar[Underway | None] = ContextVar("underway", default=None)
+
+
 class Stopped(Exception):
     """Ends a rollout from inside `turn`, `count_tool_calls` or `stop`; environment code lets it pass."""
 
@@ -265,6 +278,7 @@ async def run_rollout(
     )
     failure: Failure | None = None
     scores = NO_SCORES
+    before = underway.set(Underway(environment.name, group, rollout))
     try:
         async with asyncio.timeout(limits.deadline_seconds):
             await take_turn()
@@ -276,15 +290,17 @@ async def run_rollout(
             scores = await environment.rubric.score(
                 _record(environment, rollout, group, metrics=rollout.metrics), rollout.state
             )
+        failure = rollout.failure  # of code that caught what interrupted it
     except RolloutFailure as error:
         failure = rollout.failure or error.failure
     except TimeoutError:
         late = f"the rollout took longer than {limits.deadline_seconds:g} s"
-        failure = Failure(FailureClass.TIMEOUT, stopwatch.phase, late)
+        failure = rollout.failure or Failure(FailureClass.TIMEOUT, stopwatch.phase, late)
     finally:
         stopwatch.enter("teardown")
         if environment.has_teardown:
             await _teardown(environment, rollout, limits.teardown_seconds)
+        underway.reset(before)
     if scores.failed_metrics:
         rollout.info["failed_metrics"] = scores.failed_metrics
     if rollout.info or rollout.metrics:

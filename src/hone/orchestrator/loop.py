@@ -58,6 +58,7 @@ from hone.schema.batches import (
 from hone.schema.rollouts import (
     FRAMES_PER_MESSAGE,
     WORKER_CHANNEL,
+    Farewell,
     Heartbeat,
     RolloutCancel,
     RolloutRequest,
@@ -81,6 +82,8 @@ logger = logging.getLogger("hone.orchestrator.loop")
 
 WILL_NEVER_WORK = 2
 SILENT_BEATS = 10
+STALLS_OF_SILENCE = 1.5
+"""So many of the longest stalls are waited for before silence is death: after one, a worker goes on or says farewell."""
 PAUSE_SECONDS = 0.005
 """What arrives within this time shares a tick, and so a transaction."""
 SHORT_PAUSE_SECONDS = 0.001
@@ -207,7 +210,7 @@ class Orchestrator:
         self._worker_wire = Wire(*WORKER_CHANNEL)
         self._trainer_wire = Wire(*TRAINER_CHANNEL)
         self._state = d.State(limits_of(recipe, section))
-        self._dispatch = Dispatch()
+        self._dispatch = Dispatch(recipe.workers.max_rollouts_per_worker)
         self._events: deque[d.Event] = deque()
         self._tasks: dict[int, tuple[str, Task | None]] = {}
         self._traces: dict[int, dict[int, Trace]] = {}
@@ -299,6 +302,7 @@ class Orchestrator:
         now = time.monotonic()
         frames: list[bytes] = []
         results: list[RolloutResult] = []
+        farewells: list[Farewell] = []
         seen: set[Key] = set()
         for identity, messages in self._workers.take():
             for frame in messages:
@@ -311,14 +315,21 @@ class Orchestrator:
                         results.append(message)
                 elif isinstance(message, WorkerHello):
                     self._greet(message, identity, now)
-                elif isinstance(message, Heartbeat) and not self._dispatch.hear(identity, now):
-                    self._take_back(message, identity, now)
+                elif isinstance(message, Heartbeat):
+                    self._tally.note_stall(message)
+                    if not self._dispatch.hear(identity, now):
+                        self._take_back(message, identity, now)
+                elif isinstance(message, Farewell):
+                    farewells.append(message)
             self._dispatch.hear(identity, now)
         if results:
             location = self._writer.append(frames)
             self._ledger.note_traces(self._writer.end)
             for result in results:
                 self._take_result(result, location)
+        for farewell in farewells:  # after the result that tells whose fault it is
+            logger.warning("an env worker ends itself", extra=fields(worker=farewell.worker, reason=farewell.reason))
+            self._lose(self._dispatch.dismiss(farewell.worker))
 
     def _is_welcome(self, identity: bytes, result: RolloutResult) -> bool:
         """Whether the result is waited for. A failure counts only from the worker that has the attempt now."""
@@ -371,10 +382,7 @@ class Orchestrator:
 
     def _greet(self, hello: WorkerHello, identity: bytes, now: float) -> None:
         logger.info("env worker is here", extra=fields(worker=hello.worker, pid=hello.pid))
-        missing = sorted(self._environments.keys() - set(hello.environments))
-        if missing:
-            raise HopelessError(f"worker {hello.worker} lacks environment {missing[0]!r}; install it where workers run")
-        self._lose(self._dispatch.greet(hello.worker, hello.pid, identity, now))
+        self._lose(self._dispatch.greet(hello.worker, hello.pid, identity, frozenset(hello.environments), now))
 
     def _take_back(self, beat: Heartbeat, identity: bytes, now: float) -> None:
         """A worker that stood still for so long that it was taken for dead has gone on: its rollouts run anew."""
@@ -731,6 +739,7 @@ class Orchestrator:
             ),
             limits=limits_from(self._recipe),
             heartbeat_seconds=self._recipe.workers.heartbeat_seconds,
+            max_stall_seconds=self._recipe.workers.max_stall_seconds,
         )
         await stack.enter_async_context(worker)
         return worker.run()
@@ -751,7 +760,8 @@ class Orchestrator:
         heartbeat = self._recipe.workers.heartbeat_seconds
         if late > heartbeat + 2 * TIMER_SECONDS:  # a message may come just before the timer, which then starts anew
             self._dispatch.forgive(now)
-        for lost in self._dispatch.silent(now, SILENT_BEATS * heartbeat):
+        silence = max(SILENT_BEATS * heartbeat, STALLS_OF_SILENCE * self._recipe.workers.max_stall_seconds)
+        for lost in self._dispatch.silent(now, silence):
             self._lose(lost)
         for key in self._dispatch.overdue(now, self._section.rollout_timeout_seconds + GRACE_SECONDS):
             self._last_failure = "the worker did not end the rollout in time"
@@ -763,8 +773,8 @@ class Orchestrator:
             logger.warning("nothing happens; waiting for %s", self._waiting_for())
 
     def _waiting_for(self) -> str:
-        if self._dispatch.num_queued and not self._dispatch.num_workers:
-            return f"an env worker ({self._dispatch.num_queued} requests are queued)"
+        if unserved := self._dispatch.unserved:
+            return f"an env worker with environment {unserved[0]!r} ({self._dispatch.num_queued} requests are queued)"
         return d.waiting_for(self._state)
 
 
