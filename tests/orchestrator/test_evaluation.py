@@ -3,11 +3,14 @@
 import pytest
 
 from hone.config.recipe import EvaluationSection
+from hone.envs.retries import Retries
 from hone.orchestrator.evaluation import Evaluation
 from hone.schema.messages import Message
 from hone.schema.sampling import FinishReason, Turn, VersionRun
 from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, Node, Reward, StopReason, Trace
+
+RETRIES = Retries({FailureClass.TOOL: 1})
 
 
 class Environment:
@@ -22,7 +25,7 @@ class Environment:
 
 def evaluation(**section):
     chosen = EvaluationSection(**{"num_tasks": 2, **section})
-    return Evaluation(7, {"e": Environment()}, chosen, run_seed=0, max_attempts=2)
+    return Evaluation(7, {"e": Environment()}, chosen, run_seed=0, retries=RETRIES)
 
 
 def trace(request, reward, version=7):
@@ -58,7 +61,7 @@ def test_tasks_beyond_the_held_out_split_are_not_asked_for():
 
 
 def test_every_version_is_evaluated_with_the_same_seeds():
-    later = Evaluation(8, {"e": Environment()}, EvaluationSection(num_tasks=2), run_seed=0, max_attempts=2)
+    later = Evaluation(8, {"e": Environment()}, EvaluationSection(num_tasks=2), run_seed=0, retries=RETRIES)
     assert [r.seed for r in evaluation().start()] == [r.seed for r in later.start()]
     assert not {r.group for r in evaluation().start()} & {r.group for r in later.start()}
 
@@ -119,7 +122,7 @@ class Broken(Environment):
 
 
 def test_code_of_an_environment_that_raises_costs_its_rollouts_and_not_the_evaluation():
-    plan = Evaluation(7, {"e": Broken()}, EvaluationSection(num_tasks=2, attempts=2), run_seed=0, max_attempts=2)
+    plan = Evaluation(7, {"e": Broken()}, EvaluationSection(num_tasks=2, attempts=2), run_seed=0, retries=RETRIES)
     started = plan.start()
     assert len(started) == 2
     for request in started:
@@ -129,7 +132,7 @@ def test_code_of_an_environment_that_raises_costs_its_rollouts_and_not_the_evalu
 
 
 def test_rollouts_are_counted_under_the_name_of_the_recipe():
-    plan = Evaluation(7, {"hub/e": Environment()}, EvaluationSection(num_tasks=1), run_seed=0, max_attempts=2)
+    plan = Evaluation(7, {"hub/e": Environment()}, EvaluationSection(num_tasks=1), run_seed=0, retries=RETRIES)
     [request] = plan.start()
     plan.finish(key(request), trace(request, 1.0))
     assert plan.metrics()["eval/hub/e/reward_mean"] == 1.0

@@ -143,13 +143,13 @@ def test_an_interrupted_run_is_found_as_it_was(tmp_path):
         book.finish(1, 0, 1)
         book.ledger.finish_group(1)
         book.finish(3, 1)
-        book.ledger.retry(3, 0, 2)
+        book.ledger.retry(3, 0, {FailureClass.JUDGE: 2, FailureClass.WORKER: 1})
         book.ledger.commit()
     with Book(tmp_path) as book:
         found = book.recover()
         state = found.state
         assert (state.num_batches, state.next_group, state.num_running, state.num_ready) == (1, 4, 1, 2)
-        assert state.groups[3].pending == {0: 2}
+        assert state.groups[3].pending == {0: {FailureClass.JUDGE: 2, FailureClass.WORKER: 1}}
         assert state.groups[3].rewards == {1: 1.0}
         assert [number for queue in state.ready.values() for number in queue] == [2, 1]
         assert {number: sorted(traces) for number, traces in found.traces.items()} == {1: [0, 1], 2: [0, 1], 3: [1]}
@@ -180,7 +180,7 @@ def test_a_finished_attempt_whose_trace_is_gone_runs_again(tmp_path):
     segment = next(RunFolder(tmp_path).traces.iterdir())
     segment.write_bytes(segment.read_bytes()[:-3])
     with Book(tmp_path) as book:
-        assert book.recover().state.groups[0].pending == {1: 0}
+        assert book.recover().state.groups[0].pending == {1: {}}
 
 
 def test_damaged_batches_are_named_and_covered_ones_are_not_missed(tmp_path):

@@ -102,7 +102,7 @@ async def test_failures_are_tried_again_and_never_rewards(make_run):
 
 
 async def test_a_rollout_without_tokens_is_a_failure(make_run):
-    run = make_run({"num_steps": 1})
+    run = make_run({"num_steps": 1}, retries={"environment": 1})
     async with run.world() as (_, worker, trainer):
 
         def empty(request, attempt):
@@ -115,6 +115,8 @@ async def test_a_rollout_without_tokens_is_a_failure(make_run):
         assert all(len(content) <= 2 * 3 for _, content in trainer.batches.values())
     [line] = batch_lines(run)
     assert line["rollout/failed_environment_count"] >= 2
+    assert line["rollout/again_count"] >= 1
+    assert line["rollout/given_up_environment_count"] >= 1
 
 
 async def test_an_environment_that_always_raises_ends_the_run_with_what_it_said(make_run, monkeypatch):

@@ -281,8 +281,6 @@ class RlSection(Section):
     """Truncate rollouts that want more tool calls than this; default: the environment's own limit."""
     rollout_timeout_seconds: PositiveFloat = 600.0
     """A rollout that takes longer is a failure of class timeout."""
-    max_attempts: Positive = 3
-    """How often a rollout that failed through infrastructure is tried before it is given up."""
     stop_at_reward: float | None = None
     """End early when the evaluation during training reaches this mean reward."""
 
@@ -395,6 +393,27 @@ class EvaluationSection(Section):
     """Most evaluation rollouts under way."""
 
 
+class RetriesSection(Section):
+    """How often a rollout is attempted again after a failure, by its class; what is exhausted stays a recorded failure."""
+
+    model: NonNegative = 2
+    """After the engine or endpoint did not answer."""
+    tool: NonNegative = 2
+    """After a tool failed that the environment cannot do without."""
+    sandbox: NonNegative = 2
+    """After a sandbox failed."""
+    judge: NonNegative = 2
+    """After a judge failed."""
+    harness: NonNegative = 2
+    """After an outside agent program failed."""
+    environment: NonNegative = 0
+    """After the environment's own code raised or returned what is no reward."""
+    timeout: NonNegative = 0
+    """After a deadline passed."""
+    worker: NonNegative = 10
+    """After the process that ran the rollout died."""
+
+
 class WorkersSection(Section):
     """The processes that run environments."""
 
@@ -437,6 +456,7 @@ class Recipe(Section):
     server: ServerSection = ServerSection()
     evaluation: EvaluationSection = EvaluationSection()
     workers: WorkersSection = WorkersSection()
+    retries: RetriesSection = RetriesSection()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -61,7 +61,9 @@ class Tally:
     num_filtered: int = 0
     num_dropped: int = 0
     num_stale: int = 0
+    num_again: int = 0
     failures: Counter[FailureClass] = field(default_factory=Counter)
+    given_up: Counter[FailureClass] = field(default_factory=Counter)
     environments: list[str] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -85,8 +87,11 @@ class Tally:
             "rollout/dropped_groups_count": self.num_dropped,
             "rollout/stale_groups_count": self.num_stale,
             "rollout/failed_count": self.failures.total(),
+            "rollout/again_count": self.num_again,
+            "rollout/given_up_count": self.given_up.total(),
         }
         failures = {f"rollout/failed_{kind}_count": count for kind, count in self.failures.items()}
+        failures |= {f"rollout/given_up_{kind}_count": count for kind, count in self.given_up.items()}
         stalls = {
             f"rollout/{name}/stall_seconds_max" if name else "rollout/stall_seconds_max": seconds
             for name, seconds in self.stalls.items()

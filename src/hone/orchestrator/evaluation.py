@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hone.config.recipe import EvaluationSection
+from hone.envs.retries import NO_FAILURES, Failures, Retries, counted, total
 from hone.orchestrator.dispatch import Key
 from hone.schema.rollouts import RolloutRequest
 from hone.schema.sampling import SamplingParameters
@@ -66,11 +67,11 @@ class Evaluation:
         section: EvaluationSection,
         *,
         run_seed: int,
-        max_attempts: int,
+        retries: Retries,
     ) -> None:
         self.version = version
         self._max_concurrent = section.max_concurrent
-        self._max_attempts = max_attempts
+        self._retries = retries
         self._tallies = {name: _Tally(environment.is_solved) for name, environment in environments.items()}
         # The same seed for every version: what differs between two evaluations is the policy alone.
         seed = derive_seed(run_seed, "evaluation")
@@ -96,7 +97,7 @@ class Evaluation:
             for attempt in range(section.attempts)
         )
         self._running: dict[Key, RolloutRequest] = {}
-        self._failures: dict[Key, int] = defaultdict(int)
+        self._failures: dict[Key, Failures] = {}
 
     def _tasks_of(self, name: str, environment: HeldOut, section: EvaluationSection) -> Iterator[tuple[int, Task]]:
         for index in range(_num_tasks(environment, section.num_tasks)):
@@ -127,14 +128,14 @@ class Evaluation:
 
     def fail(self, key: Key, kind: FailureClass) -> RolloutRequest | None:
         """The request to send again, or None when the rollout is given up."""
-        self._failures[key] += kind is not FailureClass.CANCELLED
-        if self._failures[key] < self._max_attempts:
+        failures = self._failures[key] = counted(self._failures.get(key, NO_FAILURES), kind)
+        if self._retries.permit(failures, kind):
             return self._running[key]
         self._tallies[self._running.pop(key).environment].num_failed += 1
         return None
 
     def num_failures(self, key: Key) -> int:
-        return self._failures[key]
+        return total(self._failures[key])
 
     @property
     def reward(self) -> float:

@@ -28,6 +28,7 @@ import zmq
 from hone.config.load import ConfigError, load_recipe
 from hone.config.recipe import Recipe, RlSection
 from hone.envs.environment import Environment
+from hone.envs.retries import Retries, total
 from hone.envs.worker import Worker, limits_from, load_environments
 from hone.inference.client import AdminClient, TokenChannel, TokenSampler
 from hone.observability import logs
@@ -168,12 +169,17 @@ def limits_of(recipe: Recipe, section: RlSection) -> d.Limits:
         max_staleness=section.max_staleness,
         num_steps=section.num_steps,
         max_concurrent=section.max_concurrent or all_in_time,
-        max_attempts=section.max_attempts,
         in_flight_updates=section.in_flight_updates,
         filter_without_signal=section.filter_without_signal,
         evaluate_every=recipe.evaluation.every,
         stop_at_reward=section.stop_at_reward,
+        retries=retries_of(recipe),
     )
+
+
+def retries_of(recipe: Recipe) -> Retries:
+    """The retry policy of a recipe."""
+    return Retries({FailureClass(kind): count for kind, count in recipe.retries.model_dump().items()})
 
 
 def identity_of(recipe: Recipe, section: RlSection) -> dict[str, Any]:
@@ -437,11 +443,13 @@ class Orchestrator:
         match command:
             case d.StartGroup(number, version):
                 self._start_group(number, version)
-            case d.RunAgain(number, attempt, num_failures):
-                if num_failures:
-                    self._ledger.retry(number, attempt, num_failures)
-                self._run_attempts(number, [attempt], num_failures)
+            case d.RunAgain(number, attempt, failures):
+                if failures:
+                    self._ledger.retry(number, attempt, failures)
+                self._tally.num_again += 1
+                self._run_attempts(number, [attempt], total(failures))
             case d.GiveUpAttempt(number, attempt, kind):
+                self._tally.given_up[kind] += 1
                 self._ledger.fail(number, attempt, kind)
             case d.FinishGroup(number):
                 self._ledger.finish_group(number)
@@ -622,7 +630,7 @@ class Orchestrator:
             dict(self._environments),
             self._recipe.evaluation,
             run_seed=self._recipe.run.seed,
-            max_attempts=self._section.max_attempts,
+            retries=self._state.limits.retries,
         )
         self._evaluation_began = time.time()
         self._continue_evaluation()

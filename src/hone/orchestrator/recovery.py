@@ -85,7 +85,7 @@ def read_group_traces(ledger: Ledger, folder: RunFolder, numbers: Iterable[int])
 
 
 def _group(row: GroupRow) -> Group:
-    pending = {a.attempt: a.num_failures for a in row.attempts if a.state in ("issued", "running")}
+    pending = {a.attempt: a.failures for a in row.attempts if a.state in ("issued", "running")}
     failures = [a.failure for a in row.attempts if a.failure is not None]
     group = Group(row.version, pending, last_failure=failures[-1] if failures else None)
     for a in row.attempts:
