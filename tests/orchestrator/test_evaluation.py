@@ -12,6 +12,7 @@ from hone.schema.traces import FailureClass, Node, Reward, StopReason, Trace
 
 class Environment:
     num_held_out_tasks = 3
+    scores_groups = False
 
     def held_out_task(self, index):
         return Task(prompt=(Message("user", str(index)),))
@@ -20,9 +21,13 @@ class Environment:
         return trace.reward >= 1
 
 
-def evaluation(**section):
+class Together(Environment):
+    scores_groups = True
+
+
+def evaluation(environment=Environment, **section):
     chosen = EvaluationSection(**{"num_tasks": 2, **section})
-    return Evaluation(7, {"e": Environment()}, chosen, run_seed=0, max_attempts=2)
+    return Evaluation(7, {"e": environment()}, chosen, run_seed=0, max_attempts=2)
 
 
 def trace(request, reward, version=7):
@@ -133,3 +138,22 @@ def test_rollouts_are_counted_under_the_name_of_the_recipe():
     [request] = plan.start()
     plan.finish(key(request), trace(request, 1.0))
     assert plan.metrics()["eval/hub/e/reward_mean"] == 1.0
+
+
+def test_attempts_that_are_scored_together_are_one_request():
+    under_way = evaluation(Together, attempts=3, max_concurrent=5)
+    [first] = under_way.start()
+    assert first.attempts == [0, 1, 2]
+    assert under_way.environment_of((first.group, 2)) == "e"
+    under_way.finish((first.group, 0), trace(first, 1.0))
+    assert under_way.fail((first.group, 1), FailureClass.JUDGE, is_final=True) is None
+    assert [request.attempts for request in under_way.start()] == [[0, 1, 2]]
+    again = under_way.fail((first.group, 2), FailureClass.JUDGE)
+    assert again.attempts == [2]
+    assert under_way.waits_for((first.group, 2))
+
+
+def test_a_group_larger_than_what_may_run_at_once_runs_alone():
+    under_way = evaluation(Together, attempts=3, max_concurrent=2)
+    assert [request.attempts for request in under_way.start()] == [[0, 1, 2]]
+    assert under_way.start() == []

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from hone.config.recipe import EvaluationSection
 from hone.orchestrator.dispatch import Key
 from hone.schema.rollouts import RolloutRequest
@@ -25,6 +27,9 @@ class HeldOut(Protocol):
 
     @property
     def num_held_out_tasks(self) -> int | None: ...
+
+    @property
+    def scores_groups(self) -> bool: ...
 
     def held_out_task(self, index: int) -> Task: ...
 
@@ -87,13 +92,13 @@ class Evaluation:
                 group=f"{PREFIX}{version:06d}-{name}-{index}",
                 environment=name,
                 task=task,
-                attempts=[attempt],
+                attempts=attempts,
                 sampling=parameters,
                 seed=seed,
             )
             for name, environment in environments.items()
             for index, task in self._tasks_of(name, environment, section)
-            for attempt in range(section.attempts)
+            for attempts in _requests_of(environment, section.attempts)
         )
         self._running: dict[Key, RolloutRequest] = {}
         self._failures: dict[Key, int] = defaultdict(int)
@@ -116,20 +121,28 @@ class Evaluation:
     def start(self) -> list[RolloutRequest]:
         """What may start now."""
         started = []
-        while self._requests and len(self._running) < self._max_concurrent:
+        while self._requests and self._has_room_for(self._requests[0]):
             request = self._requests.popleft()
-            self._running[request.group, request.attempts[0]] = request
+            self._running |= {(request.group, attempt): request for attempt in request.attempts}
             started.append(request)
         return started
+
+    def _has_room_for(self, request: RolloutRequest) -> bool:
+        """A group that is larger than what may run at once runs alone."""
+        return not self._running or len(self._running) + len(request.attempts) <= self._max_concurrent
+
+    def environment_of(self, key: Key) -> str:
+        """Whose rollout this is, by the name in the recipe."""
+        return self._running[key].environment
 
     def finish(self, key: Key, trace: Trace) -> None:
         self._tallies[self._running.pop(key).environment].add(trace)
 
-    def fail(self, key: Key, kind: FailureClass) -> RolloutRequest | None:
-        """The request to send again, or None when the rollout is given up."""
+    def fail(self, key: Key, kind: FailureClass, *, is_final: bool = False) -> RolloutRequest | None:
+        """The request to send for this attempt, or None when the rollout is given up, as one that is final is."""
         self._failures[key] += kind is not FailureClass.CANCELLED
-        if self._failures[key] < self._max_attempts:
-            return self._running[key]
+        if not is_final and self._failures[key] < self._max_attempts:
+            return msgspec.structs.replace(self._running[key], attempts=[key[1]])
         self._tallies[self._running.pop(key).environment].num_failed += 1
         return None
 
@@ -167,6 +180,12 @@ class Evaluation:
             values[f"eval/{name}/failed_count"] = tally.num_failed
             values |= {f"eval/{name}/{key}_mean": _mean(found) for key, found in tally.values.items() if found}
         return values
+
+
+def _requests_of(environment: HeldOut, attempts: int) -> list[list[int]]:
+    """The attempts of each request: all in one where they are scored together."""
+    numbers = list(range(attempts))
+    return [numbers] if environment.scores_groups else [[number] for number in numbers]
 
 
 def _num_tasks(environment: HeldOut, wanted: int) -> int:
