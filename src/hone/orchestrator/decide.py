@@ -78,11 +78,12 @@ class RolloutFinished:
 
 @dataclass(frozen=True, slots=True)
 class RolloutFailed:
-    """A rollout has no valid reward."""
+    """A rollout has no valid reward. is_final: it is not tried again, because its group was scored without it."""
 
     group: int
     attempt: int
     kind: FailureClass
+    is_final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,7 +407,7 @@ class State:
         failures = group.pending[event.attempt] = counted(group.pending[event.attempt], event.kind)
         if event.kind is not FailureClass.CANCELLED:
             group.last_failure = event.kind
-        if self.limits.retries.permit(failures, event.kind):
+        if not event.is_final and self.limits.retries.permit(failures, event.kind):
             commands.append(RunAgain(event.group, event.attempt, failures))
             return
         del group.pending[event.attempt]
