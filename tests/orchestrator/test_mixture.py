@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.orchestrator.mixture import Draw, Mixture, permuted
+from hone.orchestrator.mixture import Draw, Mixture
 from hone.schema.messages import Message
 from hone.schema.tasks import Task
 
@@ -45,19 +45,6 @@ def test_a_resumed_mixture_goes_on_as_the_interrupted_one_would_have(weights, be
     resumed = mixture(weights)
     resumed.restore(counts)
     assert [resumed.draw() for _ in range(after)] == [mix.draw() for _ in range(after)]
-
-
-@given(st.integers(1, 300), st.integers(0, 2**63 - 1))
-def test_permuted_is_a_permutation(count, seed):
-    assert sorted(permuted(position, count, seed) for position in range(count)) == list(range(count))
-
-
-def test_permutations_of_two_seeds_differ():
-    assert [permuted(i, 100, 1) for i in range(100)] != [permuted(i, 100, 2) for i in range(100)]
-
-
-def test_the_permutation_does_not_drift_between_releases():
-    assert [permuted(i, 10, 7) for i in range(10)] == [6, 2, 0, 8, 9, 5, 3, 7, 1, 4]
 
 
 def test_every_task_comes_once_before_any_comes_again():

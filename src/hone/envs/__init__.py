@@ -5,9 +5,11 @@ from hone.envs.failures import RolloutFailure, failures_as
 from hone.envs.messages import assistant, system, user
 from hone.envs.registry import EnvironmentLoadError, installed_environments, load_environment
 from hone.envs.rollout import Limits, Rollout, run_group, run_rollout
+from hone.envs.rows import Row, columns, dataset_tasks, jsonl_tasks, parquet_tasks
 from hone.envs.rubric import Measure, Rubric, metric, reward
 from hone.envs.sampler import Sampler
-from hone.envs.sources import Tasks, is_held_out
+from hone.envs.sources import Duplicate, Split, Tasks, TaskSourceError, concatenated, is_held_out
+from hone.envs.streams import endless, generated
 from hone.envs.validation import check_gold, play
 from hone.schema.messages import Message, ToolCall, ToolSpec
 from hone.schema.sampling import SamplingParameters, Turn
@@ -15,6 +17,7 @@ from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, StopReason, Trace
 
 __all__ = [
+    "Duplicate",
     "Environment",
     "EnvironmentLoadError",
     "FailureClass",
@@ -24,12 +27,15 @@ __all__ = [
     "MultiTurn",
     "Rollout",
     "RolloutFailure",
+    "Row",
     "Rubric",
     "Sampler",
     "SamplingParameters",
     "SingleTurn",
+    "Split",
     "StopReason",
     "Task",
+    "TaskSourceError",
     "Tasks",
     "ToolCall",
     "ToolSpec",
@@ -37,11 +43,18 @@ __all__ = [
     "Turn",
     "assistant",
     "check_gold",
+    "columns",
+    "concatenated",
+    "dataset_tasks",
+    "endless",
     "failures_as",
+    "generated",
     "installed_environments",
     "is_held_out",
+    "jsonl_tasks",
     "load_environment",
     "metric",
+    "parquet_tasks",
     "play",
     "reward",
     "run_group",
