@@ -56,7 +56,35 @@ def test_every_task_comes_once_before_any_comes_again():
 
 def test_endless_tasks_come_in_their_own_order():
     mix = mixture({"a": 1.0}, {"a": None})
-    assert mix.task(Draw("a", 12345)).prompt[0].content == "12345"
+    assert [mix.draw() for _ in range(3)] == [Draw("a", number, number) for number in range(3)]
+    assert mix.task(Draw("a", 12345, 12345)).prompt[0].content == "12345"
+
+
+def test_four_environments_over_ten_thousand_tasks_resume_anywhere_with_the_same_sequence():
+    weights = {"math": 0.4, "code": 0.3, "science": 0.2, "logic": 0.1}
+    sizes = {"math": 700, "code": None, "science": 31, "logic": 1}
+    mix, counts = mixture(weights, sizes, seed=3), {}
+    drawn = [mix.draw() for _ in range(10_000)]
+    for number, draw in enumerate(drawn):
+        if number % 500 == 123:
+            resumed = mixture(weights, sizes, seed=3)
+            resumed.restore(counts)
+            assert [resumed.draw() for _ in range(50)] == drawn[number : number + 50]
+        counts[draw.environment] = draw.number + 1
+    assert counts == {"math": 4000, "code": 3000, "science": 2000, "logic": 1000}
+
+
+def test_an_environment_that_cannot_count_its_tasks_is_named():
+    class Broken(Numbers):
+        @property
+        def num_train_tasks(self):
+            raise OSError("no such file")
+
+        @num_train_tasks.setter
+        def num_train_tasks(self, count): ...
+
+    with pytest.raises(ValueError, match="environment 'a' cannot count its train tasks: no such file"):
+        Mixture({"a": 1.0}, {"a": Broken(1)}, 0)
 
 
 def test_an_environment_without_tasks_is_refused():
