@@ -66,7 +66,7 @@ class Blocking(MultiTurn):
 
     async def reply(self, rollout):
         self.do("reply", rollout.attempt)
-        return None
+        return
 
     async def teardown(self, rollout):
         self.do("teardown", rollout.attempt)

@@ -5,8 +5,8 @@ import pytest
 
 from fakes import ScriptedSampler
 from hone.config.recipe import EvaluationSection
-from hone.envs.retries import Retries
 from hone.envs import Rubric, SingleTurn, reward, run_rollout, user
+from hone.envs.retries import Retries
 from hone.evals.asked import sampling_parameters
 from hone.evals.evaluate import evaluate
 from hone.evals.results import EvalResult

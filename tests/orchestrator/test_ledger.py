@@ -41,7 +41,7 @@ class Book:
         self.ledger.close()
 
     def admit(self, number, version=0):
-        self.ledger.admit(number, Draw("e", number), TASK.key, version, 2)
+        self.ledger.admit(number, Draw("e", number, number), TASK.key, version, 2)
         self.ledger.run(number, [0, 1])
 
     def result(self, number, attempt, reward=1.0, failure=None):
@@ -72,7 +72,7 @@ class Book:
 
 def test_an_attempt_goes_through_its_states(tmp_path):
     with Book(tmp_path) as book:
-        book.ledger.admit(0, Draw("e", 0), TASK.key, 0, 2)
+        book.ledger.admit(0, Draw("e", 0, 0), TASK.key, 0, 2)
         book.ledger.commit()
         assert book.states() == {(0, 0): "issued", (0, 1): "issued"}
         book.ledger.run(0, [0, 1])
@@ -153,7 +153,7 @@ def test_an_interrupted_run_is_found_as_it_was(tmp_path):
         assert state.groups[3].rewards == {1: 1.0}
         assert [number for queue in state.ready.values() for number in queue] == [2, 1]
         assert {number: sorted(traces) for number, traces in found.traces.items()} == {1: [0, 1], 2: [0, 1], 3: [1]}
-        assert found.num_drawn == {"e": 4}
+        assert book.ledger.num_drawn() == {"e": 4}
         assert (found.orphans, found.broken) == ([], [])
 
 

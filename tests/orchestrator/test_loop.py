@@ -14,7 +14,8 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from hone.envs import group_reward
+from hone.config.load import ConfigError
+from hone.envs import Rubric, SingleTurn, Task, Tasks, group_reward, reward, user
 from hone.observability.metrics import read_metrics
 from hone.orchestrator.audit import audit
 from hone.orchestrator.engine import WeightsRefusedError
@@ -528,6 +529,103 @@ async def test_a_kill_between_files_and_ledger_loses_and_repeats_nothing(make_ru
     assert result.is_clean, result
     results = [(found.group, found.attempt) for _, found in read_traces(run.folder.traces)]
     assert len(results) == len(set(results)) >= 4 * 8
+
+
+def finite(run, count, difficulty=None):
+    """The digits from 0 to `count`, of which task n is solved by n mod 5 of 4 rollouts."""
+
+    @reward
+    def exact(answer: str) -> float:
+        return float(bool(answer))
+
+    def task(index):
+        return Task(prompt=(user(str(index)),))
+
+    run.environments["digits"] = SingleTurn(
+        name="digits", rubric=Rubric([exact]), train=Tasks(task, count), difficulty=difficulty
+    )
+
+
+def solved_by_number(request, attempt):
+    return float(attempt < int(request.task.prompt[0].content) % 5)
+
+
+def drawn_tasks(run):
+    with sqlite3.connect(run.folder.ledger) as database:
+        return [index for (index,) in database.execute("SELECT task_index FROM groups ORDER BY number")]
+
+
+POOLS = {"easy_share": 0.3, "hard_share": 0.2, "retire_after": 1}
+LEVELS = {"start_share": 0.4, "step_share": 0.3, "advance_at": 0.3, "window": 6}
+
+
+@pytest.mark.parametrize("sections", [{"pools": POOLS}, {"curriculum": LEVELS}, {"pools": POOLS, "curriculum": LEVELS}])
+async def test_a_run_that_is_killed_again_and_again_draws_what_it_would_have(
+    make_run, monkeypatch, tmp_path_factory, sections
+):
+    """One group at a time, so that nothing but the curriculum can change the order."""
+    tasks = []
+    for kills in ([], [2, 3, 4, 6]):
+        run = make_run(
+            {"num_steps": 12, "max_staleness": 30, "max_concurrent": 4},
+            environments=[{"name": "digits", **sections}],
+            run={"folder": str(tmp_path_factory.mktemp("runs")), "name": "run"},
+        )
+        finite(run, 20, difficulty=lambda task: float(task.prompt[0].content))
+        async with run.world() as (_, worker, trainer):
+            worker.reward = solved_by_number
+            for number in kills:
+                with monkeypatch.context() as patch:
+                    patch.setattr(Ledger, "commit", killing(number))
+                    with pytest.raises(Killed):
+                        await finish(run)
+            await finish(run)
+            assert sorted(trainer.batches) == list(range(1, 13))
+        assert audit(run.folder.path).is_clean
+        tasks.append(drawn_tasks(run))
+    whole, interrupted = tasks
+    length = min(len(whole), len(interrupted))
+    assert length >= 24
+    assert whole[:length] == interrupted[:length]
+
+
+def killing(number):
+    """A commit that is the last thing its process does, after `number` others."""
+    commits = 0
+
+    def commit(ledger):
+        nonlocal commits
+        commits += bool(ledger._pending or ledger._issued)
+        if commits >= number:
+            raise Killed
+        COMMIT(ledger)
+
+    return commit
+
+
+COMMIT = Ledger.commit
+
+
+async def test_tasks_that_are_always_solved_are_retired_and_the_pools_are_measured(make_run):
+    run = make_run(
+        {"num_steps": 8, "max_staleness": 8}, environments=[{"name": "digits", "pools": {"retire_after": 1}}]
+    )
+    finite(run, 10)
+    async with run.world() as (_, worker, _):
+        worker.reward = lambda request, attempt: 1.0 if request.task.prompt[0].content == "7" else attempt % 2
+        await finish(run)
+    lines = batch_lines(run)
+    assert lines[-1]["rollout/digits/pool_retired_count"] == 1
+    assert lines[-1]["rollout/digits/pool_unseen_count"] == 0
+    assert sum(lines[-1][f"rollout/digits/pool_{pool}_count"] for pool in ("easy", "normal", "hard")) == 9
+    assert drawn_tasks(run).count(7) < drawn_tasks(run).count(3) + 2
+
+
+@pytest.mark.parametrize("sections", [{"pools": {}}, {"curriculum": {}}])
+async def test_pools_of_endless_tasks_are_refused_at_the_start(make_run, sections):
+    run = make_run(environments=[{"name": "digits", **sections}])
+    with pytest.raises(ConfigError, match="its train tasks are endless"):
+        await finish(run)
 
 
 async def serve_tokens(address):

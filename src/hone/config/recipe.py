@@ -84,6 +84,47 @@ class TokenizerSection(Section):
         return self
 
 
+class PoolsSection(Section):
+    """Pools of an environment's tasks by solve rate: the share of solved rollouts in the latest group of a task. Tasks without a group are normal."""
+
+    easy_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the environment's turns that take an easy task; with none there, a normal one."""
+    hard_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the turns that take a hard task; the rest is for normal ones."""
+    easy_from: Fraction = 0.75
+    """Solve rate from which a task is easy."""
+    hard_to: Fraction = 0.25
+    """Solve rate up to which a task is hard."""
+    retire_after: Positive | None = None
+    """A task whose rollouts were all solved in so many groups in a row is not drawn any more, while there are others; default: never."""
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        if self.hard_to >= self.easy_from:
+            raise ValueError(
+                f"pools.hard_to {self.hard_to} is not below pools.easy_from {self.easy_from}: a task would be both"
+            )
+        if self.easy_share + self.hard_share >= 1:
+            raise ValueError(
+                f"pools.easy_share {self.easy_share} and pools.hard_share {self.hard_share} leave no turn for normal"
+                " tasks, and unseen ones are normal; lower them"
+            )
+        return self
+
+
+class CurriculumSection(Section):
+    """A curriculum on the difficulty that an environment declares: easy tasks first, harder ones as the solve rate rises."""
+
+    start_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the tasks, the easiest, that is open at the beginning."""
+    step_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the tasks that each further level opens."""
+    advance_at: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Mean solve rate of the latest groups that opens the next level."""
+    window: Positive = 32
+    """How many groups that are, all of them since the level before was opened."""
+
+
 class EnvironmentSection(Section):
     """One environment of the mixture."""
 
@@ -93,6 +134,23 @@ class EnvironmentSection(Section):
     """Share of the mixture, relative to the other environments."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the package's load_environment."""
+    solved_reward: float | None = None
+    """Reward from which pools and the curriculum take a rollout for solved (1)."""
+    pools: PoolsSection | None = None
+    curriculum: CurriculumSection | None = None
+
+    @model_validator(mode="after")
+    def _no_dead_fields(self) -> Self:
+        if self.solved_reward is not None and self.pools is None and self.curriculum is None:
+            raise ValueError(
+                "environments.solved_reward has no effect without environments.pools or environments.curriculum; remove it"
+            )
+        return self
+
+    @property
+    def reward_of_solved(self) -> float:
+        """The reward from which a rollout counts as solved."""
+        return 1.0 if self.solved_reward is None else self.solved_reward
 
 
 class SamplingSection(Section):
@@ -482,6 +540,12 @@ class Recipe(Section):
             raise ValueError(
                 "trainer.numerics = 'strict' needs float32 everywhere: model.dtype, engine.dtype = 'model', trainer.autocast = 'none'"
             )
+        for section in self.environments:
+            if self.rl is None and (section.pools is not None or section.curriculum is not None):
+                raise ValueError(
+                    f"environments.pools and environments.curriculum of {section.name!r} have no effect without [rl],"
+                    " which draws tasks; remove them"
+                )
         if self.rl is None and self.evaluation.every is not None:
             raise ValueError(
                 "evaluation.every has no effect without [rl]: it counts the policy versions of RL; remove it"

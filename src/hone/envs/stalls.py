@@ -82,9 +82,7 @@ class StallMeter:
     def __enter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
-        self._has_signals = (
-            self._deadline_seconds is not None and threading.current_thread() is threading.main_thread()
-        )
+        self._has_signals = self._deadline_seconds is not None and threading.current_thread() is threading.main_thread()
         self._due = time.monotonic() + TICK_SECONDS
         self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
         if self._has_signals:

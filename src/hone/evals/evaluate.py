@@ -14,10 +14,10 @@ from typing import Any, Self
 from hone.envs.environment import Environment
 from hone.envs.rollout import Limits, run_group, run_rollout
 from hone.envs.sampler import Sampler
+from hone.evals.asked import held_out_tasks
 from hone.evals.results import MAX_FAILED_SHARE, EvalResult, Outcome, Prices, Usage, outcome_of, summarise
 from hone.evals.statistics import Estimate, estimate_mean
 from hone.evals.storage import EvalFolder, Settings, replace_outcome
-from hone.evals.asked import held_out_tasks
 from hone.schema.sampling import SamplingParameters
 from hone.schema.tasks import Task
 from hone.schema.traces import Trace

@@ -48,7 +48,7 @@ class Limits:
     filter_without_signal: bool = True
     evaluate_every: int | None = None
     stop_at_reward: float | None = None
-    retries: Retries = Retries()
+    retries: Retries = field(default_factory=Retries)
 
 
 # Events. `BatchWanted`, `StepDone` and `CheckpointSaved` of the trainer are events as they are.

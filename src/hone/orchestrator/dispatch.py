@@ -65,9 +65,7 @@ class Dispatch:
     def identities(self) -> list[bytes]:
         return [worker.identity for worker in self._workers.values()]
 
-    def greet(
-        self, name: str, pid: int, identity: bytes, environments: frozenset[str], now: float
-    ) -> Lost | None:
+    def greet(self, name: str, pid: int, identity: bytes, environments: frozenset[str], now: float) -> Lost | None:
         """A worker says hello, which it does when it runs nothing: what it had is lost."""
         lost = None
         self._silent = {place: worker for place, worker in self._silent.items() if worker.name != name}

@@ -38,12 +38,13 @@ from hone.observability.spans import Spans
 from hone.orchestrator import decide as d
 from hone.orchestrator.audit import group_name
 from hone.orchestrator.batching import Tally, make_batch
+from hone.orchestrator.curriculum import Outcome, curriculum_of, solve_rate
 from hone.orchestrator.dispatch import Dispatch, Key, Lost
 from hone.orchestrator.engine import EngineDriver
 from hone.orchestrator.evaluation import PREFIX, Evaluation
 from hone.orchestrator.ledger import Ledger, LedgerError
 from hone.orchestrator.mixture import Draw, Mixture
-from hone.orchestrator.recovery import read_group_traces, recover
+from hone.orchestrator.recovery import read_group_traces, recover, restore_mixture
 from hone.orchestrator.samples import UntrainableTraceError, check_trainable
 from hone.orchestrator.sockets import RouterSocket
 from hone.schema.batches import (
@@ -193,6 +194,14 @@ def identity_of(recipe: Recipe, section: RlSection) -> dict[str, Any]:
     }
 
 
+def mixture_of(recipe: Recipe, environments: Mapping[str, Environment]) -> Mixture:
+    """The mixture of a recipe's environments, with the curricula that it wants."""
+    seed = recipe.run.seed
+    wanted = {e.name: curriculum_of(e, environments[e.name], seed) for e in recipe.environments}
+    curricula = {name: curriculum for name, curriculum in wanted.items() if curriculum is not None}
+    return Mixture({e.name: e.weight for e in recipe.environments}, environments, seed, curricula)
+
+
 class Orchestrator:
     """Owns the sockets, the ledger, the traces and the state of one run."""
 
@@ -215,7 +224,7 @@ class Orchestrator:
         self._sampling = SamplingParameters(
             temperature=section.sampling.temperature, max_tokens=section.sampling.max_tokens
         )
-        self._mixture = Mixture({e.name: e.weight for e in recipe.environments}, environments, recipe.run.seed)
+        self._mixture = mixture_of(recipe, environments)
         self._worker_wire = Wire(*WORKER_CHANNEL)
         self._trainer_wire = Wire(*TRAINER_CHANNEL)
         self._state = d.State(limits_of(recipe, section))
@@ -224,6 +233,8 @@ class Orchestrator:
         self._held_back: dict[str, dict[int, tuple[bytes, RolloutResult]]] = {}
         self._gathered: dict[str, tuple[RolloutRequest, int]] = {}
         self._events: deque[d.Event] = deque()
+        self._reward_of_solved = {e.name: e.reward_of_solved for e in recipe.environments}
+        self._draws: dict[int, Draw] = {}
         self._tasks: dict[int, tuple[str, Task | None]] = {}
         self._traces: dict[int, dict[int, Trace]] = {}
         self._evaluation: Evaluation | None = None
@@ -497,9 +508,11 @@ class Orchestrator:
                 self._tally.given_up[kind] += 1
                 self._ledger.fail(number, attempt, kind)
             case d.FinishGroup(number):
+                self._record_outcome(number)
                 self._ledger.finish_group(number)
             case d.FilterGroup(number):
                 self._tally.num_filtered += 1
+                self._record_outcome(number)
                 self._ledger.filter_group(number)
                 self._forget(number)
             case d.DropGroup(number, kind):
@@ -542,9 +555,19 @@ class Orchestrator:
         draw = self._mixture.draw()
         attempts = list(range(self._section.group_size))
         task = self._task_of(draw)
+        self._draws[number] = draw
         self._tasks[number] = draw.environment, task
         self._ledger.admit(number, draw, "" if task is None else task.key, version, len(attempts))
         self._run_attempts(number, attempts, num_failures=0)
+
+    def _record_outcome(self, number: int) -> None:
+        """Tell the curriculum; the ledger, which is told at the same time, tells it the same after a restart."""
+        draw = self._draws[number]
+        if draw.environment not in self._mixture.curricula:
+            return
+        rewards = [trace.reward for trace in self._traces[number].values()]
+        rate = solve_rate(rewards, self._reward_of_solved[draw.environment])
+        self._mixture.curricula[draw.environment].record(Outcome(draw.index, rate))
 
     def _task_of(self, draw: Draw) -> Task | None:
         """None when the environment does not give it: the group fails, the run goes on."""
@@ -618,6 +641,7 @@ class Orchestrator:
             self._workers.send(identity, frames[start : start + FRAMES_PER_MESSAGE])
 
     def _forget(self, number: int) -> None:
+        self._draws.pop(number, None)
         self._tasks.pop(number, None)
         self._traces.pop(number, None)
 
@@ -666,7 +690,12 @@ class Orchestrator:
             "batch/ready_groups_count": state.num_ready,
             "batch/ahead_count": state.num_batches - state.trained,
         }
-        self._metrics.write(metrics | tally.metrics() | queues, step)
+        pools = {
+            f"rollout/{name}/pool_{pool}_count": float(count)
+            for name, curriculum in self._mixture.curricula.items()
+            for pool, count in curriculum.sizes().items()
+        }
+        self._metrics.write(metrics | tally.metrics() | queues | pools, step)
         times = tally.timing()
         for name, busy in (("generate", times.generate_seconds), ("score", times.score_seconds)):
             self._spans.record(name, times.started_at, times.total_seconds, step=step, busy_seconds=busy)
@@ -736,8 +765,9 @@ class Orchestrator:
         self._ledger.note_steps(self._section.num_steps)
         self._state = found.state
         self._traces = found.traces
-        self._mixture.restore(found.num_drawn)
+        restore_mixture(self._mixture, self._ledger, self._reward_of_solved)
         for number, drawn in found.drawn.items():
+            self._draws[number] = drawn.draw
             self._tasks[number] = drawn.draw.environment, self._same_task(drawn.draw, drawn.task_key)
         for step in found.broken:
             self._make_again(step)
