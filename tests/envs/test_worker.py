@@ -243,7 +243,7 @@ def run_worker(*arguments):
 
 
 def test_a_run_without_configuration_ends_with_one_readable_line(tmp_path):
-    process = run_worker(str(tmp_path), "worker-0")
+    process = run_worker(str(tmp_path), "worker-0", "reverse_text")
     assert process.returncode == 2
     assert "no recipe at" in process.stderr
     assert "Traceback" not in process.stderr
@@ -262,7 +262,8 @@ async def test_the_process_serves_a_run_and_ends_on_request(tmp_path, ending):
     addresses = Addresses("http://127.0.0.1:9", "http://127.0.0.1:9", nowhere, nowhere, orchestrator.address)
     save_addresses(addresses, tmp_path / "addresses.json")
     train_tokenizer(["say yes"], None, chat_template="chatml").save(tmp_path / "model")
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "hone.envs.worker", str(tmp_path), "worker-0")
+    command = [sys.executable, "-m", "hone.envs.worker", str(tmp_path), "worker-0", "reverse_text"]
+    process = await asyncio.create_subprocess_exec(*command)
     try:
         (hello,) = await orchestrator.expect(WorkerHello)
         assert (hello.worker, hello.environments, hello.pid) == ("worker-0", ["reverse_text"], process.pid)

@@ -134,6 +134,8 @@ class EnvironmentSection(Section):
     """Share of the mixture, relative to the other environments."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the package's load_environment."""
+    python: str | None = None
+    """Virtual environment (its folder) or Python in which the package is installed, with hone; default: that of hone itself. Env workers of its own run there."""
     solved_reward: float | None = None
     """Reward from which pools and the curriculum take a rollout for solved (1)."""
     pools: PoolsSection | None = None
@@ -476,7 +478,7 @@ class WorkersSection(Section):
     """The processes that run environments."""
 
     num_workers: NonNegative = 1
-    """Env worker processes; 0 runs the environments inside the orchestrator."""
+    """Env worker processes, so many for each Python that environments name; 0 runs the environments inside the orchestrator."""
     heartbeat_seconds: PositiveFloat = 1.0
     """A worker reports this often; after ten silent periods, and never before max_stall_seconds is over, it is taken for dead and its rollouts are issued again."""
     max_stall_seconds: PositiveFloat = 30.0
@@ -521,6 +523,12 @@ class Recipe(Section):
         needs_environments = self.rl is not None or (self.sft is not None and self.sft.data == "environments")
         if needs_environments and not self.environments:
             raise ValueError("no [[environments]] given: rl and sft.data = 'environments' need at least one")
+        elsewhere = [environment.name for environment in self.environments if environment.python is not None]
+        if elsewhere and self.workers.num_workers == 0:
+            raise ValueError(
+                f"environment {elsewhere[0]!r} has a Python of its own, so its rollouts need env workers;"
+                " set workers.num_workers to 1 or more"
+            )
         names = [environment.name for environment in self.environments]
         if len(set(names)) != len(names):
             raise ValueError(

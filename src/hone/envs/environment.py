@@ -81,6 +81,11 @@ class Environment(ABC):
         return None if self._gold is None else list(self._gold(task))
 
     @property
+    def has_gold(self) -> bool:
+        """Whether the environment knows correct conversations."""
+        return self._gold is not None or type(self).gold is not Environment.gold
+
+    @property
     def has_difficulty(self) -> bool:
         """Whether the environment tells how hard its tasks are."""
         return self._difficulty is not None

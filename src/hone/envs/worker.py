@@ -1,6 +1,7 @@
 """The env worker process: takes rollout requests from the orchestrator and answers with scored traces.
 
-Start it as `python -m hone.envs.worker RUN_FOLDER NAME`. It speaks from a ZeroMQ DEALER to the orchestrator's ROUTER.
+Start it as `python -m hone.envs.worker RUN_FOLDER NAME ENVIRONMENT...`, with the Python that these environments of the
+run's recipe are installed in. It speaks from a ZeroMQ DEALER to the orchestrator's ROUTER.
 Every frame is one message in its envelope, and a multipart message carries the frames of one tick of the event loop,
 in both directions. To the orchestrator: WorkerHello after each (re)connection, Heartbeat, RolloutResult, Farewell.
 From it: RolloutRequest, RolloutCancel, Shutdown. When the connection breaks, all rollouts under way are given up,
@@ -15,7 +16,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -66,14 +67,14 @@ WILL_NEVER_WORK = 2
 
 def main(arguments: list[str]) -> int:
     """Run the worker that the command line asks for; the result is the process's exit code."""
-    if len(arguments) != 2:
-        print("usage: python -m hone.envs.worker RUN_FOLDER NAME", file=sys.stderr)
+    if len(arguments) < 3:
+        print("usage: python -m hone.envs.worker RUN_FOLDER NAME ENVIRONMENT...", file=sys.stderr)
         return WILL_NEVER_WORK
     folder, name = RunFolder(Path(arguments[0])), arguments[1]
     try:
         logs.configure(name, folder.path)
         recipe = load_recipe(folder.config)
-        environments = load_environments(recipe)
+        environments = load_environments(recipe, arguments[2:])
         address = load_addresses(folder.addresses)
         renderer = Renderer(Tokenizer.load(folder.model))
     except ValueError as error:
@@ -93,9 +94,13 @@ def _complain(message: str) -> int:
     return WILL_NEVER_WORK
 
 
-def load_environments(recipe: Recipe) -> dict[str, Environment]:
-    """The environments of a recipe, by the names that requests use."""
-    return {section.name: load_environment(section.name, **section.arguments) for section in recipe.environments}
+def load_environments(recipe: Recipe, names: Sequence[str]) -> dict[str, Environment]:
+    """Environments of a recipe that are installed here, by the names that requests use."""
+    sections = {section.name: section for section in recipe.environments}
+    missing = [name for name in names if name not in sections]
+    if missing:
+        raise ValueError(f"the recipe lists no environment {missing[0]!r}; there are {', '.join(sections) or 'none'}")
+    return {name: load_environment(name, **sections[name].arguments) for name in names}
 
 
 def limits_from(recipe: Recipe) -> Limits:

@@ -28,8 +28,9 @@ import zmq
 from hone.config.load import ConfigError, load_recipe
 from hone.config.recipe import Recipe, RlSection
 from hone.envs.environment import Environment
+from hone.envs.remote import environment_of
 from hone.envs.retries import Retries, total
-from hone.envs.worker import Worker, limits_from, load_environments
+from hone.envs.worker import Worker, limits_from
 from hone.inference.client import AdminClient, TokenChannel, TokenSampler
 from hone.observability import logs
 from hone.observability.logs import fields
@@ -72,7 +73,7 @@ from hone.schema.sampling import SamplingParameters
 from hone.schema.seeds import derive_seed
 from hone.schema.tasks import Task
 from hone.schema.traces import Failure, FailureClass, Trace
-from hone.schema.wire import Wire, WireError
+from hone.schema.wire import ProtocolError, Wire, WireError
 from hone.text.rendering import Renderer
 from hone.text.tokenizer import Tokenizer
 from hone.transport.addresses import Addresses, PortInUseError, load_addresses
@@ -119,7 +120,7 @@ def main(arguments: list[str]) -> int:
     logs.configure("orchestrator", folder.path)
     try:
         recipe = load_recipe(folder.config)
-        environments = load_environments(recipe)
+        environments = {section.name: environment_of(section) for section in recipe.environments}
         addresses = load_addresses(folder.addresses)
     except ValueError as error:
         return _complain(error)
@@ -489,6 +490,8 @@ class Orchestrator:
     def _decode(self, wire: Wire, frame: bytes) -> Any:
         try:
             return wire.decode(frame)
+        except ProtocolError as error:
+            raise HopelessError(f"a process of this run has another version of hone: {error}") from error
         except WireError as error:
             logger.error("a message is passed over: %s", error)
             return None
