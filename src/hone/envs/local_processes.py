@@ -26,7 +26,6 @@ CREATE_SECONDS = 60.0
 CLOSE_SECONDS = 10.0
 KILL_SECONDS = 10.0
 DRAIN_SECONDS = 0.2
-KEPT_BYTES = 64 << 10
 MAX_OUTPUT_BYTES = 64 << 20
 MAX_REQUEST_BYTES = 160 << 10
 PYTHONS = ("python", "python3")
@@ -124,12 +123,13 @@ class LocalSandbox:
         env: Mapping[str, str] | None = None,
         cwd: str = ".",
         timeout_seconds: float = 60.0,
+        kept_bytes: int = 64 << 10,
     ) -> ExecResult:
         """As `Sandbox.exec`."""
         started = time.perf_counter()
         process = self._start(argv, env, cwd, with_stderr=True)
         try:
-            return await process.complete(stdin, timeout_seconds, started)
+            return await process.complete(stdin, timeout_seconds, kept_bytes, started)
         finally:
             await process.close()
 
@@ -329,9 +329,9 @@ class LocalProcess:
         finally:
             self.let_go()
 
-    async def complete(self, stdin: bytes, timeout_seconds: float, started: float) -> ExecResult:
+    async def complete(self, stdin: bytes, timeout_seconds: float, kept_bytes: int, started: float) -> ExecResult:
         """Feed and read the program until it ends or is late; what the sandbox's `exec` returns."""
-        stdout, stderr = _Kept(), _Kept()
+        stdout, stderr = _Kept(kept_bytes // 2), _Kept(kept_bytes // 2)
         pumps = [
             asyncio.ensure_future(pump)
             for pump in (self._feed(stdin), self._keep(self._stdout, stdout), self._keep(self._stderr, stderr))
@@ -394,19 +394,20 @@ class LocalProcess:
 
 
 class _Kept:
-    """Head and tail of a stream."""
+    """Head and tail of a stream, so many bytes of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, part_bytes: int) -> None:
         self.num_bytes = 0
+        self._part_bytes = part_bytes
         self._head = bytearray()
         self._tail = bytearray()
 
     def add(self, data: bytes) -> None:
         self.num_bytes += len(data)
-        room = KEPT_BYTES // 2 - len(self._head)
+        room = self._part_bytes - len(self._head)
         self._head += data[:room]
         self._tail += data[room:]
-        del self._tail[: -KEPT_BYTES // 2]
+        del self._tail[: max(0, len(self._tail) - self._part_bytes)]
 
     def text(self) -> str:
         missing = self.num_bytes - len(self._head) - len(self._tail)

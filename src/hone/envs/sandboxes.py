@@ -44,9 +44,11 @@ class Sandbox(Protocol):
         env: Mapping[str, str] | None = None,
         cwd: str = ".",
         timeout_seconds: float = 60.0,
+        kept_bytes: int = 64 << 10,
     ) -> ExecResult:
         """Run a program to its end. At the timeout it is killed with all that it started.
 
+        kept_bytes: of each of stdout and stderr, half of it from the beginning and half from the end.
         Background processes of a program that ended by itself live on until the sandbox is closed.
         """
 
@@ -99,10 +101,13 @@ class LazySandbox:
         env: Mapping[str, str] | None = None,
         cwd: str = ".",
         timeout_seconds: float = 60.0,
+        kept_bytes: int = 64 << 10,
     ) -> ExecResult:
         """As `Sandbox.exec`."""
         sandbox = await self._ready()
-        return await sandbox.exec(argv, stdin=stdin, env=env, cwd=cwd, timeout_seconds=timeout_seconds)
+        return await sandbox.exec(
+            argv, stdin=stdin, env=env, cwd=cwd, timeout_seconds=timeout_seconds, kept_bytes=kept_bytes
+        )
 
     async def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
         """As `Sandbox.start`."""

@@ -10,6 +10,7 @@ program. Messages are JSON behind four bytes of length, on descriptors 0 and 1.
 
 import ast
 import builtins
+import importlib
 import json
 import os
 import sys
@@ -82,7 +83,24 @@ def encode(value: Any, refer: Callable[[Any], Json]) -> Json:
             return {kind.__name__: [encode(held, refer) for held in kind.__iter__(value)]}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return encode(value.item(), refer)
+    kind = type(value)
+    if parts := LIBRARY_PARTS.get((kind.__module__, kind.__name__)):
+        return {"library": [kind.__module__, kind.__name__, [encode(part, refer) for part in parts(value)]]}
     return refer(value)
+
+
+LIBRARY_PARTS: dict[tuple[str, str], Callable[[Any], list[Any]]] = {
+    ("collections", "deque"): lambda value: [list(value)],
+    ("decimal", "Decimal"): lambda value: [str(value)],
+    ("fractions", "Fraction"): lambda value: [value.numerator, value.denominator],
+    ("datetime", "date"): lambda value: [value.year, value.month, value.day],
+    ("datetime", "time"): lambda value: [value.hour, value.minute, value.second, value.microsecond],
+    ("datetime", "timedelta"): lambda value: [value.days, value.seconds, value.microseconds],
+    ("datetime", "datetime"): lambda value: [*value.timetuple()[:6], value.microsecond],
+}
+"""Classes of the standard library that count as data, and what they are made from."""
 
 
 def decode(data: Json, resolve: Callable[[Json], Any]) -> Any:
@@ -100,6 +118,11 @@ def decode(data: Json, resolve: Callable[[Json], Any]) -> Any:
         return getattr(builtins, kind).fromhex(content)
     if kind in ("complex", "range"):
         return getattr(builtins, kind)(*content)
+    if kind == "library":
+        module, name, parts = content
+        if (module, name) not in LIBRARY_PARTS:
+            raise ValueError(f"{module}.{name} is no data")
+        return getattr(importlib.import_module(module), name)(*(decode(part, resolve) for part in parts))
     return resolve(content)
 
 
@@ -115,9 +138,10 @@ class Candidate:
         self.numbers: dict[int, int] = {}
 
     def serve(self, channel: Channel) -> None:
+        channel.send("ready")
         while True:
+            request = channel.receive()
             try:
-                request = channel.receive()
                 answer = {"value": encode(self.answer(request), self.refer)}
                 channel.send(answer)
             except BaseException as error:  # SystemExit and KeyboardInterrupt are answers too
@@ -141,6 +165,8 @@ class Candidate:
             "length": len,
             "iterate": iter,
             "next": next,
+            "text": str,
+            "representation": repr,
         }
         return operations[operation](target, *rest)
 
@@ -207,6 +233,12 @@ class Remote:
 
     def __bool__(self) -> bool:
         return True
+
+    def __str__(self) -> str:
+        return str(self._asker.ask("text", self))
+
+    def __repr__(self) -> str:
+        return str(self._asker.ask("representation", self))
 
     def __iter__(self) -> Iterator[Any]:
         iterator = self._asker.ask("iterate", self)
@@ -317,7 +349,7 @@ class Assertions(ast.NodeTransformer):
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
         number = self.results.num_assertions
         self.results.num_assertions += 1
-        text = ast.unparse(node)
+        text = ast.unparse(node)[:200]
         wrapped = ast.parse(
             f"try:\n  pass\nexcept Exception as __problem__:\n  __fail__({number}, {text!r}, __problem__)\n"
             f"else:\n  __hold__({number})"
