@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from hone.envs.failures import RolloutFailure, deadline, describe
-from hone.envs.guests import guardian
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, Usage
 from hone.schema.traces import FailureClass
 
@@ -28,6 +27,7 @@ KILL_SECONDS = 10.0
 DRAIN_SECONDS = 0.2
 MAX_OUTPUT_BYTES = 64 << 20
 MAX_REQUEST_BYTES = 160 << 10
+GUARDIAN = Path(__file__).parent / "guests" / "guardian.py"
 PYTHONS = ("python", "python3")
 
 
@@ -102,7 +102,7 @@ class LocalSandbox:
         self._control = ours
         with theirs:
             self._guardian = subprocess.Popen(
-                [sys.executable, "-I", "-S", guardian.__file__, str(theirs.fileno())],
+                [sys.executable, "-I", "-S", str(GUARDIAN), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env={},
                 cwd=self._folder,
@@ -235,7 +235,7 @@ class LocalSandbox:
     def _receive(self) -> None:
         assert self._control is not None
         try:
-            data = self._control.recv(guardian.MESSAGE_BYTES)
+            data = self._control.recv(4096)
         except BlockingIOError:
             return
         except OSError:

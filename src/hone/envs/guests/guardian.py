@@ -13,19 +13,24 @@ kernel kills the tree below; without them both are subreapers and walk the tree.
 nothing that runs below a keeper. This file starts once per sandbox: it imports little.
 """
 
-import contextlib
+from __future__ import annotations
+
 import ctypes
 import marshal
 import os
 import resource
 import select
-import signal
 import sys
 import time
-from typing import Any
 
-from _socket import AF_UNIX, CMSG_SPACE, SOCK_SEQPACKET  # the socket module takes 4 ms to import
+# What signal, socket and contextlib are made of: those themselves take longer to import than all the rest.
+import _signal as signal  # type: ignore[import-not-found]
+from _socket import AF_UNIX, CMSG_SPACE, SOCK_SEQPACKET
 from _socket import socket as Socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MESSAGE_BYTES = 1 << 18
 
@@ -46,13 +51,24 @@ DEVICES = "/dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty /dev/
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+class suppress:
+    def __init__(self, *kinds: type[BaseException]) -> None:
+        self.kinds = kinds
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        return kind is not None and issubclass(kind, self.kinds)
+
+
 def main() -> None:
     control = Socket(AF_UNIX, SOCK_SEQPACKET, 0, int(sys.argv[1]))
     os.set_inheritable(control.fileno(), False)
     options: dict[str, Any] = marshal.loads(control.recv(MESSAGE_BYTES))
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         os.sched_setaffinity(0, options["cores"])
     has_namespaces = options["namespaces"] and enter_namespaces(options["network"])
     if has_namespaces:
@@ -68,7 +84,7 @@ def main() -> None:
     control.send(marshal.dumps({"protections": {"namespaces": has_namespaces, "files": landlock}}))
     try:
         reason = Guardian(control, options, has_namespaces, landlock).serve()
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             control.send(marshal.dumps({"over": reason}))
     finally:
         if not has_namespaces:
@@ -96,7 +112,7 @@ class Guardian:
                     self.report(descriptor)
                 elif not self.obey():
                     return "its owner closed it"
-            with contextlib.suppress(ChildProcessError):
+            with suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
         return f"its lease of {self.options['ttl_seconds']:g} s is over"
@@ -162,13 +178,13 @@ def keep(
 
     def kill(number: int, frame: object) -> None:
         if has_namespaces:
-            with contextlib.suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)
         else:
             kill_descendants()
 
     def interrupt(number: int, frame: object) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(program, signal.SIGINT)
 
     signal.signal(signal.SIGTERM, kill)
@@ -254,7 +270,7 @@ def bring_loopback_up() -> None:
 
     interface = Socket()
     request = b"lo".ljust(16, b"\0") + (0x1 | 0x40).to_bytes(2, sys.byteorder)  # up, running
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         fcntl.ioctl(interface.fileno(), 0x8914, request.ljust(40, b"\0"))  # SIOCSIFFLAGS
     interface.close()
 
@@ -310,7 +326,7 @@ def kill_descendants() -> None:
             return
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in below:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
+                with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, number)
 
 
@@ -319,7 +335,7 @@ def process_parents() -> dict[int, int]:
     parents = {}
     for name in os.listdir("/proc"):  # noqa: PTH208 - pathlib takes 5 ms to import
         if name.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:  # noqa: PTH123
+            with suppress(OSError), open(f"/proc/{name}/stat") as file:  # noqa: PTH123
                 state, parent = file.read().rpartition(")")[2].split()[:2]
                 if state not in "ZX":
                     parents[int(name)] = int(parent)

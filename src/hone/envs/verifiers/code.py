@@ -13,7 +13,6 @@ identity. Where a test asks the program itself for a judgement (`assert solution
 
 import asyncio
 import functools
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from hone.envs.failures import RolloutFailure, deadline
-from hone.envs.guests import code_test
+from hone.envs.guests import channel
+from hone.envs.guests.channel import ERROR, GONE, VALUE, VERDICT, decode, encode
 from hone.envs.local_processes import LocalProcesses
 from hone.envs.sandboxes import LazySandbox, Process, SandboxProvider
+from hone.envs.verifiers.assertions import prepare
 from hone.schema.sandboxes import Outcome, SandboxSpec
 from hone.schema.traces import FailureClass
 
@@ -45,6 +46,9 @@ class Assertions:
     setup: str = ""
     entry_point: str = ""
 
+    def __len__(self) -> int:
+        return len(self.tests)
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -63,6 +67,9 @@ class Calls:
     calls: Sequence[Call]
     tolerance: float = 1e-6
 
+    def __len__(self) -> int:
+        return len(self.calls)
+
 
 @dataclass(frozen=True, slots=True)
 class InputsOutputs:
@@ -72,6 +79,9 @@ class InputsOutputs:
     """
 
     cases: Sequence[tuple[str, str]]
+
+    def __len__(self) -> int:
+        return len(self.cases)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +131,23 @@ class CodeVerifier:
 
     async def verify(self, program: str, tests: Assertions | Calls | InputsOutputs) -> CodeVerdict:
         """Run the tests against a Python program."""
-        num_tests = len(_given(tests))
-        if not num_tests:
+        if not len(tests):
             raise ValueError("no tests; every program would pass")
         if not program.strip():
-            return CodeVerdict(0, num_tests, "an empty program")
+            return CodeVerdict(0, len(tests), "an empty program")
         if isinstance(tests, InputsOutputs):
             return await self._feed(program, tests)
-        return await self._check(program, _job(tests))
+        return await self._check(program, tests)
 
-    async def _check(self, program: str, job: Mapping[str, Any]) -> CodeVerdict:
+    async def _check(self, program: str, tests: Assertions | Calls) -> CodeVerdict:
         async with (
             LazySandbox(self._sandboxes, self._spec) as around_candidate,
             LazySandbox(self._sandboxes, self._spec) as around_checker,
         ):
             candidate = _Candidate(around_candidate, self._timeout_seconds)
-            _, checker = await asyncio.gather(candidate.load(program), around_checker.start(_guest("checker")))
+            job, _, checker = await asyncio.gather(
+                asyncio.to_thread(_job, tests), candidate.load(program), around_checker.start(_guest("checker"))
+            )
             try:
                 return await _relay(candidate, _Channel(checker), job, self._timeout_seconds)
             finally:
@@ -168,25 +179,36 @@ async def _relay(
     candidate: "_Candidate", checker: "_Channel", job: Mapping[str, Any], timeout_seconds: float
 ) -> CodeVerdict:
     """Carry the checker's questions to the candidate and the answers back, until there is a verdict."""
-    await checker.send(json.dumps(job).encode())
-    seconds = START_SECONDS
+    await checker.send(encode(job, _refuse))
+    message = await _first(checker)
     while True:
+        kind, content = message[:1], message[1:]
+        if kind == VERDICT:
+            num_passed, problem = decode(content, int)
+            return CodeVerdict(num_passed, job["num_tests"], problem)
+        if kind == ERROR:
+            raise ValueError(f"these tests cannot be run: {content.decode()}")
+        await checker.send(await candidate.ask(content))
         try:
-            async with asyncio.timeout(seconds):
-                message = await checker.receive()
+            async with asyncio.timeout(timeout_seconds):
+                message = _said(await checker.receive())
         except TimeoutError:
-            if seconds == START_SECONDS:
-                raise RolloutFailure(FailureClass.SANDBOX, "code verifier", "the checker does not start") from None
-            return CodeVerdict(0, len(job.get("tests", job.get("cases", ()))), "the tests do not end with its answers")
-        if message is None:
-            raise RolloutFailure(FailureClass.SANDBOX, "code verifier", "the checker ended without a verdict")
-        said: dict[str, Any] = json.loads(message)
-        if "verdict" in said:
-            return CodeVerdict(*said["verdict"])
-        if "invalid" in said:
-            raise ValueError(f"these tests cannot be run: {said['invalid']}")
-        await checker.send(await candidate.ask(json.dumps(said["ask"]).encode()))
-        seconds = timeout_seconds
+            return CodeVerdict(0, job["num_tests"], "the tests do not come to an end with the program's answers")
+
+
+async def _first(process: "_Channel") -> bytes:
+    """What a process says when Python is up; that it says nothing is the sandbox's fault."""
+    try:
+        async with deadline(START_SECONDS):
+            return _said(await process.receive())
+    except TimeoutError as error:
+        raise RolloutFailure(FailureClass.SANDBOX, "code verifier", f"Python does not start ({error})") from error
+
+
+def _said(message: bytes | None) -> bytes:
+    if message is None:
+        raise RolloutFailure(FailureClass.SANDBOX, "code verifier", "Python ended in the middle of its work")
+    return message
 
 
 class _Candidate:
@@ -203,16 +225,11 @@ class _Candidate:
         """Start the process, and run the program on the module's level."""
         self._process = await self._sandbox.start(_guest("candidate"))
         self._channel = _Channel(self._process)
-        try:
-            async with deadline(START_SECONDS):
-                ready = await self._channel.receive()
-        except TimeoutError as error:
-            raise RolloutFailure(FailureClass.SANDBOX, "code verifier", f"Python does not start ({error})") from error
-        if ready is None:
-            raise RolloutFailure(FailureClass.SANDBOX, "code verifier", "Python does not start")
-        answer = await self.ask(json.dumps(["load", program]).encode())
-        if not self._gone and (error := json.loads(answer).get("error")):
-            self._gone = f"the program does not load: {error[0][0]}: {error[1]}"
+        await _first(self._channel)
+        answer = await self.ask(program.encode("utf-8", "surrogatepass"))
+        if answer[:1] == ERROR:
+            names, _, text = answer[1:].decode(errors="replace").partition("\n")
+            self._gone = f"the program does not load: {names.partition(' ')[0]}: {text}"
 
     async def ask(self, question: bytes) -> bytes:
         """The candidate's answer as it gave it, or that it is gone."""
@@ -223,17 +240,19 @@ class _Candidate:
                 async with asyncio.timeout(max(0.0, self._seconds_left)):
                     await self._channel.send(question)
                     answer = await self._channel.receive()
-                    if answer is not None:
-                        return answer
+                if answer is not None and answer[:1] in (VALUE, ERROR):
+                    return answer
                 self._gone = "the program ended early"
             except TimeoutError:
                 self._gone = f"the program took longer than {self._total_seconds:g} s"
-            except (BrokenPipeError, ValueError) as error:
-                self._gone = str(error) if isinstance(error, ValueError) else "the program ended early"
+            except BrokenPipeError:
+                self._gone = "the program ended early"
+            except ValueError as error:
+                self._gone = str(error)
             finally:
                 self._seconds_left -= time.perf_counter() - started
             await self._sandbox.exec(["true"])  # a sandbox that died is a failure, not the program's
-        return json.dumps({"gone": self._gone}).encode()
+        return GONE + self._gone.encode()
 
     async def close(self) -> None:
         if self._process is not None:
@@ -255,8 +274,8 @@ class _Channel:
         if not await self._fill(4):
             return None
         size = int.from_bytes(self._read[:4], "big")
-        if size > code_test.MAX_MESSAGE_BYTES:
-            raise ValueError(f"the program answers with more than {code_test.MAX_MESSAGE_BYTES} bytes")
+        if size > channel.MAX_MESSAGE_BYTES:
+            raise ValueError(f"the program answers with more than {channel.MAX_MESSAGE_BYTES} bytes")
         if not await self._fill(4 + size):
             return None
         message = bytes(self._read[4 : 4 + size])
@@ -272,30 +291,42 @@ class _Channel:
         return True
 
 
-def _given(tests: Assertions | Calls | InputsOutputs) -> Sequence[Any]:
-    match tests:
-        case Assertions():
-            return tests.tests
-        case Calls():
-            return tests.calls
-        case InputsOutputs():
-            return tests.cases
-
-
 def _job(tests: Assertions | Calls) -> dict[str, Any]:
-    if isinstance(tests, Assertions):
-        return {"tests": list(tests.tests), "setup": tests.setup, "entry_point": tests.entry_point}
-    cases = [[list(call.arguments), dict(call.named), call.expected] for call in tests.calls]
-    return {"function": tests.function, "cases": cases, "tolerance": tests.tolerance}
+    if isinstance(tests, Calls):
+        calls = [[list(call.arguments), dict(call.named), call.expected] for call in tests.calls]
+        return {"function": tests.function, "calls": calls, "tolerance": tests.tolerance, "num_tests": len(calls)}
+    prepared = _prepared(tuple(tests.tests), tests.setup)
+    return {
+        "setup": prepared.setup,
+        "tests": prepared.tests,
+        "names": [name for name in prepared.names if name != tests.entry_point],
+        "entry_point": tests.entry_point,
+        "num_tests": prepared.num_tests,
+    }
+
+
+_prepared = functools.lru_cache(maxsize=256)(prepare)  # a group's rollouts run the same tests
+
+
+def _refuse(value: Any) -> int:
+    raise ValueError(f"a {type(value).__name__} in tests; calls take and return JSON-like data")
 
 
 @functools.cache
-def _source() -> str:
-    return Path(code_test.__file__).read_text()
+def _guest(name: str) -> tuple[str, ...]:
+    """The command that runs one of the guests, its only import in the same text."""
+    module = channel.__name__
+    program = (
+        "import sys\n"
+        f"module = sys.modules[{module!r}] = type(sys)({module!r})\n"
+        f"exec({_source('channel')!r}, module.__dict__)\n"
+        f"exec({_source(name)!r}, {{'__name__': '__main__'}})"
+    )
+    return ("python", "-I", "-c", program)
 
 
-def _guest(role: str) -> list[str]:
-    return ["python", "-I", "-c", _source(), role]
+def _source(name: str) -> str:
+    return Path(channel.__file__).with_name(f"{name}.py").read_text()
 
 
 def _lines(text: str) -> list[str]:
