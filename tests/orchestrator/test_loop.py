@@ -235,7 +235,7 @@ async def test_a_group_scored_without_its_failed_rollouts_does_not_try_them_agai
     assert audit(run.folder.path).is_clean
     assert set(finished_of_batched_groups(run)) == {3}
     report = json.loads(run.folder.eval_of(4).read_text())["environments"]["digits"]
-    assert (report["num_rollouts"], report["failures"]) == (4, {"sandbox": 2})
+    assert (report["num_rollouts"], report["failures"]) == (6, {"sandbox": 2})
 
 
 async def test_a_group_with_too_few_valid_rollouts_runs_again_whole(make_run):
