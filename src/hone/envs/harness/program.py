@@ -22,6 +22,8 @@ from hone.schema.traces import FailureClass
 
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ")
 PLACEHOLDER = re.compile(r"\{(base_url|anthropic_base_url|api_key|model|prompt|prompt_file)\}")
+KEPT_CHARACTERS = 2000
+"""Of each output, in the trace; `ProgramRun.output` has more."""
 CRASH_CHARACTERS = 500
 
 
@@ -60,7 +62,7 @@ class ProgramHarness(Harness):
     prompt: what the program is told of a task.
 
     `rollout.state` is a `ProgramRun`: rewards find the folder and the output there. A program whose exit code is not 0
-    has crashed. The trace's info has exit code and output under `program`.
+    has crashed. The trace's info has the exit code and the end of the output under `program`.
     """
 
     def __init__(
@@ -133,8 +135,8 @@ class ProgramHarness(Harness):
             output = run.output
             rollout.info["program"] = {
                 "exit_code": output.exit_code,
-                "stdout": output.stdout,
-                "stderr": output.stderr,
+                "stdout": output.stdout[-KEPT_CHARACTERS:],
+                "stderr": output.stderr[-KEPT_CHARACTERS:],
             }
         if output.exit_code:
             said = (output.stderr.strip() or output.stdout.strip())[-CRASH_CHARACTERS:]

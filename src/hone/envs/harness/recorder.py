@@ -17,7 +17,8 @@ from hone.schema.messages import Message
 from hone.schema.sampling import Turn
 
 CHARACTERS_PER_TOKEN = 4
-"""For estimates of what was never tokenised."""
+TOKENS_PER_MESSAGE = 4
+"""For estimates of what was never tokenised: the text of a message, and what a template writes around it."""
 
 
 class Recorder:
@@ -80,10 +81,11 @@ class Recorder:
                 uncounted.append(node.message)
             else:
                 num_counted, uncounted = node.turn.num_prompt_tokens + node.turn.num_completion_tokens, []
-        num_characters = sum(len(message.content) for message in [*uncounted, *place.new])
-        if not num_counted:
-            num_characters += len(msgspec.json.encode(call.tools)) if call.tools else 0
-        return num_counted + num_characters // CHARACTERS_PER_TOKEN + 1
+        uncounted += place.new
+        num_characters = sum(len(message.content) for message in uncounted)
+        if call.tools and not num_counted:
+            num_characters += len(msgspec.json.encode(call.tools))
+        return num_counted + num_characters // CHARACTERS_PER_TOKEN + TOKENS_PER_MESSAGE * len(uncounted)
 
     async def _sample(self, call: Call) -> Turn:
         rollout = self._rollout
