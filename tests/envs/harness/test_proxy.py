@@ -9,6 +9,7 @@ import anthropic
 import msgspec
 import openai
 import pytest
+from policies import check_tokens
 
 from hone.envs import (
     FailureClass,
@@ -26,9 +27,8 @@ from hone.envs import (
 )
 from hone.envs.harness import Endpoint, SdkHarness, proxy
 from hone.inference.client import EngineLost
-from hone.orchestrator.samples import check_trainable, training_samples
+from hone.orchestrator.samples import training_samples
 from hone.schema.sampling import SamplingParameters
-from hone.schema.wire import decode, encode
 
 SAMPLING = SamplingParameters(temperature=0.7, max_tokens=200)
 ADD = {
@@ -71,42 +71,6 @@ def anthropic_client(endpoint):
 
 def calls_then_answers(prompt):
     return "5" if "<tool_response>" in prompt else CALLS
-
-
-def check_tokens(trace, policy):
-    """The trace's tokens are the engine's, in the prompts as in the answers, and each is trained once."""
-    engine = policy.engine
-    assert trace.failure is None
-    by_logprobs = {tuple(answer.logprobs): answer for answer in engine.answers}
-    for turn in trace.turns:
-        answer = by_logprobs[tuple(turn.logprobs)]
-        assert (turn.token_ids, turn.versions) == (answer.token_ids, answer.versions)
-        prompt = engine.prompts[int(answer.request_id) - 1]
-        [branch] = {tuple(ids_on(branch, turn)) for branch in trace.branches() if any(n.turn is turn for n in branch)}
-        assert list(branch) == prompt + answer.token_ids
-    trace = decode(encode(trace), type(trace))
-    check_trainable(trace)
-    trained = [pair for sample in training_samples(trace, 1.0, 1.0, 0.7) for pair in trained_tokens(sample)]
-    sampled = [pair for turn in trace.turns for pair in zip(turn.token_ids, turn.logprobs, strict=True)]
-    assert sorted(trained) == sorted(sampled)
-
-
-def ids_on(branch, last):
-    ids = []
-    for node in branch:
-        if node.turn is not None:
-            ids += node.turn.context_token_ids + node.turn.token_ids
-        if node.turn is last:
-            return ids
-    raise AssertionError("the turn is not on the branch")
-
-
-def trained_tokens(sample):
-    return [
-        (token, logprob)
-        for token, mask, logprob in zip(sample.token_ids, sample.loss_mask, sample.logprobs, strict=True)
-        if mask
-    ]
 
 
 async def ask_openai(client, messages, *, stream, **settings):

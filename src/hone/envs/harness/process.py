@@ -10,7 +10,9 @@ from pathlib import Path
 
 TAIL_BYTES = 16 * 2**10
 END_SECONDS = 2.0
-"""So long a program has between the request to end and its end, and its last output to arrive."""
+"""So long a program has between the request to end and its end by force."""
+DRAIN_SECONDS = 0.5
+"""So long the last output may take to arrive."""
 STDOUT, STDERR = 1, 2
 
 
@@ -53,15 +55,15 @@ async def _end(group: int, watcher: "_Watcher") -> None:
     """Ask, then kill; children that outlive the program are killed with it."""
     if not watcher.exited.is_set():
         _signal_group(group, signal.SIGTERM)
-        await _wait(watcher.exited)
+        await _wait(watcher.exited, END_SECONDS)
     _signal_group(group, signal.SIGKILL)
-    await _wait(watcher.exited)
-    await _wait(watcher.closed)  # a process that left the group may hold the pipes open
+    await _wait(watcher.exited, END_SECONDS)
+    await _wait(watcher.closed, DRAIN_SECONDS)  # a process that left the group may hold the pipes open
 
 
-async def _wait(event: asyncio.Event) -> None:
+async def _wait(event: asyncio.Event, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(END_SECONDS):
+        async with asyncio.timeout(seconds):
             await event.wait()
 
 
