@@ -6,9 +6,11 @@ from hone.envs.harness import Endpoint, Harness, ProgramCrash, ProgramHarness, P
 from hone.envs.messages import assistant, system, tool_call, tool_result, user
 from hone.envs.registry import EnvironmentLoadError, installed_environments, load_environment
 from hone.envs.rollout import Limits, Rollout, run_group, run_rollout
-from hone.envs.rubric import Measure, Rubric, metric, reward
+from hone.envs.rows import Row, columns, dataset_tasks, jsonl_tasks, parquet_tasks
+from hone.envs.rubric import Measure, Rubric, group_metric, group_reward, metric, reward
 from hone.envs.sampler import Sampler
-from hone.envs.sources import Tasks, is_held_out
+from hone.envs.sources import Duplicate, Split, Tasks, TaskSourceError, concatenated, is_held_out
+from hone.envs.streams import endless, generated
 from hone.envs.tools import Tool, ToolArgumentsError, Toolset, ToolUse, UnknownToolError, tool
 from hone.envs.validation import check_gold, play
 from hone.schema.messages import Message, ToolCall, ToolSpec
@@ -17,6 +19,7 @@ from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, StopReason, Trace
 
 __all__ = [
+    "Duplicate",
     "Endpoint",
     "Environment",
     "EnvironmentLoadError",
@@ -31,13 +34,16 @@ __all__ = [
     "ProgramRun",
     "Rollout",
     "RolloutFailure",
+    "Row",
     "Rubric",
     "Sampler",
     "SamplingParameters",
     "SdkHarness",
     "SingleTurn",
+    "Split",
     "StopReason",
     "Task",
+    "TaskSourceError",
     "Tasks",
     "Tool",
     "ToolArgumentsError",
@@ -50,11 +56,20 @@ __all__ = [
     "UnknownToolError",
     "assistant",
     "check_gold",
+    "columns",
+    "concatenated",
+    "dataset_tasks",
+    "endless",
     "failures_as",
+    "generated",
+    "group_metric",
+    "group_reward",
     "installed_environments",
     "is_held_out",
+    "jsonl_tasks",
     "load_environment",
     "metric",
+    "parquet_tasks",
     "play",
     "reward",
     "run_group",

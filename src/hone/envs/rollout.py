@@ -3,12 +3,14 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
 from hone.envs.failures import RolloutFailure, failures_as
+from hone.envs.pacing import take_turn
 from hone.envs.rubric import NO_SCORES
 from hone.envs.sampler import Sampler
 from hone.schema.messages import Message, ToolSpec
@@ -183,6 +185,7 @@ class Rollout:
             raise
         finally:
             self.generate_seconds += time.perf_counter() - started
+        await take_turn()
         self._add(Node(turn.message, parent, turn))
         self.num_turns += 1
         if self._max_tokens is not None:
@@ -228,6 +231,18 @@ class Rollout:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Underway:
+    """A rollout under way and where it belongs; `underway` is the one in whose context the current code runs."""
+
+    environment: str
+    group: str
+    rollout: Rollout
+
+
+underway: ContextVar[Underway | None] = ContextVar("underway", default=None)
+
+
 class Stopped(Exception):
     """Ends a rollout from inside `turn`, `count_tool_calls` or `stop`; environment code lets it pass."""
 
@@ -242,11 +257,13 @@ async def run_rollout(
     limits: Limits = Limits(),
     *,
     group: str = "",
+    is_alone: bool = True,
 ) -> Trace:
     """Attempt `task` once. Never raises for what happens in there: the trace has either rewards or a failure.
 
     The sampling seed of a turn is derived from (seed, "sampling", task.key, attempt, turn). Only a cancellation of the
-    calling task passes, after the environment's teardown.
+    calling task passes, after the environment's teardown. is_alone: the rollout is its whole group; if not, its trace
+    lacks the group's rewards, which `Rubric.score_group` adds.
     """
     started_at, stopwatch = time.time(), _Stopwatch()
     rollout = Rollout(
@@ -263,8 +280,10 @@ async def run_rollout(
     )
     failure: Failure | None = None
     scores = NO_SCORES
+    before = underway.set(Underway(environment.name, group, rollout))
     try:
         async with asyncio.timeout(limits.deadline_seconds):
+            await take_turn()
             with failures_as(FailureClass.ENVIRONMENT, "setup"):
                 await environment.setup(rollout)
             stopwatch.enter("run")
@@ -273,20 +292,22 @@ async def run_rollout(
             scores = await environment.rubric.score(
                 _record(environment, rollout, group, metrics=rollout.metrics), rollout.state
             )
+        failure = rollout.failure  # of code that caught what interrupted it
     except RolloutFailure as error:
         failure = rollout.failure or error.failure
     except TimeoutError:
         late = f"the rollout took longer than {limits.deadline_seconds:g} s"
-        failure = Failure(FailureClass.TIMEOUT, stopwatch.phase, late)
+        failure = rollout.failure or Failure(FailureClass.TIMEOUT, stopwatch.phase, late)
     finally:
         stopwatch.enter("teardown")
         if environment.has_teardown:
             await _teardown(environment, rollout, limits.teardown_seconds)
+        underway.reset(before)
     if scores.failed_metrics:
         rollout.info["failed_metrics"] = scores.failed_metrics
     if rollout.info or rollout.metrics:
         failure = _without_unsendable(rollout) or failure
-    return _record(
+    trace = _record(
         environment,
         rollout,
         group,
@@ -295,6 +316,9 @@ async def run_rollout(
         failure=failure,
         timing=stopwatch.timing(started_at, rollout.generate_seconds),
     )
+    if is_alone and environment.scores_groups:
+        [trace] = await environment.rubric.score_group([trace])
+    return trace
 
 
 async def run_group(
@@ -311,10 +335,12 @@ async def run_group(
     """Attempt `task` once for each of `attempts`, at the same time; the traces come in the order of `attempts`."""
     async with asyncio.TaskGroup() as tasks:
         running = [
-            tasks.create_task(run_rollout(environment, task, attempt, sampler, sampling, seed, limits, group=group))
+            tasks.create_task(
+                run_rollout(environment, task, attempt, sampler, sampling, seed, limits, group=group, is_alone=False)
+            )
             for attempt in attempts
         ]
-    return [rollout.result() for rollout in running]
+    return await environment.rubric.score_group([rollout.result() for rollout in running])
 
 
 async def _drive(environment: "Environment", rollout: Rollout) -> None:

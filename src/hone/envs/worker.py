@@ -2,15 +2,15 @@
 
 Start it as `python -m hone.envs.worker RUN_FOLDER NAME`. It speaks from a ZeroMQ DEALER to the orchestrator's ROUTER.
 Every frame is one message in its envelope, and a multipart message carries the frames of one tick of the event loop,
-in both directions. To the orchestrator: WorkerHello after each (re)connection, Heartbeat, RolloutResult. From it:
-RolloutRequest, RolloutCancel, Shutdown. When the connection breaks, all rollouts under way are given up, because the
-orchestrator that comes back issues anew what it still needs; results are idempotent by group and attempt. Code of an
-environment that blocks the event loop for longer than a rollout may take ends the process, which is started again.
+in both directions. To the orchestrator: WorkerHello after each (re)connection, Heartbeat, RolloutResult, Farewell.
+From it: RolloutRequest, RolloutCancel, Shutdown. When the connection breaks, all rollouts under way are given up,
+because the orchestrator that comes back issues anew what it still needs; results are idempotent by group and attempt.
+Code of an environment that blocks the event loop for too long is interrupted, and its rollout fails. Where that does
+not help, the worker names the rollout, says farewell and ends; it is started again.
 """
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -26,8 +26,9 @@ from zmq.utils.monitor import parse_monitor_message
 from hone.config.load import load_recipe
 from hone.config.recipe import Recipe
 from hone.envs.environment import Environment
+from hone.envs.pacing import spare_collector
 from hone.envs.registry import load_environment
-from hone.envs.rollout import Limits
+from hone.envs.rollout import Limits, Underway
 from hone.envs.runner import RolloutRunner
 from hone.envs.sampler import Sampler
 from hone.envs.stalls import StallMeter
@@ -37,6 +38,7 @@ from hone.observability.disk import disk_complaint, is_disk_trouble
 from hone.schema.rollouts import (
     FRAMES_PER_MESSAGE,
     WORKER_CHANNEL,
+    Farewell,
     Heartbeat,
     RolloutCancel,
     RolloutRequest,
@@ -44,6 +46,7 @@ from hone.schema.rollouts import (
     Shutdown,
     WorkerHello,
 )
+from hone.schema.traces import Failure, Trace
 from hone.schema.wire import Wire, WireError
 from hone.text.rendering import Renderer
 from hone.text.tokenizer import Tokenizer
@@ -56,7 +59,7 @@ RECONNECT_MILLISECONDS = 100
 PING_MILLISECONDS = 2_000
 SILENCE_MILLISECONDS = 30_000
 FAREWELL_MILLISECONDS = 1_000
-LEAST_STALL_SECONDS = 60.0
+MAX_STALL_SECONDS = 30.0
 
 WILL_NEVER_WORK = 2
 
@@ -79,9 +82,7 @@ def main(arguments: list[str]) -> int:
         if not is_disk_trouble(error):
             raise
         return _complain(disk_complaint(error, folder.path))
-    # What is loaded by now stays: spare the garbage collector from visiting it.
-    gc.collect()
-    gc.freeze()
+    spare_collector()
     asyncio.run(_serve(recipe, name, environments, renderer, address.workers, address.tokens))
     return 0
 
@@ -124,6 +125,7 @@ async def _serve(
             TokenSampler(channel, renderer, deadline_seconds=limits_from(recipe).deadline_seconds),
             limits=limits_from(recipe),
             heartbeat_seconds=recipe.workers.heartbeat_seconds,
+            max_stall_seconds=recipe.workers.max_stall_seconds,
         )
         async with worker:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -143,13 +145,14 @@ class Worker:
         *,
         limits: Limits = Limits(),
         heartbeat_seconds: float = 1.0,
+        max_stall_seconds: float = MAX_STALL_SECONDS,
     ) -> None:
         self._name = name
         self._address = address
         self._environments = environments
         self._runner = RolloutRunner(environments, sampler, self._send, limits)
         self._heartbeat_seconds = heartbeat_seconds
-        self._stall_seconds = max(LEAST_STALL_SECONDS, limits.deadline_seconds)
+        self._max_stall_seconds = max_stall_seconds
         self._wire = Wire(*WORKER_CHANNEL)
         self._outgoing: list[bytes] = []
         self._flush_is_due = False
@@ -191,17 +194,33 @@ class Worker:
 
     async def run(self) -> None:
         """Work until the orchestrator says that it is over."""
-        with StallMeter(deadline_seconds=self._stall_seconds) as stalls:
+        with StallMeter(deadline_seconds=self._max_stall_seconds, last_words=self._say_farewell) as stalls:
             while not self._over.is_set():
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._over.wait(), self._heartbeat_seconds)
-                self._send(Heartbeat(self._name, self._runner.num_running, stalls.take_longest()))
+                stall = stalls.take_longest()
+                self._send(
+                    Heartbeat(self._name, self._runner.num_running, stall.seconds, stall.place, stall.environment)
+                )
                 self._poll()
 
     def stop(self, reason: str | None) -> None:
         """Let `run` return; what is under way is given up."""
         logger.info("stopping: %s", reason)
         self._over.set()
+
+    def _say_farewell(self, guilty: Underway, failure: Failure) -> None:
+        """The last words of a process whose loop stands still; its thread is not in here, so the socket is ours."""
+        rollout = guilty.rollout
+        trace = Trace(guilty.environment, rollout.task, rollout.attempt, group=guilty.group, failure=failure)
+        result = RolloutResult(guilty.group, rollout.attempt, trace)
+        for message in (result, Farewell(self._name, failure.message)):
+            self._outgoing.append(self._wire.encode(message))
+        self._socket.send_multipart(self._outgoing[-FRAMES_PER_MESSAGE:], zmq.NOBLOCK, copy=True)
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close()
+        self._context.term()  # returns when all has left, or after the time to linger
 
     def _send(self, message: RolloutResult | WorkerHello | Heartbeat) -> None:
         """Put a message among those that leave at the end of this tick."""

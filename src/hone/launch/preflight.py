@@ -13,6 +13,7 @@ from hone.config.recipe import Recipe
 from hone.envs.registry import load_environment
 from hone.model.families import ModelConfig
 from hone.model.native import library
+from hone.orchestrator.curriculum import check_curriculum
 from hone.text.tokenizer import Tokenizer
 from hone.transport.addresses import allocate
 
@@ -98,7 +99,7 @@ def _strict_numerics_are_possible(recipe: Recipe) -> None:
 
 def _environments_load(recipe: Recipe) -> None:
     for section in recipe.environments:
-        load_environment(section.name, **section.arguments)
+        check_curriculum(section, load_environment(section.name, **section.arguments))
 
 
 def _ports_are_free(recipe: Recipe) -> None:

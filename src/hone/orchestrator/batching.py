@@ -9,6 +9,7 @@ from hone.config.recipe import RlSection
 from hone.orchestrator.advantages import advantages, normalised
 from hone.orchestrator.samples import training_samples
 from hone.schema.batches import TrainingBatch
+from hone.schema.rollouts import Heartbeat
 from hone.schema.traces import FailureClass, Timing, Trace
 from hone.transport.batches import batch_from
 
@@ -60,10 +61,18 @@ class Tally:
     num_filtered: int = 0
     num_dropped: int = 0
     num_stale: int = 0
+    num_again: int = 0
     failures: Counter[FailureClass] = field(default_factory=Counter)
+    given_up: Counter[FailureClass] = field(default_factory=Counter)
     environments: list[str] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    stalls: dict[str, float] = field(default_factory=dict)
+
+    def note_stall(self, beat: Heartbeat) -> None:
+        """The longest stall of any worker, and of each environment that was seen in one."""
+        for area in {"", beat.stalled_environment}:
+            self.stalls[area] = max(self.stalls.get(area, 0.0), beat.max_stall_seconds)
 
     def add(self, environment: str, trace: Trace, reward: float) -> None:
         """A valid rollout with its total reward; `environment` is the recipe's name for where it comes from."""
@@ -78,9 +87,16 @@ class Tally:
             "rollout/dropped_groups_count": self.num_dropped,
             "rollout/stale_groups_count": self.num_stale,
             "rollout/failed_count": self.failures.total(),
+            "rollout/again_count": self.num_again,
+            "rollout/given_up_count": self.given_up.total(),
         }
         failures = {f"rollout/failed_{kind}_count": count for kind, count in self.failures.items()}
-        return counts | failures | (self._means() if self.traces else {})
+        failures |= {f"rollout/given_up_{kind}_count": count for kind, count in self.given_up.items()}
+        stalls = {
+            f"rollout/{name}/stall_seconds_max" if name else "rollout/stall_seconds_max": seconds
+            for name, seconds in self.stalls.items()
+        }
+        return counts | failures | stalls | (self._means() if self.traces else {})
 
     def timing(self) -> Timing:
         """From the first beginning to the last end, with the seconds that all rollouts together spent."""
