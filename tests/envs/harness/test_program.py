@@ -8,9 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from hone.envs import FailureClass, Limits, Rubric, StopReason, Task, reward, run_group, run_rollout, user
+from hone.envs import (
+    FailureClass,
+    Limits,
+    RolloutFailure,
+    Rubric,
+    StopReason,
+    Task,
+    reward,
+    run_group,
+    run_rollout,
+    user,
+)
 from hone.envs.harness import ProgramHarness, process
+from hone.envs.local_processes import LocalProcesses
 from hone.schema.sampling import SamplingParameters
+from hone.schema.sandboxes import SandboxSpec
 
 SAMPLING = SamplingParameters(max_tokens=100)
 TASK = Task(prompt=(user("Add 2 and 3: {api_key}"),), reference="5")
@@ -61,26 +74,57 @@ async def test_a_program_is_started_with_its_prompt_and_scored_by_what_it_left(p
     assert "Add 2 and 3: {api_key}" in policy.engine.tokenizer.decode(policy.engine.prompts[0])
 
 
-async def test_the_folder_is_prepared_and_removed(policy):
-    class Prepared(ProgramHarness):
-        async def prepare(self, rollout, folder):
-            (folder / "given.txt").write_text("given")
+class Prepared(ProgramHarness):
+    async def prepare(self, rollout, run):
+        await run.write("folder/given.txt", b"given")
 
-    folders = []
+
+@pytest.mark.parametrize("sandboxes", [None, LocalProcesses()])
+async def test_the_folder_is_prepared_read_and_removed(policy, sandboxes):
+    runs = []
 
     @reward
-    def note(state):
-        folders.append(state.folder)
-        return (state.folder / "given.txt").exists()
+    async def answered(state):
+        runs.append(state)
+        return float(await state.read("answer.txt"))
 
-    code = ASK + "ask(open('given.txt').read() + open(sys.argv[1]).read())"
-    command = [sys.executable, "-c", code, "{prompt_file}"]
-    environment = Prepared(name="prepared", rubric=Rubric([note]), train=[TASK], command=command)
+    code = ASK + "open('answer.txt', 'w').write(ask(open('folder/given.txt').read() + sys.argv[1]))"
+    command = ["python3", "-c", code, "{prompt}"]
+    environment = Prepared(
+        name="prepared", rubric=Rubric([answered]), train=[TASK], command=command, sandboxes=sandboxes
+    )
     traces = await run_group(environment, TASK, [0, 1], policy(lambda prompt: "5"), SAMPLING, 7)
-    assert [trace.reward for trace in traces] == [1, 1]
+    assert [(trace.failure, trace.reward) for trace in traces] == [(None, 5), (None, 5)]
     assert traces[0].messages[1].content == "givenAdd 2 and 3: {api_key}"
-    assert len(set(folders)) == 2
-    assert not any(folder.parent.exists() for folder in folders)
+    assert len(set(runs)) == 2
+    for run in runs:
+        with pytest.raises((FileNotFoundError, RolloutFailure)):
+            await run.read("answer.txt")
+
+
+async def test_a_program_in_a_sandbox_crashes_and_is_ended_like_any_other(policy):
+    code = "ask('x'); print('said'); ask('y'); sys.exit('it went wrong')"
+    environment = program(code, sandboxes=LocalProcesses())
+    trace = await run(environment, policy(lambda prompt: "5"))
+    assert trace.failure.kind is FailureClass.HARNESS
+    assert "exit code 1: it went wrong" in trace.failure.message
+    assert trace.info["program"] == {"exit_code": 1, "stdout": "said\n", "stderr": "it went wrong\n"}
+    environment = program(
+        "for number in range(9):\n  try: ask(str(number))\n  except OSError: time.sleep(60)", sandboxes=LocalProcesses()
+    )
+    trace = await run(environment, policy(lambda prompt: "5"), Limits(max_turns=2))
+    assert (trace.stop_reason, len(trace.turns), trace.reward) == (StopReason.MAX_TURNS, 2, 1)
+
+
+async def test_a_sandbox_that_cannot_be_made_is_a_failure_of_the_sandbox(policy):
+    environment = program("ask('x')", sandboxes=LocalProcesses(), spec=SandboxSpec(image="none", network="host"))
+    trace = await run(environment, policy(lambda prompt: "5"))
+    assert trace.failure.kind is FailureClass.SANDBOX
+
+
+def test_a_sandbox_without_network_is_refused():
+    with pytest.raises(ValueError, match="cannot reach the proxy"):
+        program("", sandboxes=LocalProcesses(), spec=SandboxSpec())
 
 
 async def test_a_program_gets_what_clients_read_and_no_secrets_of_ours(policy, monkeypatch):

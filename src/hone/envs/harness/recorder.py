@@ -1,6 +1,7 @@
 """One rollout's side of the proxy: each call of the program becomes a turn of the rollout, until a budget ends it."""
 
 import asyncio
+import contextvars
 import hashlib
 import hmac
 import secrets
@@ -36,6 +37,7 @@ class Recorder:
         self.graph = NodeGraph(rollout.nodes)
         self._rollout = rollout
         self._repeats: Counter[str] = Counter()
+        self._context = contextvars.copy_context()  # of the rollout, not of the server
         self._under_way: set[asyncio.Task[Turn]] = set()
         self._is_closed = False
 
@@ -62,7 +64,7 @@ class Recorder:
         """
         self.num_calls += 1
         self.not_enforced.update(call.not_enforced)
-        turn = asyncio.create_task(self._sample(call))
+        turn = asyncio.create_task(self._sample(call), context=self._context)
         self._under_way.add(turn)
         turn.add_done_callback(self._under_way.discard)
         try:
