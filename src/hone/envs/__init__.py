@@ -2,6 +2,7 @@
 
 from hone.envs.environment import Environment, MultiTurn, SingleTurn
 from hone.envs.failures import RolloutFailure, failures_as
+from hone.envs.harness import Endpoint, Harness, ProgramCrash, ProgramHarness, ProgramRun, SdkHarness
 from hone.envs.messages import assistant, system, tool_call, tool_result, user
 from hone.envs.registry import EnvironmentLoadError, installed_environments, load_environment
 from hone.envs.rollout import Limits, Rollout, run_group, run_rollout
@@ -19,19 +20,25 @@ from hone.schema.traces import FailureClass, StopReason, Trace
 
 __all__ = [
     "Duplicate",
+    "Endpoint",
     "Environment",
     "EnvironmentLoadError",
     "FailureClass",
+    "Harness",
     "Limits",
     "Measure",
     "Message",
     "MultiTurn",
+    "ProgramCrash",
+    "ProgramHarness",
+    "ProgramRun",
     "Rollout",
     "RolloutFailure",
     "Row",
     "Rubric",
     "Sampler",
     "SamplingParameters",
+    "SdkHarness",
     "SingleTurn",
     "Split",
     "StopReason",

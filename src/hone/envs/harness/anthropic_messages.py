@@ -216,4 +216,4 @@ def _usage(answer: Answer) -> Json:
 
 
 def _event(content: Json) -> bytes:
-    return b"event: " + content["type"].encode() + b"\ndata: " + msgspec.json.encode(content) + b"\n\n"
+    return f"event: {content['type']}\ndata: ".encode() + msgspec.json.encode(content) + b"\n\n"

@@ -72,6 +72,7 @@ class ChatBody(msgspec.Struct):
     model: str = ""
     tools: list[ToolBody] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
@@ -163,6 +164,7 @@ def _tool(body: ToolBody) -> ToolSpec:
 def _not_enforced(request: ChatBody) -> tuple[str, ...]:
     asked = {
         "tool_choice": request.tool_choice not in (None, "auto", "none"),
+        "parallel_tool_calls": request.parallel_tool_calls is False,
         "response_format": (request.response_format or {}).get("type", "text") != "text",
     }
     return tuple(name for name, is_asked in asked.items() if is_asked)

@@ -5,6 +5,7 @@ It speaks OpenAI's chat completions and Anthropic's messages. Which rollout a ca
 
 import asyncio
 import contextlib
+import contextvars
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -47,8 +48,8 @@ class RecordingProxy:
         self._recorders[recorder.identity] = recorder
         try:
             async with self._changing:
-                if self._runner is None:
-                    await self._start()
+                if self._runner is None:  # in a context of its own: it serves other rollouts than this
+                    await asyncio.create_task(self._start(), context=contextvars.Context())
             yield recorder
         finally:
             del self._recorders[recorder.identity]

@@ -1,6 +1,7 @@
 """One rollout's side of the proxy: each call of the program becomes a turn of the rollout, until a budget ends it."""
 
 import asyncio
+import contextvars
 import hashlib
 import hmac
 import secrets
@@ -17,7 +18,8 @@ from hone.schema.messages import Message
 from hone.schema.sampling import Turn
 
 CHARACTERS_PER_TOKEN = 4
-"""For estimates of what was never tokenised."""
+TOKENS_PER_MESSAGE = 4
+"""For estimates of what was never tokenised: the text of a message, and what a template writes around it."""
 
 
 class Recorder:
@@ -35,6 +37,7 @@ class Recorder:
         self.graph = NodeGraph(rollout.nodes)
         self._rollout = rollout
         self._repeats: Counter[str] = Counter()
+        self._context = contextvars.copy_context()  # of the rollout, not of the server
         self._under_way: set[asyncio.Task[Turn]] = set()
         self._is_closed = False
 
@@ -61,7 +64,7 @@ class Recorder:
         """
         self.num_calls += 1
         self.not_enforced.update(call.not_enforced)
-        turn = asyncio.create_task(self._sample(call))
+        turn = asyncio.create_task(self._sample(call), context=self._context)
         self._under_way.add(turn)
         turn.add_done_callback(self._under_way.discard)
         try:
@@ -80,10 +83,11 @@ class Recorder:
                 uncounted.append(node.message)
             else:
                 num_counted, uncounted = node.turn.num_prompt_tokens + node.turn.num_completion_tokens, []
-        num_characters = sum(len(message.content) for message in [*uncounted, *place.new])
-        if not num_counted:
-            num_characters += len(msgspec.json.encode(call.tools)) if call.tools else 0
-        return num_counted + num_characters // CHARACTERS_PER_TOKEN + 1
+        uncounted += place.new
+        num_characters = sum(len(message.content) for message in uncounted)
+        if call.tools and not num_counted:
+            num_characters += len(msgspec.json.encode(call.tools))
+        return num_counted + num_characters // CHARACTERS_PER_TOKEN + TOKENS_PER_MESSAGE * len(uncounted)
 
     async def _sample(self, call: Call) -> Turn:
         rollout = self._rollout
