@@ -72,6 +72,17 @@ def test_equal_rewards_are_filtered_and_their_place_is_filled():
     assert finish(state, 0, rewards=(1.0, 1.0)) == [d.FilterGroup(0), d.StartGroup(4, 0)]
 
 
+def test_a_game_whose_rewards_add_up_to_the_same_trains_where_those_of_an_agent_differ():
+    def play(number, *rewards):
+        return tell(
+            state, *(d.RolloutFinished(number, attempt, 0.0, 0, (own, -own)) for attempt, own in enumerate(rewards))
+        )
+
+    state, _ = begin()
+    assert of(play(0, 1.0, -1.0), d.FinishGroup) == [d.FinishGroup(0)]
+    assert of(play(1, 1.0, 1.0), d.FilterGroup) == [d.FilterGroup(1)]
+
+
 def test_equal_rewards_train_when_nothing_is_filtered():
     state, _ = begin(filter_without_signal=False)
     assert finish(state, 0, rewards=(1.0, 1.0)) == [d.FinishGroup(0)]

@@ -1,5 +1,6 @@
 """What an environment author imports: tasks, environments, rewards and metrics, and the rollout they see."""
 
+from hone.envs.agents import Agent, ChatModel, Fixed, MultiAgent, Seat
 from hone.envs.environment import Environment, MultiTurn, SingleTurn
 from hone.envs.failures import RolloutFailure, failures_as
 from hone.envs.harness import Endpoint, Harness, ProgramCrash, ProgramHarness, ProgramRun, SdkHarness
@@ -19,15 +20,19 @@ from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, StopReason, Trace
 
 __all__ = [
+    "Agent",
+    "ChatModel",
     "Duplicate",
     "Endpoint",
     "Environment",
     "EnvironmentLoadError",
     "FailureClass",
+    "Fixed",
     "Harness",
     "Limits",
     "Measure",
     "Message",
+    "MultiAgent",
     "MultiTurn",
     "ProgramCrash",
     "ProgramHarness",
@@ -39,6 +44,7 @@ __all__ = [
     "Sampler",
     "SamplingParameters",
     "SdkHarness",
+    "Seat",
     "SingleTurn",
     "Split",
     "StopReason",

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
@@ -19,7 +20,8 @@ from hone.schema.seeds import derive_seed
 from hone.schema.tasks import Task
 from hone.schema.traces import Failure, FailureClass, Node, Reward, StopReason, Timing, Trace
 
-if TYPE_CHECKING:  # environment.py imports this module
+if TYPE_CHECKING:  # these import this module
+    from hone.envs.agents import Seat
     from hone.envs.environment import Environment
 
 
@@ -45,7 +47,7 @@ class Rollout:
     """One rollout under way, as the environment sees it.
 
     task: what is attempted. attempt: the rollout's number within its group. state: whatever the environment wants to
-    keep for this rollout. info: what the trace shall remember; JSON-like values only. metrics: numbers that the course
+    keep for this rollout. agents: those of a `MultiAgent` environment, by name. info: what the trace shall remember; JSON-like values only. metrics: numbers that the course
     of the rollout measures, beside those of the rubric. tools: what the policy can call from its next turn on. nodes:
     the messages so far, each the child of the one before, unless `append_after` and `turn_after` make branches.
     """
@@ -59,6 +61,7 @@ class Rollout:
         "_sampler",
         "_sampling",
         "_seed",
+        "agents",
         "attempt",
         "failure",
         "generate_seconds",
@@ -91,6 +94,7 @@ class Rollout:
         self.attempt = attempt
         self.tools = tools
         self.state: Any = None
+        self.agents: dict[str, Seat] = {}
         self.info: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
         self.nodes = [Node(message, index - 1 if index else None) for index, message in enumerate(task.prompt)]
@@ -139,18 +143,42 @@ class Rollout:
         return await self._sample(self.nodes, self._leaf, self.tools, self._next_sampling())
 
     async def turn_after(
-        self, parent: int, tools: Sequence[ToolSpec], *, stop: Sequence[str] = (), seed: int | None = None
+        self,
+        parent: int,
+        tools: Sequence[ToolSpec],
+        *,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        agent: str = "",
     ) -> Turn:
         """Let the policy continue the branch that ends at node `parent`. Several turns may be under way at once.
 
         stop: stop strings besides those of the rollout. seed: in place of one derived from the turn's number, which
         depends on the order of turns that are under way at once. A budget of tokens counts finished turns.
+        agent: as whom the policy speaks.
         """
         sampling = self._next_sampling()
         sampling = msgspec.structs.replace(
             sampling, stop=(*sampling.stop, *stop), seed=sampling.seed if seed is None else seed
         )
-        return await self._sample(self.branch(parent), parent, tools, sampling)
+        return await self._sample(self.branch(parent), parent, tools, sampling, agent)
+
+    async def turn_of(
+        self, parent: int, tools: Sequence[ToolSpec], sampler: Sampler, sampling: SamplingParameters, agent: str
+    ) -> Turn:
+        """Let another model than the policy continue a branch. No budget counts it, and it ends no rollout."""
+        self._check_going_on()
+        turn = await self._answer_of(sampler, self.branch(parent), tools, sampling, f"sample {agent}")
+        self._add(Node(turn.message, parent, turn, agent))
+        return turn
+
+    def agent(self, name: str) -> "Seat":
+        """One of the agents of a `MultiAgent` environment."""
+        if name not in self.agents:
+            raise ValueError(
+                f"there is no agent {name!r} in this rollout; there are {', '.join(self.agents) or 'none'}"
+            )
+        return self.agents[name]
 
     def branch(self, leaf: int | None) -> list[Node]:
         """The nodes from a root to node `leaf`."""
@@ -171,27 +199,43 @@ class Rollout:
         raise Stopped
 
     async def _sample(
-        self, branch: Sequence[Node], parent: int | None, tools: Sequence[ToolSpec], sampling: SamplingParameters
+        self,
+        branch: Sequence[Node],
+        parent: int | None,
+        tools: Sequence[ToolSpec],
+        sampling: SamplingParameters,
+        agent: str = "",
     ) -> Turn:
         self._num_begun += 1
+        turn = await self._answer_of(self._sampler, branch, tools, sampling, "sample")
+        self._add(Node(turn.message, parent, turn, agent))
+        self.num_turns += 1
+        if self._max_tokens is not None:
+            self._max_tokens -= turn.num_completion_tokens
+        if turn.finish_reason is FinishReason.LENGTH:
+            self.stop(StopReason.MAX_TOKENS)
+        return turn
+
+    async def _answer_of(
+        self,
+        sampler: Sampler,
+        branch: Sequence[Node],
+        tools: Sequence[ToolSpec],
+        sampling: SamplingParameters,
+        where: str,
+    ) -> Turn:
         started = time.perf_counter()
         try:
-            with failures_as(FailureClass.MODEL, "sample"):
-                turn = await self._sampler.sample(branch, tools, sampling)
+            with failures_as(FailureClass.MODEL, where):
+                turn = await sampler.sample(branch, tools, sampling)
                 if turn.finish_reason is FinishReason.CANCELLED:
-                    raise RolloutFailure(FailureClass.CANCELLED, "sample", "the engine gave up the request")
+                    raise RolloutFailure(FailureClass.CANCELLED, where, "the engine gave up the request")
         except RolloutFailure as error:
             self.failure = error.failure
             raise
         finally:
             self.generate_seconds += time.perf_counter() - started
         await take_turn()
-        self._add(Node(turn.message, parent, turn))
-        self.num_turns += 1
-        if self._max_tokens is not None:
-            self._max_tokens -= turn.num_completion_tokens
-        if turn.finish_reason is FinishReason.LENGTH:
-            self.stop(StopReason.MAX_TOKENS)
         return turn
 
     def count_tool_calls(self, count: int) -> None:
@@ -213,10 +257,7 @@ class Rollout:
 
     def _next_sampling(self) -> SamplingParameters:
         """The parameters of the next turn, if the budgets leave one; the first budget found used up stays the reason."""
-        if self.failure is not None:
-            raise RolloutFailure(self.failure.kind, self.failure.where, self.failure.message)
-        if self.stop_reason is not None:
-            raise Stopped
+        self._check_going_on()
         if self._max_turns is not None and self._num_begun >= self._max_turns:
             self.stop(StopReason.MAX_TURNS)
         if self._max_tokens is not None and self._max_tokens <= 0:
@@ -229,6 +270,13 @@ class Rollout:
             seed=self.derive_seed("sampling", self._num_begun),
             max_tokens=min(budgets, default=None),
         )
+
+    def _check_going_on(self) -> None:
+        """Nobody speaks in a rollout that is over."""
+        if self.failure is not None:
+            raise RolloutFailure(self.failure.kind, self.failure.where, self.failure.message)
+        if self.stop_reason is not None:
+            raise Stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +360,7 @@ async def run_rollout(
         rollout,
         group,
         rewards=scores.rewards if failure is None else {},
+        agent_rewards=scores.agent_rewards if failure is None else {},
         metrics=rollout.metrics | scores.metrics if failure is None else {},
         failure=failure,
         timing=stopwatch.timing(started_at, rollout.generate_seconds),
@@ -387,6 +436,7 @@ def _record(
     group: str,
     *,
     rewards: dict[str, Reward] | None = None,
+    agent_rewards: Mapping[str, dict[str, Reward]] = MappingProxyType({}),
     metrics: dict[str, float] | None = None,
     failure: Failure | None = None,
     timing: Timing = Timing(),
@@ -404,6 +454,7 @@ def _record(
         failure=failure,
         timing=timing,
         info=rollout.info,
+        agents={name: seat.record(agent_rewards.get(name, {})) for name, seat in rollout.agents.items()},
     )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hone.config.recipe import RlSection
-from hone.orchestrator.advantages import advantages, normalised
-from hone.orchestrator.samples import training_samples
+from hone.orchestrator.advantages import normalised
+from hone.orchestrator.samples import Credit, agent_samples, credits_of
 from hone.schema.batches import TrainingBatch
 from hone.schema.rollouts import Heartbeat
 from hone.schema.traces import FailureClass, Timing, Trace
@@ -24,17 +24,17 @@ class MadeBatch:
 
 def make_batch(step: int, groups: Sequence[Sequence[Trace]], section: RlSection) -> MadeBatch:
     """The batch of `step` from the valid traces of its groups: the same from the same traces, whenever it is made."""
-    rewards = [[trace.reward for trace in group] for group in groups]
-    values = [value for group in rewards for value in advantages(section.advantage, group)]
-    if section.batch_normalisation:
-        values = normalised(values)
-    flat_rewards = [reward for group in rewards for reward in group]
     traces = [trace for group in groups for trace in group]
+    credited = [found for group in groups for found in credits_of(group, section.advantage)]
+    if section.batch_normalisation:
+        credited = _normalised(credited)
     samples = [
         sample
-        for trace, reward, value in zip(traces, flat_rewards, values, strict=True)
-        for sample in training_samples(trace, reward, value, section.sampling.temperature)
+        for trace, found in zip(traces, credited, strict=True)
+        for sample in agent_samples(trace, found, section.sampling.temperature)
     ]
+    values = [credit.advantage for found in credited for credit in found.values()]
+    flat_rewards = [trace.reward for trace in traces]
     batch = batch_from(step, len(groups), samples)
     staleness = [step - 1 - sample.version for sample in samples]
     metrics = {
@@ -52,6 +52,11 @@ def make_batch(step: int, groups: Sequence[Sequence[Trace]], section: RlSection)
         "batch/truncated_share": _mean([trace.is_truncated for trace in traces]),
     }
     return MadeBatch(batch, metrics)
+
+
+def _normalised(credited: Sequence[dict[str, Credit]]) -> list[dict[str, Credit]]:
+    scaled = iter(normalised([credit.advantage for found in credited for credit in found.values()]))
+    return [{name: Credit(credit.reward, next(scaled)) for name, credit in found.items()} for found in credited]
 
 
 @dataclass(slots=True)
@@ -122,6 +127,8 @@ class Tally:
             values[area + "reward_mean"].append(reward)
             for name, part in trace.rewards.items():
                 values[area + "reward_" + name + "_mean"].append(part.value)
+            for name, earned in trace.agent_rewards.items() if trace.agents else ():
+                values[area + "agent_" + name + "_reward_mean"].append(earned)
             for name, metric in trace.metrics.items():
                 values[area + "metric_" + name + "_mean"].append(metric)
         return {name: _mean(found) for name, found in values.items()}

@@ -68,12 +68,16 @@ class EngineLost:
 
 @dataclass(frozen=True, slots=True)
 class RolloutFinished:
-    """A rollout has a valid reward; min_version is None where the engine does not tell versions."""
+    """A rollout has a valid reward; min_version is None where the engine does not tell versions.
+
+    agent_rewards: with several agents, what each earned that trains, in a fixed order.
+    """
 
     group: int
     attempt: int
     reward: float
     min_version: int | None
+    agent_rewards: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,11 +292,16 @@ class Group:
     pending: dict[int, Failures]
     """Attempts without an outcome, with their failures so far."""
     rewards: dict[int, float] = field(default_factory=dict)
+    agent_rewards: dict[int, tuple[float, ...]] = field(default_factory=dict)
     min_version: int | None = None
     last_failure: FailureClass | None = None
 
-    def record(self, attempt: int, reward: float, min_version: int | None) -> None:
+    def record(
+        self, attempt: int, reward: float, min_version: int | None, agent_rewards: tuple[float, ...] = ()
+    ) -> None:
         self.rewards[attempt] = reward
+        if agent_rewards:
+            self.agent_rewards[attempt] = agent_rewards
         if min_version is not None:
             self.min_version = min_version if self.min_version is None else min(self.min_version, min_version)
 
@@ -306,7 +315,12 @@ class Group:
 
     @property
     def has_signal(self) -> bool:
-        return max(self.rewards.values()) - min(self.rewards.values()) > EQUAL_REWARDS
+        """Whether rewards differ: in a game whose rewards add up to zero those of each agent, not their sum."""
+        if not self.agent_rewards:
+            return max(self.rewards.values()) - min(self.rewards.values()) > EQUAL_REWARDS
+        return any(
+            max(rewards) - min(rewards) > EQUAL_REWARDS for rewards in zip(*self.agent_rewards.values(), strict=True)
+        )
 
 
 class State:
@@ -397,7 +411,7 @@ class State:
         if group is None or group.pending.pop(event.attempt, None) is None:
             return  # the answer of a worker that was taken for dead
         self.num_running -= 1
-        group.record(event.attempt, event.reward, event.min_version)
+        group.record(event.attempt, event.reward, event.min_version, event.agent_rewards)
         self._settle_group(event.group, group, commands)
 
     def fail(self, event: RolloutFailed, commands: list[Command]) -> None:

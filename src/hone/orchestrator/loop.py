@@ -420,7 +420,7 @@ class Orchestrator:
 
     def _finish(self, number: int, attempt: int, trace: Trace, location: Location) -> None:
         try:
-            reward, version = check_trainable(trace)
+            reward, version, agent_rewards = check_trainable(trace)
         except UntrainableTraceError as error:
             self._last_failure = str(error)
             key = group_name(number), attempt
@@ -429,7 +429,7 @@ class Orchestrator:
         self._traces.setdefault(number, {})[attempt] = trace
         self._tally.add(self._tasks[number][0], trace, reward)
         self._ledger.finish(number, attempt, reward, version, location)
-        self._events.append(d.RolloutFinished(number, attempt, reward, version))
+        self._events.append(d.RolloutFinished(number, attempt, reward, version, agent_rewards))
 
     def _fail(self, key: Key, kind: FailureClass, *, is_final: bool = False) -> None:
         group, attempt = key
