@@ -176,7 +176,11 @@ def keep(
     for descriptor in stdio:
         os.close(descriptor)
 
+    is_killed = False
+
     def kill(number: int, frame: object) -> None:
+        nonlocal is_killed
+        is_killed = True
         if has_namespaces:
             with suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)
@@ -190,18 +194,23 @@ def keep(
     signal.signal(signal.SIGTERM, kill)
     signal.signal(signal.SIGINT, interrupt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+    ending: dict[str, Any] | None = None
     cpu_seconds, peak_memory_bytes = 0.0, 0
     while True:
         try:
             child, status, usage = os.wait4(-1, 0)
         except ChildProcessError:
+            if ending is not None:
+                os.write(report, marshal.dumps(ending))
             os._exit(0)
         cpu_seconds += usage.ru_utime + usage.ru_stime
         peak_memory_bytes = max(peak_memory_bytes, usage.ru_maxrss * 1024)
         if child == program:
             ending = {"status": status, "cpu_seconds": cpu_seconds, "peak_memory_bytes": peak_memory_bytes}
-            os.write(report, marshal.dumps(ending))
-            os.close(report)
+            if not is_killed:  # otherwise the end is when all that it started is dead
+                os.write(report, marshal.dumps(ending))
+                os.close(report)
+                ending = None
 
 
 def run(
@@ -220,7 +229,7 @@ def run(
             libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
         os.chdir(request["cwd"])
         if landlock:
-            confine(options)
+            confine(options, has_namespaces)
         limit(options, has_namespaces)
         os.execvpe(request["argv"][0], request["argv"], request["env"])
     except (OSError, ValueError) as error:
@@ -279,14 +288,15 @@ def landlock_version() -> int:
     return int(libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1))
 
 
-def confine(options: dict[str, Any]) -> None:
+def confine(options: dict[str, Any], has_namespaces: bool) -> None:
     """Let this process see the system's programs and its own folder only, and signal nobody outside.
 
     It also keeps it from the memory and the environment of every process outside, its keeper and guardian among them.
     """
     version = landlock_version()
     everything = (1 << LANDLOCK_FS_BITS.get(version, 16)) - 1
-    network = 0b11 if version >= 4 and options["network"] == "none" else 0
+    is_exposed = options["network"] == "none" and not has_namespaces
+    network = 0b11 if version >= 4 and is_exposed else 0  # no TCP; there is no better without namespaces
     scopes = 0b11 if version >= 6 else 0
     attributes = (ctypes.c_uint64 * 3)(everything, network, scopes)
     size = 8 if version < 4 else 16 if version < 6 else 24
