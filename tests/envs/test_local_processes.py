@@ -218,7 +218,12 @@ async def test_programs_do_not_see_the_files_of_this_machine(strong, tmp_path):
     needs(strong, "files")
     secret = tmp_path / "secret"
     secret.write_text("hunter2")
-    for command in (["cat", str(secret)], ["ls", str(tmp_path)], ["sh", "-c", f"echo x > {secret}"], ["rm", str(secret)]):
+    for command in (
+        ["cat", str(secret)],
+        ["ls", str(tmp_path)],
+        ["sh", "-c", f"echo x > {secret}"],
+        ["rm", str(secret)],
+    ):
         assert not (await strong.exec(command)).is_success
     assert secret.read_text() == "hunter2"
 
@@ -263,7 +268,7 @@ async def test_a_program_can_be_talked_with(sandbox):
     process.interrupt()
     assert await process.read() == b""
     with pytest.raises(BrokenPipeError):
-        await process.write(b"three\n")
+        await process.write(b"three\n" * 100_000)
     await process.close()
     await process.close()
 
@@ -315,7 +320,7 @@ async def test_an_unknown_image_and_a_weak_kernel_are_refused():
         await LocalProcesses().create(SandboxSpec(image="ubuntu"))
     strict = LocalProcesses(is_weak_allowed=False)
     strict._use_namespaces = False
-    with pytest.raises(RolloutFailure, match="does not grant .*namespaces"):
+    with pytest.raises(RolloutFailure, match=r"does not grant .*namespaces"):
         await strict.create(SandboxSpec())
 
 

@@ -68,7 +68,7 @@ async def test_a_session_keeps_its_variables_and_shows_the_last_value(sandbox):
 async def test_a_session_shows_exceptions_with_their_lines_and_goes_on(sandbox):
     session = PythonSession(sandbox)
     shown = await session.run("x = 1\ndef f():\n    return x / 0\nf()")
-    assert shown.startswith("Traceback (most recent call last):\n  File \"<snippet 1>\", line 4, in <module>")
+    assert shown.startswith('Traceback (most recent call last):\n  File "<snippet 1>", line 4, in <module>')
     assert "    return x / 0\n" in shown
     assert shown.endswith("ZeroDivisionError: division by zero\n")
     assert "SyntaxError" in await session.run("x = = 2")
@@ -102,7 +102,9 @@ async def test_a_snippet_that_ignores_the_interrupt_costs_the_session(sandbox, m
     assert "NameError" in await session.run("x")
 
 
-@pytest.mark.parametrize("code", ["import os; os._exit(0)", "import os; os.close(3); os.close(4)", "import os; os.write(4, b'x' * 99)"])
+@pytest.mark.parametrize(
+    "code", ["import os; os._exit(0)", "import os; os.close(3); os.close(4)", "import os; os.write(4, b'x' * 99)"]
+)
 async def test_a_snippet_that_ends_the_process_costs_the_session(sandbox, code):
     session = PythonSession(sandbox, timeout_seconds=5)
     await session.run("x = 1")
@@ -199,9 +201,7 @@ async def wrote_the_file(state: SandboxState) -> float:
 
 
 def environment(provider=None, **settings):
-    return SandboxToolUse(
-        name="work", rubric=Rubric([wrote_the_file]), train=[TASK], sandboxes=provider, **settings
-    )
+    return SandboxToolUse(name="work", rubric=Rubric([wrote_the_file]), train=[TASK], sandboxes=provider, **settings)
 
 
 def calls(*given):
@@ -249,7 +249,9 @@ async def test_the_first_turn_hides_the_creation():
             await asyncio.sleep(0.01)
             seen.append((provider.num_asked, len(provider.sandboxes)))
             provider.gate.set()
-            return Turn(calls(("shell", {"command": "echo 42 > answer"})) if len(seen) == 1 else assistant("done"), STOP)
+            return Turn(
+                calls(("shell", {"command": "echo 42 > answer"})) if len(seen) == 1 else assistant("done"), STOP
+            )
 
     trace = await run_rollout(environment(provider), TASK, 0, Sampler(), SamplingParameters(), seed=0)
     assert seen == [(1, 0), (1, 1)]

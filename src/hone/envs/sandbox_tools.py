@@ -9,8 +9,7 @@ from hone.envs.rubric import Rubric
 from hone.envs.sandboxes import LazySandbox, Sandbox, SandboxProvider
 from hone.envs.sessions import PythonSession
 from hone.envs.sources import Tasks
-from hone.envs.tools import OnError, Tool, ToolUse, tool
-from hone.envs.tools import Function, Toolset
+from hone.envs.tools import Function, OnError, Tool, Toolset, ToolUse, tool
 from hone.schema.messages import Message
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec
 from hone.schema.tasks import Task

@@ -22,7 +22,7 @@ class Session:
         self.module = ModuleType("__main__")
         self.module.__dict__["__builtins__"] = __builtins__
         sys.modules["__main__"] = self.module
-        sys.path.insert(0, os.getcwd())  # modules that were written into the sandbox
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109 - a text is wanted; modules that were written into the sandbox
         self.printed = os.memfd_create("printed")
         for standard in (1, 2):
             os.dup2(self.printed, standard)
