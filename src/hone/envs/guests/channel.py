@@ -130,7 +130,22 @@ CONTAINERS: dict[bytes, Any] = {b"l": list, b"t": tuple, b"s": set, b"f": frozen
 
 TYPES: dict[str, type] = {
     kind.__name__: kind
-    for kind in (bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict, object, type(None))
+    for kind in (
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        bytearray,
+        list,
+        tuple,
+        set,
+        frozenset,
+        dict,
+        object,
+        type(None),
+    )
 }
 """Types that count as data."""
 
