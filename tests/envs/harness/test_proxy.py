@@ -15,6 +15,7 @@ from hone.envs import (
     FailureClass,
     Limits,
     Rollout,
+    RolloutFailure,
     Rubric,
     StopReason,
     Task,
@@ -123,7 +124,7 @@ async def test_openai_calls_with_tools_become_turns_of_one_branch(policy, stream
     ]
     assert trace.nodes[1].message.reasoning == "two at once"
     check_tokens(trace, policy)
-    assert len(training_samples(trace, 1.0, 1.0, 1.0)) == 1
+    assert trace.metrics["num_branches"] == len(training_samples(trace, 1.0, 1.0, 1.0)) == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -257,7 +258,7 @@ async def test_sub_agents_that_run_at_once_are_branches_of_their_own(policy):
     assert [len(branch) for branch in trace.branches()] == [1, 7, 7, 7, 7]
     assert sum(message.role == "system" for message in trace.messages) == 1
     check_tokens(trace, policy)
-    assert len(training_samples(trace, 1.0, 1.0, 1.0)) == 4
+    assert trace.metrics["num_branches"] == len(training_samples(trace, 1.0, 1.0, 1.0)) == 4
 
 
 async def test_a_turn_runs_in_the_context_of_its_rollout(policy):
@@ -291,7 +292,7 @@ async def test_a_compacted_history_is_a_branch_and_shared_turns_train_once(polic
     trace = await run(agent, policy := policy(lambda prompt: "5"))
     assert len(trace.branches()) == 3
     check_tokens(trace, policy)
-    assert len(training_samples(trace, 1.0, 1.0, 1.0)) == 3
+    assert trace.metrics["num_branches"] == len(training_samples(trace, 1.0, 1.0, 1.0)) == 3
 
 
 async def test_a_program_that_asks_twice_gets_two_turns_with_seeds_of_their_own(policy):
@@ -657,6 +658,26 @@ async def test_a_program_that_takes_no_turn_is_a_failure_of_the_harness(policy):
         trace = await run(agent, policy(lambda prompt: "5"), on_crash=on_crash)
         assert trace.failure.kind is FailureClass.HARNESS
         assert "took no turn" in trace.failure.message
+
+
+@pytest.mark.parametrize("error", [KeyError, SystemExit, asyncio.CancelledError, TimeoutError])
+async def test_an_error_of_the_agent_is_a_failure_of_the_harness(policy, error):
+    async def agent(rollout, endpoint):
+        await one_openai_call(endpoint)
+        raise error
+
+    trace = await run(agent, policy(lambda prompt: "5"))
+    assert trace.failure.kind is FailureClass.HARNESS
+    assert error.__name__ in trace.failure.message
+
+
+async def test_a_failure_that_the_agent_names_itself_keeps_its_class(policy):
+    async def agent(rollout, endpoint):
+        await one_openai_call(endpoint)
+        raise RolloutFailure(FailureClass.TOOL, "search", "it is down")
+
+    trace = await run(agent, policy(lambda prompt: "5"), on_crash="score")
+    assert trace.failure.kind is FailureClass.TOOL
 
 
 async def test_a_crash_fails_the_rollout_or_is_scored_by_choice(policy):
