@@ -139,6 +139,17 @@ def test_a_conversation_is_not_continued_with_other_tools():
     assert graph.place([user("q"), assistant("a"), user("!")], ()).parent == 3
 
 
+def test_branches_are_counted_by_the_turns_that_only_they_have():
+    assert NodeGraph(chain(user("q"))).num_branches == 0
+    nodes = [
+        *chain(user("q"), assistant("a"), user("left unanswered")),
+        node(user("again"), 1),
+        node(assistant("b"), 3),
+    ]
+    assert NodeGraph(nodes).num_branches == 1
+    assert NodeGraph([*nodes, node(assistant("c"), 0), node(user("other"))]).num_branches == 2
+
+
 words = st.sampled_from(["a", "b", " a", ""])
 messages = st.one_of(
     words.map(user),

@@ -15,6 +15,7 @@ from hone.envs import (
     FailureClass,
     Limits,
     Rollout,
+    RolloutFailure,
     Rubric,
     StopReason,
     Task,
@@ -26,6 +27,7 @@ from hone.envs import (
     user,
 )
 from hone.envs.harness import Endpoint, SdkHarness, proxy
+from hone.envs.rollout import underway
 from hone.inference.client import EngineLost
 from hone.orchestrator.samples import training_samples
 from hone.schema.sampling import SamplingParameters
@@ -37,6 +39,7 @@ ADD = {
     "required": ["a", "b"],
 }
 OPENAI_TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": ADD}}]
+RESPONSES_TOOLS = [{"type": "function", "name": "add", "description": "Adds.", "parameters": ADD, "strict": False}]
 ANTHROPIC_TOOLS = [{"name": "add", "description": "Adds.", "input_schema": ADD}]
 QUESTION = [{"role": "user", "content": "Add 2 and 3."}]
 CALLS = (
@@ -121,7 +124,7 @@ async def test_openai_calls_with_tools_become_turns_of_one_branch(policy, stream
     ]
     assert trace.nodes[1].message.reasoning == "two at once"
     check_tokens(trace, policy)
-    assert len(training_samples(trace, 1.0, 1.0, 1.0)) == 1
+    assert trace.metrics["num_branches"] == len(training_samples(trace, 1.0, 1.0, 1.0)) == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -169,16 +172,71 @@ async def test_anthropic_calls_with_tools_become_turns_of_one_branch(policy, str
     assert sum(sample.loss_mask) == trace.num_completion_tokens
 
 
-async def test_both_dialects_continue_the_same_conversation(policy):
+@pytest.mark.parametrize("stream", [False, True])
+async def test_openai_responses_with_tools_become_turns_of_one_branch(policy, stream):
+    async def ask(client, history):
+        settings = {"model": "m", "input": history, "instructions": "Be brief.", "tools": RESPONSES_TOOLS}
+        if not stream:
+            return await client.responses.create(**settings)
+        async with client.responses.stream(**settings) as events:
+            kinds = [event.type async for event in events]
+            assert (kinds[0], kinds[-1]) == ("response.created", "response.completed")
+            return await events.get_final_response()
+
+    async def agent(rollout, endpoint):
+        async with openai_client(endpoint) as client:
+            history = list(QUESTION)
+            said = await ask(client, history)
+            assert [item.type for item in said.output] == ["reasoning", "message", "function_call", "function_call"]
+            calls = said.output[-2:]
+            assert [json.loads(call.arguments) for call in calls] == [{"a": 2, "b": 3}, {"a": 0, "b": 5}]
+            history += [item.model_dump(exclude_none=True, exclude={"parsed_arguments"}) for item in said.output]
+            history += [{"type": "function_call_output", "call_id": call.call_id, "output": "5"} for call in calls]
+            said = await ask(client, history)
+            assert (said.output_text, said.status, said.usage.output_tokens) == ("5", "completed", 2)
+            history += [*said.output, {"role": "user", "content": [{"type": "input_text", "text": "Are you sure?"}]}]
+            await ask(client, history)
+
+    trace = await run(agent, policy := policy(calls_then_answers))
+    assert trace.reward == 1
+    assert [message.role for message in trace.messages[1:]] == [
+        *("system", "user", "assistant", "tool", "tool", "assistant", "user", "assistant")
+    ]
+    assert len(trace.branches()) == 2
+    check_tokens(trace, policy)
+
+
+async def test_responses_that_would_need_a_memory_are_refused(policy):
+    async def agent(rollout, endpoint):
+        async with openai_client(endpoint) as client:
+            said = await client.responses.create(model="m", input="hello", tool_choice="none", tools=RESPONSES_TOOLS)
+            with pytest.raises(openai.BadRequestError, match="send the whole input"):
+                await client.responses.create(model="m", input="go on", previous_response_id=said.id)
+            with pytest.raises(openai.BadRequestError, match="'web_search'"):
+                await client.responses.create(model="m", input="hello", tools=[{"type": "web_search"}])
+            picture = [{"role": "user", "content": [{"type": "input_image", "image_url": "x", "detail": "auto"}]}]
+            with pytest.raises(openai.BadRequestError, match="'input_image'"):
+                await client.responses.create(model="m", input=picture)
+            with pytest.raises(openai.BadRequestError, match="'item_reference'"):
+                await client.responses.create(model="m", input=[{"type": "item_reference", "id": "x"}])
+
+    trace = await run(agent, policy(lambda prompt: CALLS if "Adds." in prompt else "5"))
+    assert (trace.reward, len(trace.turns)) == (1, 1)
+
+
+async def test_the_dialects_continue_one_another(policy):
     async def agent(rollout, endpoint):
         messages = list(QUESTION)
         async with openai_client(endpoint) as client:
             messages += [await ask_openai(client, messages, stream=False), {"role": "user", "content": "Sure?"}]
+            messages = [{key: message[key] for key in ("role", "content")} for message in messages]
+            said = await client.responses.create(model="m", input=messages)
+            messages += [{"role": "assistant", "content": said.output_text}, {"role": "user", "content": "Really?"}]
         async with anthropic_client(endpoint) as client:
-            await ask_anthropic(client, [{k: m[k] for k in ("role", "content")} for m in messages], stream=True)
+            await ask_anthropic(client, messages, stream=True)
 
     trace = await run(agent, policy := policy(lambda prompt: "5"))
-    assert len(trace.branches()) == 1
+    assert (len(trace.branches()), len(trace.turns)) == (1, 3)
     check_tokens(trace, policy)
 
 
@@ -200,7 +258,25 @@ async def test_sub_agents_that_run_at_once_are_branches_of_their_own(policy):
     assert [len(branch) for branch in trace.branches()] == [1, 7, 7, 7, 7]
     assert sum(message.role == "system" for message in trace.messages) == 1
     check_tokens(trace, policy)
-    assert len(training_samples(trace, 1.0, 1.0, 1.0)) == 4
+    assert trace.metrics["num_branches"] == len(training_samples(trace, 1.0, 1.0, 1.0)) == 4
+
+
+async def test_a_turn_runs_in_the_context_of_its_rollout(policy):
+    seen = []
+
+    class Watching:
+        async def sample(self, branch, tools, sampling):
+            seen.append((underway.get().rollout.attempt, branch[-1].message.content))
+            return await scripted.sample(branch, tools, sampling)
+
+    async def agent(rollout, endpoint):
+        async with openai_client(endpoint) as client:
+            await ask_openai(client, [{"role": "user", "content": str(rollout.attempt)}], stream=False)
+
+    scripted = policy(lambda prompt: "5")
+    environment = harness(agent)
+    await run_group(environment, environment.train_task(0), [0, 1, 2], Watching(), SAMPLING, 7)
+    assert sorted(seen) == [(0, "0"), (1, "1"), (2, "2")]
 
 
 async def test_a_compacted_history_is_a_branch_and_shared_turns_train_once(policy):
@@ -216,7 +292,7 @@ async def test_a_compacted_history_is_a_branch_and_shared_turns_train_once(polic
     trace = await run(agent, policy := policy(lambda prompt: "5"))
     assert len(trace.branches()) == 3
     check_tokens(trace, policy)
-    assert len(training_samples(trace, 1.0, 1.0, 1.0)) == 3
+    assert trace.metrics["num_branches"] == len(training_samples(trace, 1.0, 1.0, 1.0)) == 3
 
 
 async def test_a_program_that_asks_twice_gets_two_turns_with_seeds_of_their_own(policy):
@@ -303,6 +379,13 @@ async def one_openai_call(endpoint, stream=False):
         await ask_openai(client, QUESTION, stream=stream, tools=OPENAI_TOOLS)
 
 
+async def one_response(endpoint, stream=False):
+    async with openai_client(endpoint) as client:
+        answer = await client.responses.create(model="m", input=QUESTION, tools=RESPONSES_TOOLS, stream=stream)
+        if stream:
+            assert [event async for event in answer]
+
+
 async def one_anthropic_call(endpoint, stream=False):
     async with anthropic_client(endpoint) as client:
         await ask_anthropic(client, QUESTION, stream=stream, tools=ANTHROPIC_TOOLS)
@@ -322,6 +405,7 @@ async def one_anthropic_call(endpoint, stream=False):
     ("ask", "kind"),
     [
         (one_openai_call, openai.PermissionDeniedError),
+        (one_response, openai.PermissionDeniedError),
         (one_anthropic_call, anthropic.PermissionDeniedError),
     ],
 )
@@ -388,7 +472,12 @@ async def test_an_engine_that_is_lost_fails_the_rollout_and_ends_the_program(pol
 
 @pytest.mark.parametrize("keep_alive_seconds", [5.0, 0.02])  # an error by its status, and one in a stream under way
 @pytest.mark.parametrize(
-    ("ask", "kind"), [(one_openai_call, openai.APIError), (one_anthropic_call, anthropic.APIError)]
+    ("ask", "kind"),
+    [
+        (one_openai_call, openai.APIError),
+        (one_response, openai.APIError),
+        (one_anthropic_call, anthropic.APIError),
+    ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_failed_turn_is_an_error_that_is_not_retried(
@@ -519,7 +608,7 @@ async def test_a_program_that_ends_gives_up_its_turns(policy):
         await calls[0]
 
 
-@pytest.mark.parametrize("ask", [one_openai_call, one_anthropic_call])
+@pytest.mark.parametrize("ask", [one_openai_call, one_response, one_anthropic_call])
 async def test_a_stream_that_waits_for_long_is_kept_alive(policy, monkeypatch, ask):
     monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.02)
     scripted = policy(lambda prompt: "5")
@@ -569,6 +658,26 @@ async def test_a_program_that_takes_no_turn_is_a_failure_of_the_harness(policy):
         trace = await run(agent, policy(lambda prompt: "5"), on_crash=on_crash)
         assert trace.failure.kind is FailureClass.HARNESS
         assert "took no turn" in trace.failure.message
+
+
+@pytest.mark.parametrize("error", [KeyError, SystemExit, asyncio.CancelledError, TimeoutError])
+async def test_an_error_of_the_agent_is_a_failure_of_the_harness(policy, error):
+    async def agent(rollout, endpoint):
+        await one_openai_call(endpoint)
+        raise error
+
+    trace = await run(agent, policy(lambda prompt: "5"))
+    assert trace.failure.kind is FailureClass.HARNESS
+    assert error.__name__ in trace.failure.message
+
+
+async def test_a_failure_that_the_agent_names_itself_keeps_its_class(policy):
+    async def agent(rollout, endpoint):
+        await one_openai_call(endpoint)
+        raise RolloutFailure(FailureClass.TOOL, "search", "it is down")
+
+    trace = await run(agent, policy(lambda prompt: "5"), on_crash="score")
+    assert trace.failure.kind is FailureClass.TOOL
 
 
 async def test_a_crash_fails_the_rollout_or_is_scored_by_choice(policy):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from hone.envs.environment import Environment
-from hone.envs.failures import RolloutFailure, describe
+from hone.envs.failures import RolloutFailure, describe, failures_as
 from hone.envs.harness.endpoint import Endpoint
 from hone.envs.rollout import Rollout
 from hone.envs.rubric import Rubric
@@ -33,7 +33,8 @@ class Harness(Environment):
     """An agent program takes the turns: each of its calls to a model becomes a turn of the rollout.
 
     What the trace holds are the program's conversations, each from a root of its own, with a branch where the program
-    rewrote its history; the task's prompt is a root that only a program that begins with it continues.
+    rewrote its history; the task's prompt is a root that only a program that begins with it continues. The metric
+    num_branches says how many sequences it trains.
 
     on_crash: what becomes of a program that ends in an error: "fail" is a failure of class harness; "score" scores what
     there is, and the trace's info has the error under `crash`. A program that takes no turn is always a failure.
@@ -89,12 +90,13 @@ class Harness(Environment):
                 await self._drive(rollout, Endpoint(proxy.address, recorder.api_key, self.model), recorder)
             finally:
                 rollout.info["harness"] = _info(recorder)
+                rollout.metrics["num_branches"] = recorder.graph.num_branches
         if rollout.stop_reason is None and rollout.failure is None and not rollout.num_turns:
             calls = f"none of its {recorder.num_calls} calls was answered" if recorder.num_calls else "it made no call"
             raise RolloutFailure(FailureClass.HARNESS, "program", f"the program took no turn: {calls}")
 
     async def _drive(self, rollout: Rollout, endpoint: Endpoint, recorder: "Recorder") -> None:
-        program = asyncio.create_task(self.drive(rollout, endpoint))
+        program = asyncio.create_task(self._crash(rollout, endpoint))
         ended = asyncio.create_task(recorder.ended.wait())
         try:
             either = {program, ended}
@@ -110,12 +112,19 @@ class Harness(Environment):
             return  # what a program does that is refused its turns is nobody's mistake
         if not is_over:
             rollout.stop(StopReason.TIMEOUT)
-        try:
-            program.result()
-        except ProgramCrash as crash:
+        if (crash := program.result()) is not None:
             if self.on_crash == "fail":
-                raise RolloutFailure(FailureClass.HARNESS, "program", str(crash)) from crash
-            rollout.info["crash"] = str(crash)
+                raise RolloutFailure(FailureClass.HARNESS, "program", crash)
+            rollout.info["crash"] = crash
+
+    async def _crash(self, rollout: Rollout, endpoint: Endpoint) -> str | None:
+        """How the program crashed, if it did."""
+        with failures_as(FailureClass.HARNESS, "program"):
+            try:
+                await self.drive(rollout, endpoint)
+            except ProgramCrash as crash:
+                return str(crash)
+        return None
 
 
 class SdkHarness(Harness):
@@ -162,7 +171,7 @@ class SdkHarness(Harness):
             await self._agent(rollout, endpoint)
         except RolloutFailure:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ProgramCrash(describe(error)) from error
 
 

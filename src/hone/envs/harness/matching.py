@@ -60,6 +60,18 @@ class NodeGraph:
         """The tools of each root that was shown some, or none."""
         return self._tools
 
+    @property
+    def num_branches(self) -> int:
+        """How many branches have turns of the policy that no other has: so many sequences the rollout trains."""
+        count, inner = 0, set[int | None]()
+        for index in range(len(self._nodes) - 1, -1, -1):
+            node = self._nodes[index]
+            if node.turn is not None and index not in inner:
+                count += 1
+            if node.turn is not None or index in inner:
+                inner.add(node.parent)
+        return count
+
     def show(self, root: int, tools: tuple[ToolSpec, ...]) -> None:
         """From now on the conversations of `root` are continued by calls with these tools only."""
         self._tools.setdefault(root, tools)

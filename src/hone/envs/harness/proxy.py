@@ -1,6 +1,6 @@
 """The recording proxy: one HTTP server for all harness rollouts of an event loop, up while there are any.
 
-It speaks OpenAI's chat completions and Anthropic's messages. Which rollout a call belongs to is told by its API key.
+It speaks OpenAI's chat completions and responses, and Anthropic's messages. Which rollout a call belongs to is told by its API key.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from aiohttp import web
 from hone.envs.harness.anthropic_messages import AnthropicMessages
 from hone.envs.harness.dialect import Answer, Call, Dialect, Json, Refusal, Trouble
 from hone.envs.harness.openai_chat import OpenAIChat
+from hone.envs.harness.openai_responses import OpenAIResponses
 from hone.envs.harness.recorder import Recorder
 from hone.envs.rollout import Rollout
 from hone.schema.sampling import Turn
@@ -60,9 +61,10 @@ class RecordingProxy:
 
     async def _start(self) -> None:
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        openai, anthropic = OpenAIChat(), AnthropicMessages()
+        openai, responses, anthropic = OpenAIChat(), OpenAIResponses(), AnthropicMessages()
         for prefix in ("/v1", ""):  # base URLs are given with and without it
             app.router.add_post(prefix + "/chat/completions", self._answers(openai))
+            app.router.add_post(prefix + "/responses", self._answers(responses))
             app.router.add_post(prefix + "/messages", self._answers(anthropic))
             app.router.add_post(prefix + "/messages/count_tokens", self._counts(anthropic))
             app.router.add_get(prefix + "/models", self._models)
