@@ -256,7 +256,9 @@ JSON = st.recursive(
 
 
 @settings(max_examples=30)
-@given(st.lists(JSON, max_size=3) | st.dictionaries(st.text(), JSON, max_size=3), st.text(st.sampled_from("abc ,:\n.'")))
+@given(
+    st.lists(JSON, max_size=3) | st.dictionaries(st.text(), JSON, max_size=3), st.text(st.sampled_from("abc ,:\n.'"))
+)
 def test_any_json_is_read_out_of_prose(value, prose):
     assert json_value(f"{prose}{json.dumps(value)}{prose}") == value
 
