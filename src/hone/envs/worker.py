@@ -47,7 +47,7 @@ from hone.schema.rollouts import (
     Shutdown,
     WorkerHello,
 )
-from hone.schema.traces import Failure, Trace
+from hone.schema.traces import Failure, FailureClass, Trace
 from hone.schema.wire import Wire, WireError
 from hone.text.rendering import Renderer
 from hone.text.tokenizer import Tokenizer
@@ -60,6 +60,8 @@ RECONNECT_MILLISECONDS = 100
 PING_MILLISECONDS = 2_000
 SILENCE_MILLISECONDS = 30_000
 FAREWELL_MILLISECONDS = 1_000
+MAX_RESULT_BYTES = 256 * 2**20
+"""A longer trace is a failure: the orchestrator keeps those of all outstanding groups in memory."""
 MAX_STALL_SECONDS = 30.0
 
 WILL_NEVER_WORK = 2
@@ -155,7 +157,7 @@ class Worker:
         self._name = name
         self._address = address
         self._environments = environments
-        self._runner = RolloutRunner(environments, sampler, self._send, limits)
+        self._runner = RolloutRunner(environments, sampler, self._deliver, limits)
         self._heartbeat_seconds = heartbeat_seconds
         self._max_stall_seconds = max_stall_seconds
         self._wire = Wire(*WORKER_CHANNEL)
@@ -181,6 +183,7 @@ class Worker:
         self._loop.add_reader(self._monitor.fileno(), self._watch)
         self._socket.connect(self._address)
         await self._runner.__aenter__()
+        self._poll()  # descriptors tell what comes after a look that found nothing
         return self
 
     async def __aexit__(
@@ -227,9 +230,18 @@ class Worker:
         self._socket.close()
         self._context.term()  # returns when all has left, or after the time to linger
 
-    def _send(self, message: RolloutResult | WorkerHello | Heartbeat) -> None:
+    def _deliver(self, result: RolloutResult) -> None:
+        data = self._wire.encode(result)
+        if len(data) > MAX_RESULT_BYTES:
+            data = self._wire.encode(_too_long(result, len(data)))
+        self._post(data)
+
+    def _send(self, message: WorkerHello | Heartbeat) -> None:
+        self._post(self._wire.encode(message))
+
+    def _post(self, data: bytes) -> None:
         """Put a message among those that leave at the end of this tick."""
-        self._outgoing.append(self._wire.encode(message))
+        self._outgoing.append(data)
         if not self._flush_is_due:
             self._flush_is_due = True
             self._loop.call_soon(self._flush)
@@ -274,6 +286,16 @@ class Worker:
             elif self._runner.num_running:
                 logger.warning("lost the orchestrator; giving up %d rollouts", self._runner.num_running)
                 self._runner.cancel_all()
+
+
+def _too_long(result: RolloutResult, num_bytes: int) -> RolloutResult:
+    trace = result.trace
+    message = f"the trace has {num_bytes / 2**20:.0f} MiB, more than the {MAX_RESULT_BYTES / 2**20:.0f} that are carried"
+    failure = Failure(FailureClass.ENVIRONMENT, "trace", message)
+    short = Trace(
+        trace.environment, trace.task, trace.attempt, trace.environment_version, trace.group, failure=failure
+    )
+    return RolloutResult(result.group, result.attempt, short)
 
 
 def _waiting(socket: "zmq.Socket[bytes]") -> Iterator[list[bytes]]:
