@@ -93,7 +93,7 @@ def one(setting: dict[str, object]) -> dict[str, float]:
 
 
 async def rollouts(setting: dict[str, object]) -> dict[str, float]:
-    from hone.envs import Limits, MultiTurn, Rubric, Task, Tasks, reward, user
+    from hone.envs import Limits, MultiTurn, Rubric, Task, reward, user
     from hone.envs.pacing import spare_collector
     from hone.evals.evaluate import evaluate
     from hone.inference.client import ChatSampler
@@ -108,7 +108,8 @@ async def rollouts(setting: dict[str, object]) -> dict[str, float]:
             return None if rollout.num_turns == setting["turns"] else [user("Are you sure? Answer again.")]
 
     count = setting["rollouts"]
-    tasks = Tasks(lambda index: Task(prompt=(user(f"What is {index} times 6?"),), reference="42"), count)
+    tasks = [Task(prompt=(user(f"What is {index} times 6?"),), reference="42") for index in range(count)]
+    assert len({task.key for task in tasks}) == count  # hashed before the clock starts, as the peer's data set is loaded
     environment = Chat(name="chat", rubric=Rubric([exact]), train=[], held_out=tasks)
     async with ChatSampler(setting["url"], "mock") as sampler:
         # A first rollout pays for imports; then what the worker and `hone eval` do before the others.
