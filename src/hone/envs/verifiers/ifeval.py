@@ -242,10 +242,9 @@ _FULL_WIDTH_END = re.compile(r"([\u3002\uff01\uff1f\u0964])")
 _CLOSING = "\"')]*_\u201d\u2019\u00bb"
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)+")
 _LIST_MARK = re.compile(r"\s*(?:[-*\u2022]|\(?\d{1,3}[.)])\s")
-_ABBREVIATIONS = frozenset(
-    ["mr", "mrs", "ms", "dr", "prof", "sr", "jr", "st", "vs", "etc", "inc", "ltd", "co", "corp", "vol", "fig", "dept"]
-    + ["jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec"]
-)
+_TITLES = ("mr", "mrs", "ms", "dr", "prof", "sr", "jr", "st", "inc", "ltd", "co", "corp", "dept")
+_MONTHS = ("jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec")
+_ABBREVIATIONS = frozenset([*_TITLES, *_MONTHS, "vs", "etc", "vol", "fig"])
 
 
 def count_sentences(text: str) -> int:
