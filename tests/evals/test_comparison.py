@@ -40,7 +40,10 @@ def test_the_interval_is_that_of_scipys_paired_t_test(pairs):
 def test_the_p_value_of_few_tasks_is_that_of_all_sign_flips(values):
     """Whole numbers, so that sums which are equal are equal."""
     nonzero = [value for value in values if value]
-    sums = [abs(sum(s * v for s, v in zip(signs, nonzero, strict=True))) for signs in itertools.product((1, -1), repeat=len(nonzero))]
+    sums = [
+        abs(sum(s * v for s, v in zip(signs, nonzero, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(nonzero))
+    ]
     assert sign_flip_p_value(values) == pytest.approx(fmean(total >= abs(sum(nonzero)) for total in sums))
 
 
@@ -48,7 +51,11 @@ def test_the_p_value_agrees_with_scipys_permutation_test():
     draw = random.Random(4)
     differences = [draw.gauss(0.5, 1) for _ in range(12)]
     theirs = scipy.stats.permutation_test(
-        (differences,), lambda x, axis: x.mean(axis=axis), permutation_type="samples", vectorized=True, n_resamples=10_000
+        (differences,),
+        lambda x, axis: x.mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=10_000,
     )
     assert sign_flip_p_value(differences) == pytest.approx(theirs.pvalue)
 
@@ -107,8 +114,20 @@ def test_only_tasks_with_valid_attempts_on_both_sides_are_paired():
 
 
 def test_flipped_tasks_are_those_that_another_model_solves_most_of_the_time():
-    first = [outcome("lost", 0, 1.0), outcome("gained", 0), outcome("kept", 0, 1.0), outcome("tied", 0), outcome("tied", 1, 1.0)]
-    second = [outcome("lost", 0), outcome("gained", 0, 1.0), outcome("kept", 0, 1.0), outcome("tied", 0), outcome("tied", 1)]
+    first = [
+        outcome("lost", 0, 1.0),
+        outcome("gained", 0),
+        outcome("kept", 0, 1.0),
+        outcome("tied", 0),
+        outcome("tied", 1, 1.0),
+    ]
+    second = [
+        outcome("lost", 0),
+        outcome("gained", 0, 1.0),
+        outcome("kept", 0, 1.0),
+        outcome("tied", 0),
+        outcome("tied", 1),
+    ]
     assert [(flip.task, flip.is_gained) for flip in compare(first, second).flips] == [("lost", False), ("gained", True)]
 
 

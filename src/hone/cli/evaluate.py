@@ -150,7 +150,9 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation, for example evals/math, or runs/demo/evals.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of an evaluation, for example evals/math, or runs/demo/evals.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Where to write the page; default: report.html in the folder.")
     ] = None,

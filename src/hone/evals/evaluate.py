@@ -13,10 +13,10 @@ from typing import Any, Self
 from hone.envs.environment import Environment
 from hone.envs.rollout import Limits, run_rollout
 from hone.envs.sampler import Sampler
+from hone.evals.asked import held_out_tasks
 from hone.evals.results import MAX_FAILED_SHARE, EvalResult, Outcome, Prices, Usage, outcome_of, summarise
 from hone.evals.statistics import Estimate, estimate_mean
 from hone.evals.storage import EvalFolder, Settings, replace_outcome
-from hone.evals.asked import held_out_tasks
 from hone.schema.sampling import SamplingParameters
 from hone.schema.tasks import Task
 from hone.schema.traces import Trace
@@ -47,9 +47,9 @@ class Plan:
     environment: Environment
     num_tasks: int
     attempts: int = 1
-    sampling: SamplingParameters = SamplingParameters()
+    sampling: SamplingParameters = field(default_factory=SamplingParameters)
     seed: int = 0
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     model: str = ""

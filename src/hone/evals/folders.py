@@ -6,7 +6,16 @@ from functools import cached_property
 from pathlib import Path
 
 from hone.evals.results import EvalResult, Outcome, summarise
-from hone.evals.storage import RESULT, SETTINGS, TRACES, Settings, read_outcomes, read_result, read_settings, read_traces
+from hone.evals.storage import (
+    RESULT,
+    SETTINGS,
+    TRACES,
+    Settings,
+    read_outcomes,
+    read_result,
+    read_settings,
+    read_traces,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,15 @@ class FoundCell:
         traces = read_traces(self.folder / TRACES)
         return {trace.task.key: trace.task.prompt[-1].content for trace in traces if trace.task.prompt}
 
+    def failure_messages(self) -> dict[str, list[str]]:
+        """By class of failure, what was said of the rollouts that failed, those that succeeded since included."""
+        said: dict[str, list[str]] = {}
+        for trace in read_traces(self.folder / TRACES):
+            if trace.failure is not None:
+                message = f"{trace.failure.where}: {trace.failure.message}"
+                said.setdefault(trace.failure.kind.value, []).append(message)
+        return said
+
 
 def find_cells(folder: Path) -> list[FoundCell]:
     """The cells in a folder and below it, in the order of their paths; `ValueError` when there is none."""
@@ -61,9 +79,7 @@ def find_cells(folder: Path) -> list[FoundCell]:
     found = sorted(path.parent for path in folder.rglob(SETTINGS) if (path.parent / TRACES).exists())
     if not found:
         raise ValueError(f"no evaluation in {folder}: neither it nor a folder below it holds {SETTINGS} and {TRACES}")
-    return [
-        FoundCell(path, path.absolute().parent.name, path.absolute().name, read_settings(path)) for path in found
-    ]
+    return [FoundCell(path, path.absolute().parent.name, path.absolute().name, read_settings(path)) for path in found]
 
 
 def two_models(folder: Path) -> tuple[Path, Path]:
@@ -106,11 +122,20 @@ def _by_environment(cells: Sequence[FoundCell]) -> dict[str, FoundCell]:
     return {cell.environment: cell for cell in cells}
 
 
+def is_comparable(first: FoundCell, second: FoundCell) -> bool:
+    """Whether two cells asked the same questions under the same budgets."""
+    return _difference_of(first, second) is None
+
+
 def _check_comparable(first: FoundCell, second: FoundCell) -> None:
-    for name in ("environment", "environment_version", "arguments", "budgets"):
+    if (name := _difference_of(first, second)) is not None:
         ours, theirs = getattr(first.settings, name), getattr(second.settings, name)
-        if ours != theirs:
-            raise ValueError(
-                f"{first.folder} was made with {name} = {ours!r}, {second.folder} with {theirs!r}: their scores do not"
-                " compare; evaluate both in the same way"
-            )
+        raise ValueError(
+            f"{first.folder} was made with {name} = {ours!r}, {second.folder} with {theirs!r}: their scores do not"
+            " compare; evaluate both in the same way"
+        )
+
+
+def _difference_of(first: FoundCell, second: FoundCell) -> str | None:
+    names = ("environment", "environment_version", "arguments", "budgets")
+    return next((name for name in names if getattr(first.settings, name) != getattr(second.settings, name)), None)

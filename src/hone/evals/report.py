@@ -59,7 +59,17 @@ def difference_table(comparisons: Mapping[str, Comparison], first: str, second: 
     table = Table(title=f"{second} minus {first}", title_justify="left")
     for name in ("environment", "score"):
         table.add_column(name)
-    for name in (first, second, "difference", f"{CONFIDENCE:.0%} interval", "std. error", "p", "tasks", "lost", "gained"):
+    for name in (
+        first,
+        second,
+        "difference",
+        f"{CONFIDENCE:.0%} interval",
+        "std. error",
+        "p",
+        "tasks",
+        "lost",
+        "gained",
+    ):
         table.add_column(name, justify="right")
     for environment, comparison in comparisons.items():
         gained = sum(flip.is_gained for flip in comparison.flips)
@@ -75,7 +85,9 @@ def flip_table(
 ) -> Table:
     """The tasks that one model solves most of the time and the other does not, lost ones first."""
     left_out = len(comparison.flips) - max_flips
-    title = f"{environment}: flipped tasks" + (f" (the first {max_flips} of {len(comparison.flips)})" if left_out > 0 else "")
+    title = f"{environment}: flipped tasks" + (
+        f" (the first {max_flips} of {len(comparison.flips)})" if left_out > 0 else ""
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("task")

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -94,7 +94,7 @@ def table_of(cells: Mapping[Place, Cell]) -> Table:
     for place, cell in cells.items():
         progress, reward = cell.progress, cell.reward()
         value, interval = ("", "") if reward is None else shown_estimate(reward)
-        row = [
+        row: list[RenderableType] = [
             Text(place.model),
             Text(place.environment),
             ProgressBar(total=progress.num_total, completed=progress.num_done, width=16),

@@ -161,9 +161,7 @@ async def _served(
     recipe = recipe.model_copy(update=own)
     save_recipe(recipe, scratch.config)
     board.say(f"serving {weights}")
-    async with served_sampler(
-        recipe, scratch, weights, deadline_seconds=deadline_seconds, show=board.show
-    ) as sampler:
+    async with served_sampler(recipe, scratch, weights, deadline_seconds=deadline_seconds, show=board.show) as sampler:
         yield sampler
 
 

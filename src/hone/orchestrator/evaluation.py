@@ -53,7 +53,7 @@ class Evaluation:
         self._usage = {name: Usage() for name in environments}
         self._versions: set[int] = set()
         self._requests = deque(self._plan(section, run_seed))
-        self._num_wanted = {name: 0 for name in environments}
+        self._num_wanted = dict.fromkeys(environments, 0)
         for request in self._requests:
             self._num_wanted[request.environment] += 1
         for name, outcomes in self._outcomes.items():  # the attempts at tasks that could not be made
@@ -147,7 +147,9 @@ class Evaluation:
             "min_version": min(self._versions, default=None),
             "max_version": max(self._versions, default=None),
             "reward_mean": self.reward if self.reward > float("-inf") else None,
-            "environments": {name: msgspec.to_builtins(result, str_keys=True) for name, result in self.results().items()},
+            "environments": {
+                name: msgspec.to_builtins(result, str_keys=True) for name, result in self.results().items()
+            },
         }
 
     def metrics(self) -> dict[str, float]:
