@@ -107,7 +107,8 @@ class Cell:
         self.plan = plan
         tasks = held_out_tasks(plan.environment, plan.num_tasks, plan.environment.name)
         self._wanted = {(task.key, attempt): task for task in tasks for attempt in range(plan.attempts)}
-        self._files = None if plan.folder is None else EvalFolder(plan.folder, plan.settings)
+        self._settings = plan.settings
+        self._files = None if plan.folder is None else EvalFolder(plan.folder, self._settings)
         self._outcomes: dict[tuple[str, int], Outcome] = {}
         self._messages: dict[tuple[str, int], str] = {}
         self._began: float | None = None
@@ -142,7 +143,14 @@ class Cell:
         if self._began is None:
             self._began = time.perf_counter()
         trace = await run_rollout(
-            plan.environment, task, attempt, sampler, plan.sampling, plan.seed, plan.limits, group=task.key
+            plan.environment,
+            task,
+            attempt,
+            sampler,
+            plan.sampling,
+            plan.seed,
+            plan.limits,
+            group=self._settings.group_of(task),
         )
         if self._files is not None:
             self._files.append(trace)

@@ -103,7 +103,7 @@ function listPairs(pairs) {
       made("td", { className: flip.second > flip.first ? "" : "bad" }, flip.second > flip.first ? "gained" : "lost"),
       made("td", {}, made("button", { type: "button", title: "show its traces", onclick: () => showTask(flip.task) }, flip.task)),
       made("td", { className: "number" }, share(flip.first)), made("td", { className: "number" }, share(flip.second)), made("td", {}, flip.prompt)));
-    const head = made("tr", {}, ...["", "task", pair.first, pair.second, "prompt"].map((text) => made("th", { scope: "col" }, text)));
+    const head = made("tr", {}, ...["", "task", pair.first, pair.second, "prompt"].map((text, at) => made("th", { scope: "col", className: at === 2 || at === 3 ? "number" : "" }, text)));
     return made("details", {},
       made("summary", {}, `Tasks that flipped: ${pair.second} on ${pair.environment} (${pair.num_lost} lost, ${pair.num_gained} gained${most})`),
       made("div", { className: "inside scroll" }, made("table", {}, made("thead", {}, head), made("tbody", {}, ...rows))));
