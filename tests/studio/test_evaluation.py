@@ -106,7 +106,7 @@ def test_the_page_is_whole_and_needs_no_other_file(evals: Path) -> None:
 def test_the_scores_curves_and_differences_are_those_of_the_results(evals: Path) -> None:
     data = data_of(write_evaluation_report(evals).read_text())
     base, rl = (
-        [c for c in data["cells"] if c["model"] == m and c["environment"] == "repeat"][0] for m in ("base", "rl")
+        next(c for c in data["cells"] if c["model"] == m and c["environment"] == "repeat") for m in ("base", "rl")
     )
     assert (base["reward"]["mean"], rl["reward"]["mean"]) == (pytest.approx(3 / 9), pytest.approx(7 / 9))
     assert [point["mean"] for point in rl["curves"]["pass^k"]] == pytest.approx([7 / 9, 7 / 9])
