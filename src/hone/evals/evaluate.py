@@ -159,6 +159,11 @@ class Cell:
         self._seconds = time.perf_counter() - self._began
         return outcome
 
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """One for each attempt that has ended."""
+        return list(self._outcomes.values())
+
     def reward(self) -> Estimate | None:
         """The mean reward so far."""
         tasks: dict[str, list[float]] = {}
