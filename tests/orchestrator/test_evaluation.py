@@ -5,7 +5,8 @@ import pytest
 
 from fakes import ScriptedSampler
 from hone.config.recipe import EvaluationSection
-from hone.envs import Rubric, SingleTurn, reward, run_rollout, user
+from hone.envs import Rubric, SingleTurn, run_rollout, user
+from hone.envs import reward as reward_of
 from hone.evals.asked import sampling_parameters
 from hone.evals.evaluate import evaluate
 from hone.evals.results import EvalResult
@@ -94,7 +95,7 @@ def test_the_report_has_the_mean_of_everything_that_is_named():
 
 
 async def test_it_scores_what_an_evaluation_outside_of_training_scores():
-    @reward
+    @reward_of
     def exact(answer, reference):
         return float(answer == reference)
 

@@ -56,7 +56,7 @@ class Evaluation:
         self._usage = {name: Usage() for name in environments}
         self._versions: set[int] = set()
         self._requests = deque(self._plan(section, run_seed))
-        self._num_wanted = {name: 0 for name in environments}
+        self._num_wanted = dict.fromkeys(environments, 0)
         for request in self._requests:
             self._num_wanted[request.environment] += len(request.attempts)
         for name, outcomes in self._outcomes.items():  # the attempts at tasks that could not be made
