@@ -1,13 +1,14 @@
 """A run that goes on: the state that its orchestrator died in, from the ledger and the trace segments."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from hone.orchestrator.audit import group_name
 from hone.orchestrator.decide import Group, Limits, State
 from hone.orchestrator.ledger import GroupRow, Ledger
-from hone.orchestrator.mixture import Draw
+from hone.orchestrator.mixture import Draw, Mixture
+from hone.orchestrator.samples import agent_rewards
 from hone.schema.rollouts import RolloutResult
 from hone.schema.traces import Trace
 from hone.schema.wire import WireError
@@ -28,14 +29,13 @@ class Drawn:
 class Recovery:
     """What a restarted orchestrator begins with.
 
-    drawn, traces: of outstanding groups. num_drawn: the cursor of the mixture. orphans: results that reached the
+    drawn, traces: of outstanding groups. orphans: results that reached the
     segments but not the ledger, to be taken as if they arrived now. broken: steps whose batch file must be made again.
     """
 
     state: State
     drawn: dict[int, Drawn]
     traces: dict[int, dict[int, Trace]]
-    num_drawn: dict[str, int]
     orphans: list[tuple[Location, RolloutResult]]
     broken: list[int]
 
@@ -65,16 +65,22 @@ def recover(ledger: Ledger, folder: RunFolder, limits: Limits, scored_together: 
         rows = ledger.outstanding()
     state = State(limits)
     for row in rows:
-        state.restore_group(row.number, _group(row))
+        state.restore_group(row.number, _group(row, traces.get(row.number, {})))
     _restore_steps(state, ledger, folder)
     return Recovery(
         state=state,
         drawn={row.number: Drawn(row.draw, row.task_key) for row in rows},
         traces=traces,
-        num_drawn=ledger.num_drawn(),
         orphans=_orphans(ledger, folder, state, {r.number for r in rows if r.draw.environment in scored_together}),
         broken=[step for step in range(state.covered + 1, state.num_batches + 1) if not _is_whole(folder, step)],
     )
+
+
+def restore_mixture(mixture: Mixture, ledger: Ledger, reward_of_solved: Mapping[str, float]) -> None:
+    """Let a new mixture go on where the ledger says that the run is, after `recover` has had its say in the ledger."""
+    mixture.restore(ledger.num_drawn())
+    for name, curriculum in mixture.curricula.items():
+        curriculum.restore(ledger.drawn_tasks(name), ledger.outcomes(name, reward_of_solved[name]))
 
 
 def read_group_traces(ledger: Ledger, folder: RunFolder, numbers: Iterable[int]) -> dict[int, dict[int, Trace]]:
@@ -98,13 +104,13 @@ def _is_torn(row: GroupRow) -> bool:
     return not row.is_finished and any(a.state not in ("issued", "running") for a in row.attempts)
 
 
-def _group(row: GroupRow) -> Group:
-    pending = {a.attempt: a.num_failures for a in row.attempts if a.state in ("issued", "running")}
+def _group(row: GroupRow, traces: Mapping[int, Trace]) -> Group:
+    pending = {a.attempt: a.failures for a in row.attempts if a.state in ("issued", "running")}
     failures = [a.failure for a in row.attempts if a.failure is not None]
     group = Group(row.version, pending, last_failure=failures[-1] if failures else None)
     for a in row.attempts:
         if a.reward is not None:
-            group.record(a.attempt, a.reward, a.min_version)
+            group.record(a.attempt, a.reward, a.min_version, agent_rewards(traces[a.attempt]))
     return group
 
 
