@@ -313,6 +313,7 @@ async def run_rollout(
     calling task passes, after the environment's teardown. is_alone: the rollout is its whole group; if not, its trace
     lacks the group's rewards, which `Rubric.score_group` adds.
     """
+    await take_turn()
     started_at, stopwatch = time.time(), _Stopwatch()
     rollout = Rollout(
         task,
@@ -331,7 +332,6 @@ async def run_rollout(
     before = underway.set(Underway(environment.name, group, rollout))
     try:
         async with asyncio.timeout(limits.deadline_seconds):
-            await take_turn()
             with failures_as(FailureClass.ENVIRONMENT, "setup"):
                 await environment.setup(rollout)
             stopwatch.enter("run")
