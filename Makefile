@@ -63,7 +63,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.dev
-	$(BIN)/python -m hone.config.explain docs/reference/configuration.md
+	$(BIN)/python -m hone.config.explain docs/reference
 
 bench: $(VENV)/.dev
 	@test -n "$(NAME)" || { echo "give NAME=..., one of: $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py))"; exit 2; }

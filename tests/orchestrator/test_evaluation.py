@@ -5,7 +5,8 @@ import pytest
 
 from fakes import ScriptedSampler
 from hone.config.recipe import EvaluationSection
-from hone.envs import Rubric, SingleTurn, reward, run_rollout, user
+from hone.envs import Rubric, SingleTurn, run_rollout, user
+from hone.envs import reward as reward_of
 from hone.envs.retries import Retries
 from hone.evals.asked import sampling_parameters
 from hone.evals.evaluate import evaluate
@@ -97,7 +98,7 @@ def test_the_report_has_the_mean_of_everything_that_is_named():
 
 
 async def test_it_scores_what_an_evaluation_outside_of_training_scores():
-    @reward
+    @reward_of
     def exact(answer, reference):
         return float(answer == reference)
 
@@ -187,9 +188,9 @@ def test_attempts_that_are_scored_together_are_one_request():
     assert first.attempts == [0, 1, 2]
     assert under_way.environment_of((first.group, 2)) == "e"
     under_way.finish((first.group, 0), trace(first, 1.0))
-    assert under_way.fail((first.group, 1), FailureClass.JUDGE, is_final=True) is None
+    assert under_way.fail((first.group, 1), FailureClass.TOOL, is_final=True) is None
     assert [request.attempts for request in under_way.start()] == [[0, 1, 2]]
-    again = under_way.fail((first.group, 2), FailureClass.JUDGE)
+    again = under_way.fail((first.group, 2), FailureClass.TOOL)
     assert again.attempts == [2]
     assert under_way.waits_for((first.group, 2))
 

@@ -290,11 +290,11 @@ class Worker:
 
 def _too_long(result: RolloutResult, num_bytes: int) -> RolloutResult:
     trace = result.trace
-    message = f"the trace has {num_bytes / 2**20:.0f} MiB, more than the {MAX_RESULT_BYTES / 2**20:.0f} that are carried"
-    failure = Failure(FailureClass.ENVIRONMENT, "trace", message)
-    short = Trace(
-        trace.environment, trace.task, trace.attempt, trace.environment_version, trace.group, failure=failure
+    message = (
+        f"the trace has {num_bytes / 2**20:.0f} MiB, more than the {MAX_RESULT_BYTES / 2**20:.0f} that are carried"
     )
+    failure = Failure(FailureClass.ENVIRONMENT, "trace", message)
+    short = Trace(trace.environment, trace.task, trace.attempt, trace.environment_version, trace.group, failure=failure)
     return RolloutResult(result.group, result.attempt, short)
 
 
