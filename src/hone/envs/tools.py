@@ -31,11 +31,15 @@ ErrorPolicy = Literal["show", "fail"]
 OnError = ErrorPolicy | Mapping[type[BaseException], ErrorPolicy]
 
 
-class ToolArgumentsError(ValueError):
+class ToolError(Exception):
+    """What a tool has to complain of, in words for the policy."""
+
+
+class ToolArgumentsError(ToolError):
     """What the policy gave as arguments does not fit the tool's schema."""
 
 
-class UnknownToolError(LookupError):
+class UnknownToolError(ToolError):
     """The policy called a tool that there is not."""
 
 
@@ -273,9 +277,8 @@ def is_shown(error: BaseException, *policies: OnError) -> bool:
 
 def error_text(error: BaseException) -> str:
     """An error as the policy reads it."""
-    if isinstance(error, ToolArgumentsError | UnknownToolError | TimeoutError) and str(error):
-        return f"Error: {error}"
-    return f"Error: {type(error).__name__}: {error}" if str(error) else f"Error: {type(error).__name__}"
+    parts = [type(error).__name__, str(error)] if not isinstance(error, ToolError | TimeoutError) else [str(error)]
+    return ": ".join(["Error", *(part for part in parts if part)])
 
 
 def result_text(result: Any) -> str:
