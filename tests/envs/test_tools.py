@@ -210,6 +210,42 @@ async def test_nested_types_reach_the_function_as_what_they_are_and_come_back_as
     assert schema["properties"]["scale"] == {"type": "integer", "minimum": 1, "default": 1}
 
 
+# A whole number written as 1.0 is an integer to a schema, not to a Python function: fractions only.
+FRACTIONS = st.floats(-2.5, 2.5).filter(lambda number: not number.is_integer())
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), FRACTIONS, st.sampled_from(["red", "line", "fill", "x"])
+)
+JSON = st.recursive(
+    VALUES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["x", "y", "points", "colour", "width", "z"]), inner, max_size=4),
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "shape": st.one_of(st.just({"points": [{"x": 1}]}), JSON),
+            **dict.fromkeys(["mode", "title", "style", "scale", "tags", "extra", "strange"], JSON),
+        },
+    )
+)
+def test_arguments_are_taken_exactly_when_the_schema_that_the_policy_sees_allows_them(arguments):
+    jsonschema = pytest.importorskip("jsonschema", reason="comes with the extra mcp")
+    validator = jsonschema.Draft202012Validator(draw.spec.parameters)
+    jsonschema.Draft202012Validator.check_schema(draw.spec.parameters)
+    try:
+        asyncio.run(draw.execute(json.dumps(arguments), None))
+        taken = True
+    except ToolArgumentsError:
+        taken = False
+    assert taken == validator.is_valid(arguments), arguments
+
+
 def bare(x):
     """A tool."""
 
