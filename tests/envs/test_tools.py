@@ -310,6 +310,9 @@ def misspelled(x: int):
         (add.function, {"name": "add numbers"}, "cannot be called"),
         (add.function, {"max_characters": 5}, "no room"),
         (lambda: 1, {}, "cannot be called"),
+        (add.function, {"on_error": "hide"}, "use 'show' or 'fail'"),
+        (add.function, {"on_error": {"ValueError": "show"}}, "no type of exception"),
+        (add.function, {"on_error": {ValueError: "hide"}}, "use 'show' or 'fail'"),
     ],
 )
 def test_what_cannot_be_a_tool_is_refused_at_its_definition(function, settings, complaint):
@@ -655,8 +658,9 @@ async def test_a_tool_can_be_made_by_hand():
 class Doubling:
     """A toolset that makes a tool for each rollout."""
 
-    def __init__(self, error=None):
+    def __init__(self, error=None, close_error=None):
         self.error = error
+        self.close_error = close_error
         self.log = []
 
     def open(self, rollout):
@@ -681,6 +685,8 @@ class _Opened:
 
     async def __aexit__(self, *error):
         self.owner.log.append("close")
+        if self.owner.close_error is not None:
+            raise self.owner.close_error
 
 
 async def test_a_toolset_is_open_while_its_rollout_runs_and_its_tools_are_shown():
@@ -706,3 +712,22 @@ async def test_a_toolset_that_does_not_open_is_a_failure_of_class_tool():
     found = await failure(tool_use(first, second), ("double", {"number": 1}))
     assert (found.kind, found.where) == (FailureClass.TOOL, "open tools")
     assert first.log == ["open", "close"]
+
+
+async def test_trouble_in_closing_a_toolset_costs_no_reward():
+    toolset = Doubling(close_error=OSError("the server is gone"))
+    trace = await play(tool_use(toolset), TASK, calls(("double", {"number": 4})), "done")
+    assert trace.reward == 1
+    assert "the server is gone" in trace.info["close_tools_failure"]
+
+
+async def test_a_toolset_is_closed_when_the_rollout_fails_or_is_truncated():
+    toolset = Doubling()
+    await failure(tool_use(toolset, on_error="fail"), ("double", {}))
+    assert (await play(tool_use(toolset), TASK, "cut", truncated=True)).is_truncated
+    assert toolset.log == ["open", "close"] * 2
+
+
+def test_an_environment_refuses_a_policy_on_errors_that_is_none():
+    with pytest.raises(ValueError, match="on_error of environment 'tool_use' is 'hide'"):
+        tool_use(add, on_error="hide")
