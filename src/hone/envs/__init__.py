@@ -12,7 +12,7 @@ from hone.envs.rubric import Measure, Rubric, group_metric, group_reward, metric
 from hone.envs.sampler import Sampler
 from hone.envs.sources import Duplicate, Split, Tasks, TaskSourceError, concatenated, is_held_out
 from hone.envs.streams import endless, generated
-from hone.envs.tools import Tool, ToolArgumentsError, Toolset, ToolUse, UnknownToolError, tool
+from hone.envs.tools import Tool, ToolArgumentsError, ToolError, Toolset, ToolUse, UnknownToolError, tool
 from hone.envs.validation import check_gold, play
 from hone.schema.messages import Message, ToolCall, ToolSpec
 from hone.schema.sampling import SamplingParameters, Turn
@@ -54,6 +54,7 @@ __all__ = [
     "Tool",
     "ToolArgumentsError",
     "ToolCall",
+    "ToolError",
     "ToolSpec",
     "ToolUse",
     "Toolset",
