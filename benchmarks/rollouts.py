@@ -113,7 +113,9 @@ async def rollouts(setting: dict[str, object]) -> dict[str, float]:
 
     count = setting["rollouts"]
     tasks = [Task(prompt=(user(f"What is {index} times 6?"),), reference="42") for index in range(count)]
-    assert len({task.key for task in tasks}) == count  # hashed before the clock starts, as the peer's data set is loaded
+    assert (
+        len({task.key for task in tasks}) == count
+    )  # hashed before the clock starts, as the peer's data set is loaded
     environment = Chat(name="chat", rubric=Rubric([exact]), train=[], held_out=tasks)
     async with ChatSampler(setting["url"], "mock") as sampler:
         # A first rollout pays for imports; then what the worker and `hone eval` do before the others.
@@ -177,7 +179,13 @@ def peer_python() -> Path:
 
 
 def report(sides: dict[str, dict[str, dict[str, object]]]) -> None:
-    columns = ["cpu_seconds_per_1k", "rollouts_per_second", "max_stall_ms", "max_stall_cpu_ms", "bytes_per_live_rollout"]
+    columns = [
+        "cpu_seconds_per_1k",
+        "rollouts_per_second",
+        "max_stall_ms",
+        "max_stall_cpu_ms",
+        "bytes_per_live_rollout",
+    ]
     rows = [
         (side, name, *(value["median"] if isinstance(value := figures[column], dict) else value for column in columns))
         for side, settings in sides.items()

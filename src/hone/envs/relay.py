@@ -154,16 +154,18 @@ class _Channel:
     async def attempt(self, wanted: AttemptWanted, sampler: Sampler) -> list[Trace]:
         if self.is_over:
             raise _Ended("the process has ended")
-        result = self._results[wanted.number] = self.loop.create_future()
+        result: asyncio.Future[list[Trace]] = self.loop.create_future()
+        self._results[wanted.number] = result
         self._samplers[wanted.number] = sampler
         self._send(wanted)
         try:
-            return await result
+            traces = await result
         except asyncio.CancelledError:
             self._send(Abandoned(wanted.number))
             raise
         finally:
             del self._results[wanted.number], self._samplers[wanted.number]
+        return traces
 
     def close(self) -> None:
         self.is_over = True
@@ -266,11 +268,10 @@ class _Guest:
             running.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
 
-    async def ask(
-        self, number: int, branch: list[Node], tools: list[ToolSpec], sampling: SamplingParameters
-    ) -> Turn:
+    async def ask(self, number: int, branch: list[Node], tools: list[ToolSpec], sampling: SamplingParameters) -> Turn:
         request = next(self._requests)
-        turn = self._turns[request] = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
+        self._turns[request] = turn
         self._send(TurnWanted(request, number, branch, tools, sampling))
         try:
             return await turn
@@ -289,15 +290,15 @@ class _Guest:
                 self._turns[request].set_exception(TurnRefusedError(reason))
 
     async def _attempt(self, environment: Environment, wanted: AttemptWanted) -> None:
-        sampler = _RelaySampler(self, wanted.number)
-        limits = msgspec.convert(wanted.limits, Limits)
-        run = (environment, wanted.task)
-        how = (sampler, wanted.sampling, wanted.seed, limits)
+        sampler, limits = _RelaySampler(self, wanted.number), msgspec.convert(wanted.limits, Limits)
+        task, sampling, seed, group = wanted.task, wanted.sampling, wanted.seed, wanted.group
         try:
             if wanted.as_group:
-                traces = await run_group(*run, wanted.attempts, *how, group=wanted.group)
+                attempts = wanted.attempts
+                traces = await run_group(environment, task, attempts, sampler, sampling, seed, limits, group=group)
             else:
-                traces = [await run_rollout(*run, attempt, *how, group=wanted.group) for attempt in wanted.attempts]
+                [attempt] = wanted.attempts
+                traces = [await run_rollout(environment, task, attempt, sampler, sampling, seed, limits, group=group)]
             self._send(Attempted(wanted.number, traces))
         finally:
             del self._running[wanted.number]

@@ -22,8 +22,8 @@ import msgspec
 from hone.config.recipe import EnvironmentSection
 from hone.envs.environment import Environment, description
 from hone.envs.failures import describe
-from hone.envs.relay import RolloutRelay
 from hone.envs.registry import EnvironmentLoadError, load_environment
+from hone.envs.relay import RolloutRelay
 from hone.envs.rollout import Rollout
 from hone.envs.rubric import Rubric, reward
 from hone.envs.sources import Tasks

@@ -305,7 +305,7 @@ class Elsewhere(Protocol):
         group: str,
         as_group: bool,
     ) -> list[Trace]:
-        """As `run_group`, or as `run_rollout` for each of the attempts."""
+        """As `run_group`, or as `run_rollout` of the one attempt."""
         ...
 
 

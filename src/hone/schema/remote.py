@@ -89,7 +89,7 @@ class Raised(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class AttemptWanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Run rollouts of one task; answered by `Attempted`, after a `TurnWanted` for each turn.
 
-    as_group: score them together. limits: the fields of `hone.envs.Limits`.
+    as_group: score them together; else there is one. limits: the fields of `hone.envs.Limits`.
     """
 
     number: int
