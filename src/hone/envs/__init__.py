@@ -2,6 +2,7 @@
 
 from hone.envs.environment import Environment, MultiTurn, SingleTurn
 from hone.envs.failures import RolloutFailure, failures_as
+from hone.envs.gym import Episode, GymEnvironment, seeded_tasks
 from hone.envs.messages import assistant, system, user
 from hone.envs.registry import EnvironmentLoadError, installed_environments, load_environment
 from hone.envs.rollout import Limits, Rollout, run_group, run_rollout
@@ -20,7 +21,9 @@ __all__ = [
     "Duplicate",
     "Environment",
     "EnvironmentLoadError",
+    "Episode",
     "FailureClass",
+    "GymEnvironment",
     "Limits",
     "Measure",
     "Message",
@@ -59,6 +62,7 @@ __all__ = [
     "reward",
     "run_group",
     "run_rollout",
+    "seeded_tasks",
     "system",
     "user",
 ]
