@@ -92,6 +92,12 @@ def test_a_cancelled_rollout_is_issued_again_without_counting():
         assert tell(state, d.RolloutFailed(0, 1, FailureClass.CANCELLED)) == [d.RunAgain(0, 1, 0)]
 
 
+@pytest.mark.parametrize("kind", [FailureClass.SANDBOX, FailureClass.CANCELLED])
+def test_a_final_failure_is_not_tried_again(kind):
+    state, _ = begin()
+    assert tell(state, d.RolloutFailed(0, 1, kind, is_final=True)) == [d.GiveUpAttempt(0, 1, kind)]
+
+
 def test_a_group_trains_with_two_valid_rollouts_and_not_with_one():
     state, _ = begin(group_size=3, max_attempts=1)
     tell(state, d.RolloutFailed(0, 2, FailureClass.TOOL), d.RolloutFailed(1, 2, FailureClass.TOOL))

@@ -158,7 +158,7 @@ class World:
     def rollout_fails(self, dice):
         key = dice.choice(sorted(self.running))
         del self.running[key]
-        self.tell(d.RolloutFailed(*key, dice.choice(KINDS)))
+        self.tell(d.RolloutFailed(*key, dice.choice(KINDS), is_final=dice.random() < 0.2))
 
     def late_answer(self, dice):
         group = dice.choice(sorted(self.outcomes))

@@ -62,8 +62,8 @@ class Book:
         write_batch(self.folder.batch_of(step), batch_from(step, len(numbers), [sample]))
         self.ledger.batch(step, numbers, 1)
 
-    def recover(self):
-        return recover(self.ledger, self.folder, LIMITS)
+    def recover(self, scored_together=()):
+        return recover(self.ledger, self.folder, LIMITS, scored_together)
 
     def states(self):
         with sqlite3.connect(self.folder.ledger) as database:
@@ -181,6 +181,38 @@ def test_a_finished_attempt_whose_trace_is_gone_runs_again(tmp_path):
     segment.write_bytes(segment.read_bytes()[:-3])
     with Book(tmp_path) as book:
         assert book.recover().state.groups[0].pending == {1: 0}
+
+
+def test_a_group_that_is_scored_together_is_whole_or_runs_again(tmp_path):
+    with Book(tmp_path) as book:
+        for number in range(3):
+            book.admit(number)
+        book.finish(0, 0)  # the environment was another then: only half of the group is there
+        book.finish(1, 0, 1)
+        book.ledger.finish_group(1)
+        book.ledger.retry(2, 0, 1)
+        book.ledger.fail(2, 1, FailureClass.TOOL)
+        book.ledger.commit()
+        found = book.recover(["e"])
+        assert [found.state.groups[number].pending for number in range(3)] == [{0: 0, 1: 0}, {}, {0: 0, 1: 0}]
+        assert found.traces.keys() == {1}
+        assert all(group.last_failure is None for group in found.state.groups.values())
+
+
+def test_only_whole_groups_with_enough_valid_rollouts_are_adopted(tmp_path):
+    broken = Failure(FailureClass.TOOL, "call", "no")
+    with Book(tmp_path) as book:
+        for number in range(4):
+            book.admit(number)
+        book.ledger.commit()
+        book.writer.append([book.result(0, 0)])
+        book.writer.append([book.result(0, 1)])
+        book.writer.append([book.result(1, 0), book.result(2, 0), book.result(1, 1), book.result(2, 1, failure=broken)])
+        book.writer.append([book.result(3, attempt, failure=broken) for attempt in (0, 1)])
+        found = book.recover(["e"])
+        assert [(result.group, result.attempt) for _, result in found.orphans] == [
+            (group_name(1), attempt) for attempt in (0, 1)
+        ]
 
 
 def test_damaged_batches_are_named_and_covered_ones_are_not_missed(tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import random
+import runpy
 import socket
 import sqlite3
 import sys
@@ -14,7 +15,7 @@ import zmq
 import zmq.asyncio
 
 from hone.config.load import ConfigError
-from hone.envs import Rubric, SingleTurn, Task, Tasks, reward, user
+from hone.envs import Rubric, SingleTurn, Task, Tasks, group_reward, reward, user
 from hone.observability.metrics import read_metrics
 from hone.orchestrator.audit import audit
 from hone.orchestrator.engine import WeightsRefusedError
@@ -38,6 +39,34 @@ def failed(request, attempt, kind=FailureClass.SANDBOX):
 async def finish(run):
     async with asyncio.timeout(SECONDS):
         await run.orchestrate()
+
+
+def make_together(make_run, rl=None, **sections):
+    """A run whose groups are scored together."""
+
+    @group_reward
+    def best(answers):
+        return [1.0] * len(answers)
+
+    run = make_run(rl, **sections)
+    run.environments = {"digits": runpy.run_path(str(PROCESS))["digits"](best)}
+    return run
+
+
+def sizes(worker):
+    return {(request.group.partition("-")[0] == "eval", tuple(request.attempts)) for request in worker.requests}
+
+
+def finished_of_batched_groups(run):
+    """How many attempts of each batched group have a reward."""
+    with sqlite3.connect(run.folder.ledger) as database:
+        return [
+            count
+            for (count,) in database.execute(
+                "SELECT SUM(a.state = 'finished') FROM attempts a JOIN groups g ON g.number = a.number"
+                " WHERE g.state = 'batched' GROUP BY g.number"
+            )
+        ]
 
 
 def batch_lines(run):
@@ -165,6 +194,61 @@ async def test_a_worker_that_dies_costs_nothing_but_time(make_run):
             await worker.__aenter__()
         assert sorted(trainer.batches) == [1, 2, 3, 4, 5, 6]
     assert audit(run.folder.path).is_clean
+
+
+WHOLE = {(False, (0, 1, 2, 3)), (True, (0, 1, 2))}
+
+
+async def test_groups_that_are_scored_together_go_to_one_worker_whole_also_after_a_death(make_run):
+    run = make_together(make_run, {"num_steps": 6}, evaluation={"every": 3, "num_tasks": 2, "attempts": 3})
+    async with run.world() as (engine, worker, trainer):
+        worker.seconds = lambda dice: dice.random() * 0.03  # the answers of a group come apart
+        async with type(worker)(run.addresses.workers, engine, name="worker-1") as other, asyncio.TaskGroup() as group:
+            other.seconds = worker.seconds
+            group.create_task(finish(run))
+            for _ in range(3):
+                await asyncio.sleep(0.3)
+                await worker.__aexit__()
+                worker.pid += 1
+                await worker.__aenter__()
+        assert sorted(trainer.batches) == [1, 2, 3, 4, 5, 6]
+        assert sizes(worker) | sizes(other) == WHOLE
+        assert other.requests
+    result = audit(run.folder.path)
+    assert result.is_clean, result
+    assert set(finished_of_batched_groups(run)) == {4}
+
+
+async def test_a_group_scored_without_its_failed_rollouts_does_not_try_them_again(make_run):
+    run = make_together(make_run, evaluation={"every": 2, "num_tasks": 2, "attempts": 3})
+    async with run.world() as (_, worker, trainer):
+        worker.outcome = lambda request, attempt: failed(request, attempt) if attempt == 1 else None
+        await finish(run)
+        assert sorted(trainer.batches) == [1, 2, 3, 4]
+        assert sizes(worker) == WHOLE
+        groups = [request.group for request in worker.requests]
+        assert len(groups) == len(set(groups))
+    assert audit(run.folder.path).is_clean
+    assert set(finished_of_batched_groups(run)) == {3}
+    report = json.loads(run.folder.eval_of(4).read_text())["environments"]["digits"]
+    assert (report["num_rollouts"], report["failures"]) == (6, {"sandbox": 2})
+
+
+async def test_a_group_with_too_few_valid_rollouts_runs_again_whole(make_run):
+    run = make_together(make_run, evaluation={"every": 2, "num_tasks": 2, "attempts": 3})
+    async with run.world() as (_, worker, trainer):
+
+        def at_first_all_but_one(request, attempt):
+            is_first = sum(other.group == request.group for other in worker.requests) == 1
+            is_failed = is_first and (attempt != 1 or request.group.startswith("eval"))
+            return failed(request, attempt) if is_failed else None
+
+        worker.outcome = at_first_all_but_one
+        await finish(run)
+        assert sorted(trainer.batches) == [1, 2, 3, 4]
+        assert sizes(worker) == WHOLE
+    assert audit(run.folder.path).is_clean
+    assert set(finished_of_batched_groups(run)) == {4}
 
 
 async def test_a_silent_worker_is_taken_for_dead(make_run):
@@ -415,9 +499,10 @@ class Killed(BaseException):
     """What a kill looks like from inside: nothing after it happens."""
 
 
+@pytest.mark.parametrize("is_together", [False, True])
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 8, 13])
-async def test_a_kill_between_files_and_ledger_loses_and_repeats_nothing(make_run, monkeypatch, number):
-    run = make_run({"num_steps": 4})
+async def test_a_kill_between_files_and_ledger_loses_and_repeats_nothing(make_run, monkeypatch, number, is_together):
+    run = make_together(make_run) if is_together else make_run()
     commits = 0
 
     def commit(ledger):
@@ -437,6 +522,7 @@ async def test_a_kill_between_files_and_ledger_loses_and_repeats_nothing(make_ru
                 await finish(run)
         await finish(run)
         assert sorted(trainer.batches) == [1, 2, 3, 4]
+        assert not is_together or sizes(worker) == {(False, (0, 1, 2, 3))}
     result = audit(run.folder.path)
     assert result.is_clean, result
     results = [(found.group, found.attempt) for _, found in read_traces(run.folder.traces)]

@@ -7,7 +7,7 @@ from hone.envs.messages import assistant, system, user
 from hone.envs.registry import EnvironmentLoadError, installed_environments, load_environment
 from hone.envs.rollout import Limits, Rollout, run_group, run_rollout
 from hone.envs.rows import Row, columns, dataset_tasks, jsonl_tasks, parquet_tasks
-from hone.envs.rubric import Measure, Rubric, metric, reward
+from hone.envs.rubric import Measure, Rubric, group_metric, group_reward, metric, reward
 from hone.envs.sampler import Sampler
 from hone.envs.sources import Duplicate, Split, Tasks, TaskSourceError, concatenated, is_held_out
 from hone.envs.streams import endless, generated
@@ -52,6 +52,8 @@ __all__ = [
     "endless",
     "failures_as",
     "generated",
+    "group_metric",
+    "group_reward",
     "installed_environments",
     "is_held_out",
     "jsonl_tasks",

@@ -77,11 +77,12 @@ class RolloutFinished:
 
 @dataclass(frozen=True, slots=True)
 class RolloutFailed:
-    """A rollout has no valid reward."""
+    """A rollout has no valid reward. is_final: it is not tried again, because its group was scored without it."""
 
     group: int
     attempt: int
     kind: FailureClass
+    is_final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,7 +406,7 @@ class State:
         if event.kind is not FailureClass.CANCELLED:
             group.pending[event.attempt] += 1
             group.last_failure = event.kind
-        if group.pending[event.attempt] < self._tries(event.kind):
+        if not event.is_final and group.pending[event.attempt] < self._tries(event.kind):
             commands.append(RunAgain(event.group, event.attempt, group.pending[event.attempt]))
             return
         del group.pending[event.attempt]

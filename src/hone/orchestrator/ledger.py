@@ -309,6 +309,14 @@ class Ledger:
         )
         self._database.execute("UPDATE groups SET state = 'running' WHERE number = ?", (number,))
 
+    def forget_group(self, number: int) -> None:
+        """Take a running group back to its beginning: its attempts are scored together, and some are gone."""
+        self._database.execute(
+            "UPDATE attempts SET state = 'running', failure = NULL, num_failures = 0, reward = NULL, segment = NULL,"
+            " offset = NULL WHERE number = ?",
+            (number,),
+        )
+
     def num_drawn(self) -> dict[str, int]:
         """How many tasks were drawn from each environment."""
         return dict(self._database.execute("SELECT environment, MAX(draw) + 1 FROM groups GROUP BY environment"))

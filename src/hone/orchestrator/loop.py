@@ -69,7 +69,7 @@ from hone.schema.rollouts import (
 from hone.schema.sampling import SamplingParameters
 from hone.schema.seeds import derive_seed
 from hone.schema.tasks import Task
-from hone.schema.traces import FailureClass, Trace
+from hone.schema.traces import Failure, FailureClass, Trace
 from hone.schema.wire import Wire, WireError
 from hone.text.rendering import Renderer
 from hone.text.tokenizer import Tokenizer
@@ -209,6 +209,9 @@ class Orchestrator:
         self._section = section
         self._environments = environments
         self._addresses = addresses
+        self._longest_rollout_seconds = section.rollout_timeout_seconds + max(
+            (environment.rubric.group_seconds for environment in environments.values()), default=0.0
+        )
         self._sampling = SamplingParameters(
             temperature=section.sampling.temperature, max_tokens=section.sampling.max_tokens
         )
@@ -217,6 +220,9 @@ class Orchestrator:
         self._trainer_wire = Wire(*TRAINER_CHANNEL)
         self._state = d.State(limits_of(recipe, section))
         self._dispatch = Dispatch()
+        self._scored_together = {name for name, environment in environments.items() if environment.scores_groups}
+        self._held_back: dict[str, dict[int, tuple[bytes, RolloutResult]]] = {}
+        self._gathered: dict[str, tuple[RolloutRequest, int]] = {}
         self._events: deque[d.Event] = deque()
         self._reward_of_solved = {e.name: e.reward_of_solved for e in recipe.environments}
         self._draws: dict[int, Draw] = {}
@@ -308,8 +314,7 @@ class Orchestrator:
 
     def _take_from_workers(self) -> None:
         now = time.monotonic()
-        frames: list[bytes] = []
-        results: list[RolloutResult] = []
+        arrived: list[tuple[bytes, RolloutResult]] = []
         seen: set[Key] = set()
         for identity, messages in self._workers.take():
             for frame in messages:
@@ -318,25 +323,63 @@ class Orchestrator:
                     key = message.group, message.attempt
                     if key not in seen and self._is_welcome(identity, message):
                         seen.add(key)
-                        frames.append(frame)
-                        results.append(message)
+                        arrived += self._hold_back(frame, message) if self._is_whole(key) else [(frame, message)]
                 elif isinstance(message, WorkerHello):
                     self._greet(message, identity, now)
                 elif isinstance(message, Heartbeat) and not self._dispatch.hear(identity, now):
                     self._take_back(message, identity, now)
             self._dispatch.hear(identity, now)
-        if results:
-            location = self._writer.append(frames)
+        if arrived:
+            location = self._writer.append([frame for frame, _ in arrived])
             self._ledger.note_traces(self._writer.end)
-            for result in results:
+            for _, result in arrived:
                 self._take_result(result, location)
 
     def _is_welcome(self, identity: bytes, result: RolloutResult) -> bool:
-        """Whether the result is waited for. A failure counts only from the worker that has the attempt now."""
+        """Whether the result is waited for.
+
+        A failure, and a part of a group that is scored as a whole, count only from the worker that has it now.
+        """
         key = result.group, result.attempt
-        if result.trace.failure is not None and not self._dispatch.is_owner(identity, key):
+        if not self._waits_for(key):
             return False
-        return self._waits_for(key)
+        is_any_workers = result.trace.failure is None and not self._is_whole(key)
+        return is_any_workers or self._dispatch.is_owner(identity, key)
+
+    # Groups that are scored together: one request, one outcome.
+
+    def _is_whole(self, key: Key) -> bool:
+        """Whether this attempt, which is waited for, is scored together with the others of its group."""
+        if not self._scored_together:
+            return False
+        name, _ = key
+        if not name.startswith(PREFIX):
+            return self._tasks[int(name)][0] in self._scored_together
+        return self._evaluation is not None and self._evaluation.environment_of(key) in self._scored_together
+
+    def _hold_back(self, frame: bytes, result: RolloutResult) -> list[tuple[bytes, RolloutResult]]:
+        """The results of a group once all are there. One with too few valid rollouts runs again as a whole."""
+        held = self._held_back.setdefault(result.group, {})
+        held[result.attempt] = frame, result
+        if len(held) < self._size_of(result.group):
+            return []
+        del self._held_back[result.group]
+        arrived = [held[attempt] for attempt in sorted(held)]
+        is_evaluated = result.group.startswith(PREFIX)
+        failures = [found for _, other in arrived if (found := _failure_of(other.trace, is_evaluated)) is not None]
+        if len(arrived) - len(failures) >= (1 if is_evaluated else 2):
+            return arrived
+        self._writer.append([frame for frame, other in arrived if other.trace.failure is not None])
+        self._ledger.note_traces(self._writer.end)
+        kind, self._last_failure = failures[0]
+        for _, other in arrived:
+            key = other.group, other.attempt
+            self._dispatch.done(key)
+            self._fail(key, kind)
+        return []
+
+    def _size_of(self, group: str) -> int:
+        return self._recipe.evaluation.attempts if group.startswith(PREFIX) else self._section.group_size
 
     def _waits_for(self, key: Key) -> bool:
         name, attempt = key
@@ -350,8 +393,8 @@ class Orchestrator:
         self._moved_at = time.monotonic()
         self._dispatch.done(key)
         if trace.failure is not None:
-            self._last_failure = f"{trace.failure.kind} at {trace.failure.where}: {trace.failure.message}"
-            self._fail(key, trace.failure.kind)
+            self._last_failure = _complaint_of(trace.failure)
+            self._fail(key, trace.failure.kind, is_final=self._is_whole(key))
         elif result.group.startswith(PREFIX):
             self._finish_evaluated(key, trace)
         else:
@@ -362,20 +405,22 @@ class Orchestrator:
             reward, version = check_trainable(trace)
         except UntrainableTraceError as error:
             self._last_failure = str(error)
-            self._fail((group_name(number), attempt), error.kind)
+            key = group_name(number), attempt
+            self._fail(key, error.kind, is_final=self._is_whole(key))
             return
         self._traces.setdefault(number, {})[attempt] = trace
         self._tally.add(self._tasks[number][0], trace, reward)
         self._ledger.finish(number, attempt, reward, version, location)
         self._events.append(d.RolloutFinished(number, attempt, reward, version))
 
-    def _fail(self, key: Key, kind: FailureClass) -> None:
+    def _fail(self, key: Key, kind: FailureClass, *, is_final: bool = False) -> None:
         group, attempt = key
+        self._held_back.pop(group, None)
         if not group.startswith(PREFIX):
             self._tally.failures[kind] += 1
-            self._events.append(d.RolloutFailed(int(group), attempt, kind))
+            self._events.append(d.RolloutFailed(int(group), attempt, kind, is_final))
         elif self._evaluation is not None and self._evaluation.waits_for(key):
-            request = self._evaluation.fail(key, kind)
+            request = self._evaluation.fail(key, kind, is_final=is_final)
             if request is not None:
                 self._submit_later(request, self._evaluation.num_failures(key))
             self._continue_evaluation()
@@ -538,7 +583,24 @@ class Orchestrator:
         return RolloutRequest(name, environment, task, attempts, self._sampling, seed)
 
     def _submit_later(self, request: RolloutRequest, num_failures: int) -> None:
-        """At once after an interruption; ever later after failures, so that a broken world is not hammered."""
+        """At once after an interruption; ever later after failures, so that a broken world is not hammered.
+
+        What one tick asks for of a group that is scored together becomes one request.
+        """
+        if request.environment in self._scored_together:
+            before, _ = self._gathered.get(request.group, (None, 0))
+            attempts = request.attempts if before is None else [*before.attempts, *request.attempts]
+            self._gathered[request.group] = msgspec.structs.replace(request, attempts=attempts), num_failures
+        else:
+            self._submit_after(request, num_failures)
+
+    def _submit_gathered(self) -> None:
+        for request, num_failures in self._gathered.values():
+            assert len(request.attempts) == self._size_of(request.group), f"{request.attempts} are not the whole group"
+            self._submit_after(request, num_failures)
+        self._gathered.clear()
+
+    def _submit_after(self, request: RolloutRequest, num_failures: int) -> None:
         if num_failures == 0:
             self._dispatch.submit(request)
             return
@@ -553,6 +615,7 @@ class Orchestrator:
             self._wake.set()
 
     def _send_requests(self) -> None:
+        self._submit_gathered()
         outgoing: dict[bytes, list[bytes]] = {}
         for identity, request in self._dispatch.assign(time.monotonic()):
             if not request.group.startswith(PREFIX):
@@ -578,6 +641,8 @@ class Orchestrator:
 
     def _cancel(self, number: int) -> None:
         name = group_name(number)
+        self._held_back.pop(name, None)
+        self._gathered.pop(name, None)
         message = self._worker_wire.encode(RolloutCancel(name))
         for identity in self._dispatch.withdraw(name):
             self._after_commit.append(partial(self._tell_worker, identity, [message]))
@@ -664,7 +729,7 @@ class Orchestrator:
         if evaluation is None:
             return
         for request in evaluation.start():
-            self._dispatch.submit(request)
+            self._submit_later(request, num_failures=0)
         if evaluation.is_complete:
             self._evaluation = None
             self._end_evaluation(evaluation)
@@ -685,7 +750,8 @@ class Orchestrator:
 
     def _resume(self) -> None:
         """Take up the run where its ledger has it; the first tick sends what follows."""
-        found = recover(self._ledger, self._folder, limits_of(self._recipe, self._section))
+        limits = limits_of(self._recipe, self._section)
+        found = recover(self._ledger, self._folder, limits, self._scored_together)
         self._ledger.note_steps(self._section.num_steps)
         self._state = found.state
         self._traces = found.traces
@@ -789,7 +855,7 @@ class Orchestrator:
             self._dispatch.forgive(now)
         for lost in self._dispatch.silent(now, SILENT_BEATS * heartbeat):
             self._lose(lost)
-        for key in self._dispatch.overdue(now, self._section.rollout_timeout_seconds + GRACE_SECONDS):
+        for key in self._dispatch.overdue(now, self._longest_rollout_seconds + GRACE_SECONDS):
             self._last_failure = "the worker did not end the rollout in time"
             self._fail(key, FailureClass.TIMEOUT)
         if self._state.ended and self._folder.is_exported():
@@ -802,6 +868,22 @@ class Orchestrator:
         if self._dispatch.num_queued and not self._dispatch.num_workers:
             return f"an env worker ({self._dispatch.num_queued} requests are queued)"
         return d.waiting_for(self._state)
+
+
+def _failure_of(trace: Trace, is_evaluated: bool) -> tuple[FailureClass, str] | None:
+    """Why a rollout cannot be used: its class and what is said of it."""
+    if trace.failure is not None:
+        return trace.failure.kind, _complaint_of(trace.failure)
+    try:
+        if not is_evaluated:
+            check_trainable(trace)
+    except UntrainableTraceError as error:
+        return error.kind, str(error)
+    return None
+
+
+def _complaint_of(failure: Failure) -> str:
+    return f"{failure.kind} at {failure.where}: {failure.message}"
 
 
 class _Background:

@@ -1,7 +1,7 @@
 """A run that goes on: the state that its orchestrator died in, from the ledger and the trace segments."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from hone.orchestrator.audit import group_name
@@ -39,8 +39,11 @@ class Recovery:
     broken: list[int]
 
 
-def recover(ledger: Ledger, folder: RunFolder, limits: Limits) -> Recovery:
-    """The state of the run in `folder`; that of a new run when the ledger is empty."""
+def recover(ledger: Ledger, folder: RunFolder, limits: Limits, scored_together: Collection[str] = ()) -> Recovery:
+    """The state of the run in `folder`; that of a new run when the ledger is empty.
+
+    scored_together: the environments whose groups are whole or not there at all.
+    """
     rows = ledger.outstanding()
     traces = read_group_traces(ledger, folder, [row.number for row in rows])
     lost = [
@@ -53,6 +56,12 @@ def recover(ledger: Ledger, folder: RunFolder, limits: Limits) -> Recovery:
         for number, attempt in lost:
             ledger.forget_result(number, attempt)
         rows = ledger.outstanding()
+    torn = [row.number for row in rows if row.draw.environment in scored_together and _is_torn(row)]
+    if torn:
+        for number in torn:
+            ledger.forget_group(number)
+            traces.pop(number, None)
+        rows = ledger.outstanding()
     state = State(limits)
     for row in rows:
         state.restore_group(row.number, _group(row))
@@ -61,7 +70,7 @@ def recover(ledger: Ledger, folder: RunFolder, limits: Limits) -> Recovery:
         state=state,
         drawn={row.number: Drawn(row.draw, row.task_key) for row in rows},
         traces=traces,
-        orphans=_orphans(ledger, folder, state),
+        orphans=_orphans(ledger, folder, state, {r.number for r in rows if r.draw.environment in scored_together}),
         broken=[step for step in range(state.covered + 1, state.num_batches + 1) if not _is_whole(folder, step)],
     )
 
@@ -88,6 +97,11 @@ def read_group_traces(ledger: Ledger, folder: RunFolder, numbers: Iterable[int])
             if (result.group, result.attempt) in wanted[location]:
                 traces.setdefault(number_of[result.group], {})[result.attempt] = result.trace
     return traces
+
+
+def _is_torn(row: GroupRow) -> bool:
+    """Whether some attempts of a running group have an outcome: a trace is lost, or the environment has changed."""
+    return not row.is_finished and any(a.state not in ("issued", "running") for a in row.attempts)
 
 
 def _group(row: GroupRow) -> Group:
@@ -117,14 +131,27 @@ def _restore_steps(state: State, ledger: Ledger, folder: RunFolder) -> None:
     state.last_step = max(state.last_step, state.offered, state.trained)
 
 
-def _orphans(ledger: Ledger, folder: RunFolder, state: State) -> list[tuple[Location, RolloutResult]]:
+def _orphans(
+    ledger: Ledger, folder: RunFolder, state: State, whole: Collection[int]
+) -> list[tuple[Location, RolloutResult]]:
+    """whole: groups that are adopted with all their results, which one frame holds, failures among them; or not."""
     waited_for = {(group_name(number), a): None for number, group in state.groups.items() for a in group.pending}
+    sizes = {group_name(number): len(state.groups[number].pending) for number in whole}
+    together: dict[tuple[Location, str], list[RolloutResult]] = defaultdict(list)
     found = []
     for location, result in read_traces(folder.traces, ledger.traces_end()):
         key = result.group, result.attempt
-        if key in waited_for and result.trace.failure is None:
+        if key not in waited_for:
+            continue
+        if result.group in sizes:
+            together[location, result.group].append(result)
+        elif result.trace.failure is None:
             del waited_for[key]
             found.append((location, result))
+    for (location, group), results in together.items():
+        num_valid = sum(result.trace.failure is None for result in results)
+        if len(results) == sizes[group] and num_valid >= 2:  # with fewer it was to run again
+            found += [(location, result) for result in results]
     return found
 
 
