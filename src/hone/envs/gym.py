@@ -1,4 +1,4 @@
-"""Gym-style environments, objects with `reset` and `step`, as conversations: observations are read, answers are actions."""
+"""Gym-style environments as conversations: the policy reads observations, and its answers are actions."""
 
 import functools
 import inspect

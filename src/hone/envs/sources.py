@@ -73,7 +73,7 @@ class Tasks:
     def where(self, keep: Callable[[Task], bool]) -> "Tasks":
         """The tasks that pass, in the order of the source.
 
-        The source is gone through once, as far as it is needed (for a count: to its end), at 8 bytes for each task kept.
+        The source is gone through once, as far as it is needed (to its end, where it has one), at 8 bytes a task kept.
         """
         return _Pass(self, keep, sides=(True,)).view(True)
 

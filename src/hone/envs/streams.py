@@ -38,8 +38,8 @@ def endless(begin: Callable[[int], Iterable[Task]], *, window: int = 1024) -> Ta
         endless(lambda start: (question(number) for number in itertools.count(start)))
 
     Reading on costs one step of the stream; going back further than `window` tasks, or ahead by more, costs another
-    `begin`. So a run that resumes at task 100,000 pays what `begin(100_000)` costs: a stream that cannot jump goes there
-    step by step (`itertools.islice(generate(), start, None)`). A stream that ends begins anew.
+    `begin`. So a run that resumes at task 100,000 pays what `begin(100_000)` costs: a stream that cannot jump goes
+    there step by step (`itertools.islice(generate(), start, None)`). A stream that ends begins anew.
     """
     if window < 1:
         raise ValueError(f"window {window} keeps no task; use 1 or more")

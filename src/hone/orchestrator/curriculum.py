@@ -1,4 +1,4 @@
-"""Which task of an environment comes next by what its rollouts have earned: pools by solve rate, levels by difficulty."""
+"""Which task of an environment comes next, by what its rollouts earned: pools by solve rate, levels of difficulty."""
 
 import heapq
 import itertools
@@ -56,8 +56,8 @@ def check_curriculum(section: EnvironmentSection, environment: Levelled) -> None
     for field, wanted in (("pools", section.pools), ("curriculum", section.curriculum)):
         if wanted is not None and environment.num_train_tasks is None:
             raise ConfigError(
-                f"environments.{field} of {section.name!r}: its train tasks are endless, so none comes again and nothing is"
-                f" known of the next; limit their number in environments.arguments, or remove environments.{field}"
+                f"environments.{field} of {section.name!r}: its train tasks are endless, so none comes again and nothing"
+                f" is known of the next; limit their number in environments.arguments, or remove environments.{field}"
             )
     if section.curriculum is not None and not environment.has_difficulty:
         raise ConfigError(
@@ -91,7 +91,7 @@ def _difficulties(name: str, environment: Levelled, count: int) -> list[float]:
             ) from error
         if not isinstance(difficulty, int | float) or not math.isfinite(difficulty):
             raise ConfigError(
-                f"environment {name!r} says that train task {index} has difficulty {difficulty!r}; a finite number is needed"
+                f"environment {name!r} says that train task {index} has difficulty {difficulty!r}; give a finite number"
             )
         found.append(float(difficulty))
     return found

@@ -1,4 +1,4 @@
-"""gymnasium's environments with a few actions as text games: what they render is read, the name of an action is an answer."""
+"""gymnasium's environments as text games: the policy reads what they render and answers with the name of an action."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -51,7 +51,7 @@ def load_environment(
     """A registered gymnasium environment with a discrete action space; the reward is the sum of its steps' rewards.
 
     game: its id, such as FrozenLake-v1. arguments: of `gymnasium.make`. actions: their names; default: those of the toy
-    games, numbers elsewhere. show: an observation to text; default: what the game renders as text, else the observation.
+    games, numbers elsewhere. show: an observation to text; default: what the game renders, else the observation itself.
     instructions: a system message; default: one that lists the actions. max_steps: turns of the policy; default: the
     game's own limit. Each seed is a task, and the first `num_held_out` seeds are held out.
     """

@@ -32,7 +32,7 @@ def load_environment(
 def environment_from(task: Any, *, held_out_share: float = 1.0) -> SingleTurn:
     """An environment of an `inspect_ai.Task`: one answer to each sample, the mean of its scorers as the reward.
 
-    held_out_share: of the samples, by the hash of their prompts; all by default, because most such tasks are benchmarks.
+    held_out_share: of the samples, by the hash of their prompts; all by default: most such tasks are benchmarks.
     Refused are tasks with a sandbox, tools or model-graded scorers, and solvers that ask the model more than once.
     """
     inspected = _Inspected(task)

@@ -1,4 +1,4 @@
-"""reasoning-gym's procedural data sets as an environment, after their scorers have shown that they tell right from wrong."""
+"""reasoning-gym's procedural data sets as an environment, after their scorers have told right from wrong."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
