@@ -291,7 +291,7 @@ class FakeRun:
             "run": {"folder": str(path), "name": "run"},
             "model": {"path": "unused"},
             "environments": [{"name": "digits"}],
-            "workers": {"heartbeat_seconds": 0.1},
+            "workers": {"heartbeat_seconds": 0.1, "max_stall_seconds": 0.5},
             "rl": defaults | (rl or {}),
         } | sections
         self.recipe = recipe_from(tree, "test")

@@ -5,7 +5,9 @@ import pytest
 
 from fakes import ScriptedSampler
 from hone.config.recipe import EvaluationSection
-from hone.envs import Rubric, SingleTurn, reward, run_rollout, user
+from hone.envs import Rubric, SingleTurn, run_rollout, user
+from hone.envs import reward as reward_of
+from hone.envs.retries import Retries
 from hone.evals.asked import sampling_parameters
 from hone.evals.evaluate import evaluate
 from hone.evals.results import EvalResult
@@ -14,6 +16,8 @@ from hone.schema.messages import Message
 from hone.schema.sampling import FinishReason, Turn, VersionRun
 from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, Node, Reward, StopReason, Trace
+
+RETRIES = Retries({FailureClass.TOOL: 1})
 
 
 class Environment:
@@ -34,7 +38,7 @@ class Together(Environment):
 
 def evaluation(environment=Environment, **section):
     chosen = EvaluationSection(**{"num_tasks": 2, **section})
-    return Evaluation(7, {"e": environment()}, chosen, run_seed=0, max_attempts=2)
+    return Evaluation(7, {"e": environment()}, chosen, run_seed=0, retries=RETRIES)
 
 
 def trace(request, reward, version=7):
@@ -70,7 +74,7 @@ def test_tasks_beyond_the_held_out_split_are_not_asked_for():
 
 
 def test_every_version_is_evaluated_with_the_same_seeds():
-    later = Evaluation(8, {"e": Environment()}, EvaluationSection(num_tasks=2), run_seed=0, max_attempts=2)
+    later = Evaluation(8, {"e": Environment()}, EvaluationSection(num_tasks=2), run_seed=0, retries=RETRIES)
     assert [r.seed for r in evaluation().start()] == [r.seed for r in later.start()]
     assert not {r.group for r in evaluation().start()} & {r.group for r in later.start()}
 
@@ -94,7 +98,7 @@ def test_the_report_has_the_mean_of_everything_that_is_named():
 
 
 async def test_it_scores_what_an_evaluation_outside_of_training_scores():
-    @reward
+    @reward_of
     def exact(answer, reference):
         return float(answer == reference)
 
@@ -102,7 +106,7 @@ async def test_it_scores_what_an_evaluation_outside_of_training_scores():
     environment = SingleTurn(name="e", version="1", rubric=Rubric([exact]), train=[], held_out=tasks)
     section = EvaluationSection(num_tasks=6, attempts=4, max_concurrent=3)
     sampler = ScriptedSampler(lambda branch: str(len(sampler.calls) % 3))
-    plan = Evaluation(0, {"e": environment}, section, run_seed=0, max_attempts=1)
+    plan = Evaluation(0, {"e": environment}, section, run_seed=0, retries=Retries({}))
     traces = []
     while started := plan.start():
         for request in started:
@@ -162,7 +166,7 @@ class Broken(Environment):
 
 
 def test_code_of_an_environment_that_raises_costs_its_rollouts_and_not_the_evaluation():
-    plan = Evaluation(7, {"e": Broken()}, EvaluationSection(num_tasks=2, attempts=2), run_seed=0, max_attempts=2)
+    plan = Evaluation(7, {"e": Broken()}, EvaluationSection(num_tasks=2, attempts=2), run_seed=0, retries=RETRIES)
     started = plan.start()
     assert len(started) == 2
     for request in started:
@@ -172,7 +176,7 @@ def test_code_of_an_environment_that_raises_costs_its_rollouts_and_not_the_evalu
 
 
 def test_rollouts_are_counted_under_the_name_of_the_recipe():
-    plan = Evaluation(7, {"hub/e": Environment()}, EvaluationSection(num_tasks=1), run_seed=0, max_attempts=2)
+    plan = Evaluation(7, {"hub/e": Environment()}, EvaluationSection(num_tasks=1), run_seed=0, retries=RETRIES)
     [request] = plan.start()
     plan.finish(key(request), trace(request, 1.0))
     assert plan.metrics()["eval/hub/e/reward_mean"] == 1.0

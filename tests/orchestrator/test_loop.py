@@ -10,6 +10,7 @@ import sqlite3
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 import zmq.asyncio
@@ -21,9 +22,10 @@ from hone.orchestrator.audit import audit
 from hone.orchestrator.engine import WeightsRefusedError
 from hone.orchestrator.ledger import Ledger, LedgerError
 from hone.orchestrator.loop import HopelessError, main
+from hone.schema.rollouts import Farewell, RolloutResult
 from hone.schema.sampling import Answers, FinishReason, Generated, GenerateMany, VersionRun
 from hone.schema.traces import Failure, FailureClass, Trace
-from hone.schema.wire import Wire
+from hone.schema.wire import PROTOCOL, Envelope, Wire
 from hone.text.training import train_tokenizer
 from hone.transport.addresses import PortInUseError
 from hone.transport.traces import read_traces
@@ -133,7 +135,7 @@ async def test_failures_are_tried_again_and_never_rewards(make_run):
 
 
 async def test_a_rollout_without_tokens_is_a_failure(make_run):
-    run = make_run({"num_steps": 1})
+    run = make_run({"num_steps": 1}, retries={"environment": 1})
     async with run.world() as (_, worker, trainer):
 
         def empty(request, attempt):
@@ -146,6 +148,8 @@ async def test_a_rollout_without_tokens_is_a_failure(make_run):
         assert all(len(content) <= 2 * 3 for _, content in trainer.batches.values())
     [line] = batch_lines(run)
     assert line["rollout/failed_environment_count"] >= 2
+    assert line["rollout/again_count"] >= 1
+    assert line["rollout/given_up_environment_count"] >= 1
 
 
 async def test_an_environment_that_always_raises_ends_the_run_with_what_it_said(make_run, monkeypatch):
@@ -464,7 +468,7 @@ def run_main(run, monkeypatch, error):
     async def fails(*_):
         raise error
 
-    monkeypatch.setattr("hone.orchestrator.loop.load_environments", lambda recipe: {})
+    monkeypatch.setattr("hone.orchestrator.loop.environment_of", lambda section: None)
     monkeypatch.setattr("hone.orchestrator.loop.orchestrate", fails)
     return main([str(run.folder.path)])
 
@@ -662,3 +666,35 @@ def test_what_will_never_work_ends_with_code_2_and_one_line(tmp_path, capsys):
     assert "no recipe at" in capsys.readouterr().err
     assert main([]) == 2
     assert "usage" in capsys.readouterr().err
+
+
+async def test_a_worker_with_another_version_of_hone_ends_the_run_with_what_to_do(make_run):
+    run = make_run({"num_steps": 1})
+    async with run.world() as (_, worker, _):
+        envelope = Envelope(PROTOCOL + 1, "WorkerHello", msgspec.Raw(msgspec.msgpack.encode({})))
+        await worker.socket.send(msgspec.msgpack.encode(envelope))
+        with pytest.raises(HopelessError, match="run the same version of hone everywhere"):
+            await finish(run)
+
+
+async def test_a_worker_that_ends_itself_costs_the_guilty_rollout_and_no_other(make_run):
+    run = make_run({"num_steps": 2, "max_concurrent": 8})
+    async with run.world() as (engine, worker, trainer):
+        worker.seconds = lambda dice: 1e9
+        async with asyncio.TaskGroup() as group:
+            group.create_task(finish(run))
+            while not worker.tasks:
+                await asyncio.sleep(0.01)
+            [first, *_] = worker.requests
+            guilty = failed(first, 0, FailureClass.TIMEOUT)
+            await worker.send(RolloutResult(first.group, 0, guilty), Farewell(worker.name, "stuck in f (e.py:1)"))
+            async with type(worker)(run.addresses.workers, engine, name="worker-1") as other:
+                while not trainer.last_step:
+                    await asyncio.sleep(0.02)
+                asked = [(request.group, attempt) for request in other.requests for attempt in request.attempts]
+    assert (first.group, 0) not in asked
+    assert (first.group, 1) in asked
+    with sqlite3.connect(run.folder.ledger) as ledger:
+        failures = ledger.execute("SELECT DISTINCT failure, num_failures FROM attempts").fetchall()
+    ledger.close()
+    assert sorted(failures, key=str) == [("timeout", 0), (None, 0)]

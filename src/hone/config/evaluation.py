@@ -79,7 +79,7 @@ class EvaluatedEnvironment(Section):
     """Entry point name of an installed environment package."""
     label: str | None = None
     """Its name in folders and tables, where one environment is listed with several arguments; default: name."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the package's load_environment."""
     num_tasks: Positive | None = None
     """Tasks, from its held-out split; default: evaluation.num_tasks."""

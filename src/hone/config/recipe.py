@@ -134,6 +134,8 @@ class EnvironmentSection(Section):
     """Share of the mixture, relative to the other environments."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the package's load_environment."""
+    python: str | None = None
+    """Virtual environment (its folder) or Python in which the package is installed, with hone; default: that of hone itself. Env workers of its own run there."""
     solved_reward: float | None = None
     """Reward from which pools and the curriculum take a rollout for solved (1)."""
     pools: PoolsSection | None = None
@@ -335,10 +337,10 @@ class RlSection(Section):
     sampling: SamplingSection = SamplingSection()
     max_turns: Positive | None = None
     """Truncate rollouts after this many turns; default: the environment's own limit."""
+    max_tool_calls: NonNegative | None = None
+    """Truncate rollouts that want more tool calls than this; default: the environment's own limit."""
     rollout_timeout_seconds: PositiveFloat = 600.0
     """A rollout that takes longer is a failure of class timeout."""
-    max_attempts: Positive = 3
-    """How often a rollout that failed through infrastructure is tried before it is given up."""
     stop_at_reward: float | None = None
     """End early when the evaluation during training reaches this mean reward."""
 
@@ -451,13 +453,38 @@ class EvaluationSection(Section):
     """Most evaluation rollouts under way."""
 
 
+class RetriesSection(Section):
+    """How often a rollout is attempted again after a failure, by its class; what is exhausted stays a recorded failure."""
+
+    model: NonNegative = 2
+    """After the engine or endpoint did not answer."""
+    tool: NonNegative = 2
+    """After a tool failed that the environment cannot do without."""
+    sandbox: NonNegative = 2
+    """After a sandbox failed."""
+    judge: NonNegative = 2
+    """After a judge failed."""
+    harness: NonNegative = 2
+    """After an outside agent program failed."""
+    environment: NonNegative = 0
+    """After the environment's own code raised or returned what is no reward."""
+    timeout: NonNegative = 0
+    """After a deadline passed."""
+    worker: NonNegative = 10
+    """After the process that ran the rollout died."""
+
+
 class WorkersSection(Section):
     """The processes that run environments."""
 
     num_workers: NonNegative = 1
-    """Env worker processes; 0 runs the environments inside the orchestrator."""
+    """Env worker processes, so many for each Python that environments name; 0 runs the environments inside the orchestrator."""
     heartbeat_seconds: PositiveFloat = 1.0
-    """A worker reports this often; after ten silent periods it is taken for dead and its rollouts are re-issued."""
+    """A worker reports this often; after ten silent periods, and never before max_stall_seconds is over, it is taken for dead and its rollouts are issued again."""
+    max_stall_seconds: PositiveFloat = 30.0
+    """Environment code that keeps the event loop of its worker for longer is interrupted; its rollout is a failure of class timeout, the others go on."""
+    max_rollouts_per_worker: Positive = 1024
+    """Most rollouts under way in one env worker; others wait in the orchestrator for the least loaded one."""
 
 
 class RunSection(Section):
@@ -489,12 +516,19 @@ class Recipe(Section):
     server: ServerSection = ServerSection()
     evaluation: EvaluationSection = EvaluationSection()
     workers: WorkersSection = WorkersSection()
+    retries: RetriesSection = RetriesSection()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         needs_environments = self.rl is not None or (self.sft is not None and self.sft.data == "environments")
         if needs_environments and not self.environments:
             raise ValueError("no [[environments]] given: rl and sft.data = 'environments' need at least one")
+        elsewhere = [environment.name for environment in self.environments if environment.python is not None]
+        if elsewhere and self.workers.num_workers == 0:
+            raise ValueError(
+                f"environment {elsewhere[0]!r} has a Python of its own, so its rollouts need env workers;"
+                " set workers.num_workers to 1 or more"
+            )
         names = [environment.name for environment in self.environments]
         if len(set(names)) != len(names):
             raise ValueError(

@@ -64,7 +64,8 @@ def _outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[s
 @functools.cache
 def _function_at(place: Place) -> Callable[..., Any]:
     found = operator.attrgetter(place.name)(_module(place))
-    return inspect.unwrap(found)  # a declared reward is its function
+    function: Callable[..., Any] = inspect.unwrap(found)  # a declared reward is its function
+    return function
 
 
 def _module(place: Place) -> ModuleType:

@@ -76,6 +76,51 @@ def boxed(text: str, which: Which = "last") -> str | None:
     return found
 
 
+_ANSWER = re.compile(r"\banswer\s?(?:is\b\s?:?|:)[\s*]{0,6}(?!\s)([^\n]+)", re.IGNORECASE)
+_WRAPPING = " \t\r*`$\"'\u201c\u201d"
+
+
+def final_answer(text: str) -> str | None:
+    """What an answer in prose comes to: what is boxed, or follows the last "the answer is", or else the last line.
+
+    Quotation marks, emphasis and the final full stop are taken off.
+    """
+    box = boxed(text)
+    if box is not None:
+        return box
+    stated = [found[1] for found in _ANSWER.finditer(text)]
+    lines = [line for line in text.split("\n") if line.strip()]
+    last = next(iter(stated[-1:] or lines[-1:]), "")
+    return last.strip(_WRAPPING).removesuffix(".").strip(_WRAPPING) or None
+
+
+_ROW = re.compile(r"[\s|\[(]*\d(?:[\s,|]{0,3}\d)*[\s|\]),]*")
+
+
+def grid(text: str) -> list[list[int]] | None:
+    """The last grid of digits, as the puzzles of ARC have it: a JSON list of lists, or lines of digits; None if ragged."""
+    value = json_value(text)
+    rows = value if isinstance(value, list) and value and all(isinstance(row, list) for row in value) else None
+    if rows is None:
+        rows = _last_rows(text)
+    is_grid = bool(rows) and len({len(row) for row in rows}) == 1 and all(_is_digit(c) for row in rows for c in row)
+    return rows if is_grid else None
+
+
+def _last_rows(text: str) -> list[list[int]]:
+    rows: list[list[int]] = []
+    for line in reversed(text.split("\n")):
+        if _ROW.fullmatch(line):
+            rows.append([int(digit) for digit in re.findall(r"\d", line)])
+        elif rows:
+            break
+    return rows[::-1]
+
+
+def _is_digit(cell: object) -> bool:
+    return isinstance(cell, int) and not isinstance(cell, bool) and 0 <= cell <= 9
+
+
 MAX_DIGITS = 300
 """A longer row of digits is no number that anybody means, and costs much to read."""
 

@@ -5,7 +5,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, overload
 
@@ -15,7 +15,7 @@ from hone.envs.blocking import call_blocking
 from hone.envs.failures import RolloutFailure, deadline, failures_as
 from hone.envs.isolation import IsolatedError, ProcessDied, call_isolated, place_of
 from hone.schema.messages import Message
-from hone.schema.traces import FailureClass, Reward, Trace
+from hone.schema.traces import AgentRecord, FailureClass, Reward, Trace
 
 Function = Callable[..., Any]
 
@@ -26,7 +26,8 @@ class Measure:
 
     weight: its share in the total reward; None for a metric. of_group: it judges all rollouts of a group at once.
     blocking: a synchronous function that may take long and runs in a thread; isolated: one that runs in a process of
-    its own. deadline_seconds: None takes the rubric's. arguments: what it wants to know, by name.
+    its own. deadline_seconds: None takes the rubric's. arguments: what it wants to know, by name. agent: who earns it
+    where there are several; None: all of them.
     """
 
     function: Function
@@ -38,6 +39,7 @@ class Measure:
     deadline_seconds: float | None
     arguments: tuple[str, ...]
     is_async: bool
+    agent: str | None = None
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
         return self.function(*positional, **named)
@@ -69,6 +71,7 @@ def reward(
     blocking: bool = False,
     isolated: bool = False,
     deadline_seconds: float | None = None,
+    agent: str | None = None,
 ) -> Callable[[Function], Measure]: ...
 def reward(
     function: Function | None = None,
@@ -79,11 +82,12 @@ def reward(
     blocking: bool = False,
     isolated: bool = False,
     deadline_seconds: float | None = None,
+    agent: str | None = None,
 ) -> Measure | Callable[[Function], Measure]:
     """Declare a function as a reward: a number that trains, sync or async.
 
     It names what it wants among task, trace, prompt, completion (the messages after the prompt), answer (the policy's
-    last text), reference, info and state::
+    last text), reference, info, state and, with several agents, agent_answers (the last text of each, by name)::
 
         @reward
         def exact(answer: str, reference: str) -> float:
@@ -92,13 +96,15 @@ def reward(
     What it raises, a value that is not finite, and a passed deadline are failures of the rollout, never a zero.
     A synchronous function runs on the event loop of all rollouts and must be quick. One that is not is declared with
     blocking=True, and runs in a thread, or with isolated=True, and runs in a process that is killed at the deadline:
-    it must be at the top of a module, and may want anything but the state, which stays in this process.
+    it must be at the top of a module, and may want anything but the state, which stays in this process. With several
+    agents all of them earn it, or the one that `agent` names.
     """
     if not math.isfinite(weight):
         raise ValueError(f"weight {weight} of a reward is not a finite number")
 
     def declare(function: Function) -> Measure:
-        return _measure(function, name, float(weight), False, blocking, isolated, deadline_seconds)
+        measure = _measure(function, name, float(weight), False, blocking, isolated, deadline_seconds)
+        return measure if agent is None else replace(measure, agent=agent)
 
     return declare if function is None else declare(function)
 
@@ -205,11 +211,12 @@ def group_metric(
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a rubric found. failed_metrics: why a metric is missing, by name."""
+    """What a rubric found. failed_metrics: why a metric is missing, by name. agent_rewards: of single agents."""
 
     rewards: dict[str, Reward] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     failed_metrics: dict[str, str] = field(default_factory=dict)
+    agent_rewards: dict[str, dict[str, Reward]] = field(default_factory=dict)
 
 
 NO_SCORES = Scores()
@@ -244,6 +251,11 @@ class Rubric:
         arguments = {name: ARGUMENTS[name](trace, state) for name in part.wanted}
         return _scores(part.measures, await part.outcomes(arguments, _number))
 
+    @property
+    def agents(self) -> set[str]:
+        """Agents with rewards of their own."""
+        return {measure.agent for measure in self.measures if measure.agent is not None}
+
     async def score_group(self, traces: Sequence[Trace]) -> list[Trace]:
         """The traces of one group, scored each on its own, with the rewards and metrics of the group added.
 
@@ -275,6 +287,7 @@ ARGUMENTS: dict[str, Callable[[Trace, Any], Any]] = {
     "reference": lambda trace, state: trace.task.reference,
     "info": lambda trace, state: trace.task.info,
     "state": lambda trace, state: state,
+    "agent_answers": lambda trace, state: _agent_answers(trace),
 }
 
 GROUP_ARGUMENTS: dict[str, Callable[[Sequence[Trace]], Any]] = {
@@ -344,6 +357,12 @@ def _completion(trace: Trace) -> list[Message]:
 
 def _answer(trace: Trace) -> str:
     return next((node.message.content for node in reversed(trace.nodes) if node.turn is not None), "")
+
+
+def _agent_answers(trace: Trace) -> dict[str, str]:
+    """Empty for an agent that has said nothing."""
+    said = {node.agent: node.message.content for node in trace.nodes if node.turn is not None}
+    return {name: said.get(name, "") for name in trace.agents}
 
 
 def _measure(
@@ -437,6 +456,8 @@ def _scores(measures: tuple[Measure, ...], outcomes: Mapping[str, Outcome]) -> S
                 scores.metrics[measure.name] = outcome
         elif isinstance(outcome, RolloutFailure):
             raise outcome
+        elif measure.agent is not None:
+            scores.agent_rewards.setdefault(measure.agent, {})[measure.name] = Reward(outcome, measure.weight)
         else:
             scores.rewards[measure.name] = Reward(outcome, measure.weight)
     return scores
@@ -458,8 +479,9 @@ def _with_group(trace: Trace, measures: tuple[Measure, ...], outcomes: Mapping[s
     try:
         scores = _scores(measures, outcomes)
     except RolloutFailure as error:
+        agents = {name: AgentRecord(agent.trains) for name, agent in trace.agents.items()}
         return msgspec.structs.replace(
-            trace, rewards={}, metrics={}, stop_reason=None, failure=error.failure, timing=timing
+            trace, rewards={}, agents=agents, metrics={}, stop_reason=None, failure=error.failure, timing=timing
         )
     info = trace.info
     if scores.failed_metrics:

@@ -14,10 +14,10 @@ from typing import Any, Self
 from hone.envs.environment import Environment
 from hone.envs.rollout import Limits, run_group, run_rollout
 from hone.envs.sampler import Sampler
+from hone.evals.asked import held_out_tasks
 from hone.evals.results import MAX_FAILED_SHARE, EvalResult, Outcome, Prices, Usage, outcome_of, summarise
 from hone.evals.statistics import Estimate, estimate_mean
 from hone.evals.storage import EvalFolder, Settings, replace_outcome
-from hone.evals.asked import held_out_tasks
 from hone.schema.sampling import SamplingParameters
 from hone.schema.tasks import Task
 from hone.schema.traces import Trace
@@ -48,9 +48,9 @@ class Plan:
     environment: Environment
     num_tasks: int
     attempts: int = 1
-    sampling: SamplingParameters = SamplingParameters()
+    sampling: SamplingParameters = field(default_factory=SamplingParameters)
     seed: int = 0
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     model: str = ""
@@ -108,7 +108,8 @@ class Cell:
         self.plan = plan
         tasks = held_out_tasks(plan.environment, plan.num_tasks, plan.environment.name)
         self._wanted = {(task.key, attempt): task for task in tasks for attempt in range(plan.attempts)}
-        self._files = None if plan.folder is None else EvalFolder(plan.folder, plan.settings)
+        self._settings = plan.settings
+        self._files = None if plan.folder is None else EvalFolder(plan.folder, self._settings)
         self._outcomes: dict[tuple[str, int], Outcome] = {}
         self._messages: dict[tuple[str, int], str] = {}
         self._num_groups: Counter[str] = Counter()
@@ -151,17 +152,34 @@ class Cell:
 
     async def run(self, task: Task, attempts: list[int], sampler: Sampler) -> None:
         """Run one of the `units` and keep what became of it."""
-        plan, began = self.plan, self._begin()
-        if plan.environment.scores_groups:
-            self._take_group(await self._run_group(task, attempts, sampler))
+        if self.plan.environment.scores_groups:
+            await self._run_group(task, attempts, sampler)
         else:
             for attempt in attempts:
-                trace = await run_rollout(
-                    plan.environment, task, attempt, sampler, plan.sampling, plan.seed, plan.limits, group=task.key
-                )
-                self._record(trace)
-                self._take(trace)
+                await self.attempt(task, attempt, sampler)
+
+    async def attempt(self, task: Task, attempt: int, sampler: Sampler) -> Outcome:
+        """Run one rollout and keep what became of it."""
+        plan, began = self.plan, self._begin()
+        trace = await run_rollout(
+            plan.environment,
+            task,
+            attempt,
+            sampler,
+            plan.sampling,
+            plan.seed,
+            plan.limits,
+            group=self._settings.group_of(task),
+        )
+        self._record(trace)
+        outcome = self._take(trace)
         self._seconds = time.perf_counter() - began
+        return outcome
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """One for each attempt that has ended."""
+        return list(self._outcomes.values())
 
     def reward(self) -> Estimate | None:
         """The mean reward so far."""
@@ -211,17 +229,18 @@ class Cell:
             return which is not Pending.FAILED
         return outcome.failure is not None and which is not Pending.MISSING
 
-    async def _run_group(self, task: Task, attempts: list[int], sampler: Sampler) -> list[Trace]:
-        plan = self.plan
+    async def _run_group(self, task: Task, attempts: list[int], sampler: Sampler) -> None:
+        plan, began = self.plan, self._begin()
         # A name for each time that the group runs: traces of different times must not be mixed when they are read again.
-        group = f"{task.key}-{self._num_groups[task.key]}"
+        group = f"{self._settings.group_of(task)}-{self._num_groups[task.key]}"
         self._num_groups[task.key] += 1
         traces = await run_group(
             plan.environment, task, attempts, sampler, plan.sampling, plan.seed, plan.limits, group=group
         )
         for trace in traces:
             self._record(trace)
-        return traces
+        self._take_group(traces)
+        self._seconds = time.perf_counter() - began
 
     def _begin(self) -> float:
         if self._began is None:

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,7 @@ import msgspec
 
 from hone.evals.results import EvalResult, Outcome, outcome_of
 from hone.schema.sampling import SamplingParameters
+from hone.schema.tasks import Task
 from hone.schema.traces import Trace
 
 logger = logging.getLogger("hone.evals.storage")
@@ -20,7 +22,7 @@ logger = logging.getLogger("hone.evals.storage")
 SETTINGS, TRACES, OUTCOMES, RESULT = "settings.json", "traces.jsonl", "outcomes.jsonl", "result.json"
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """What must be equal for an evaluation to be resumed: otherwise its old traces answer another question.
 
     arguments: of the environment's load_environment. budgets: the limits that truncate a rollout. source: what is behind
@@ -36,11 +38,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     budgets: dict[str, float] = {}
     source: str = ""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that are equal for equal settings, in every process."""
         content = msgspec.json.encode(self, order="deterministic")
         return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+    def group_of(self, task: Task) -> str:
+        """The group of a task's rollouts: those that compare, and so were made with equal settings."""
+        return f"{self.fingerprint}-{task.key}"
 
 
 class EvalFolder:
@@ -89,8 +95,15 @@ class EvalFolder:
             raise OSError(f"{self.traces_path}: only {written} of {len(line)} bytes were written; is the disk full?")
 
     def traces(self) -> Iterator[Trace]:
-        """All readable traces, in the order in which they were written."""
-        yield from read_traces(self.traces_path)
+        """The traces that were made with these settings, in the order in which they were written."""
+        num_others = 0
+        for trace in read_traces(self.traces_path):
+            if trace.group.startswith(self._settings.group_of(trace.task)):  # groups scored together have numbers
+                yield trace
+            else:
+                num_others += 1
+        if num_others:
+            logger.warning("%s: passed over %d traces that were made with other settings", self.traces_path, num_others)
 
     def save_outcomes(self, outcomes: Iterable[Outcome]) -> None:
         """Write outcomes.jsonl: whole, or not at all."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 
 from hone.config.recipe import EvaluationSection
+from hone.envs.retries import NO_FAILURES, Failures, Retries, counted, total
 from hone.evals.asked import HeldOut, draw_held_out, sampling_parameters
 from hone.evals.results import EvalResult, Outcome, Usage, outcome_of, summarise
 from hone.evals.statistics import Estimate, estimate_mean
@@ -45,24 +46,24 @@ class Evaluation:
         section: EvaluationSection,
         *,
         run_seed: int,
-        max_attempts: int,
+        retries: Retries,
     ) -> None:
         self.version = version
         self._environments = environments
         self._attempts = section.attempts
         self._max_concurrent = section.max_concurrent
-        self._max_attempts = max_attempts
+        self._retries = retries
         self._outcomes: dict[str, list[Outcome]] = {name: [] for name in environments}
         self._usage = {name: Usage() for name in environments}
         self._versions: set[int] = set()
         self._requests = deque(self._plan(section, run_seed))
-        self._num_wanted = {name: 0 for name in environments}
+        self._num_wanted = dict.fromkeys(environments, 0)
         for request in self._requests:
             self._num_wanted[request.environment] += len(request.attempts)
         for name, outcomes in self._outcomes.items():  # the attempts at tasks that could not be made
             self._num_wanted[name] += len(outcomes)
         self._running: dict[Key, RolloutRequest] = {}
-        self._failures: dict[Key, int] = defaultdict(int)
+        self._failures: dict[Key, Failures] = {}
 
     def _plan(self, section: EvaluationSection, run_seed: int) -> list[RolloutRequest]:
         # The same seed for every version: what differs between two evaluations is the policy alone.
@@ -116,15 +117,15 @@ class Evaluation:
 
     def fail(self, key: Key, kind: FailureClass, *, is_final: bool = False) -> RolloutRequest | None:
         """The request to send for this attempt, or None when the rollout is given up, as one that is final is."""
-        self._failures[key] += kind is not FailureClass.CANCELLED
-        if not is_final and self._failures[key] < self._max_attempts:
+        failures = self._failures[key] = counted(self._failures.get(key, NO_FAILURES), kind)
+        if not is_final and self._retries.permit(failures, kind):
             return msgspec.structs.replace(self._running[key], attempts=[key[1]])
         request = self._running.pop(key)
         self._outcomes[request.environment].append(Outcome(request.task.key, key[1], kind))
         return None
 
     def num_failures(self, key: Key) -> int:
-        return self._failures[key]
+        return total(self._failures[key])
 
     @property
     def reward(self) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from hone.envs.retries import Failures, total
 from hone.orchestrator.curriculum import Outcome, solve_rate
 from hone.orchestrator.mixture import Draw
 from hone.schema.traces import FailureClass
@@ -45,6 +46,7 @@ CREATE TABLE IF NOT EXISTS attempts (
     state TEXT NOT NULL DEFAULT 'issued' CHECK (state IN ('issued', 'running', 'finished', 'failed')),
     failure TEXT,
     num_failures INTEGER NOT NULL DEFAULT 0,
+    failures TEXT NOT NULL DEFAULT '{}',
     reward REAL,
     min_version INTEGER,
     segment INTEGER,
@@ -79,7 +81,7 @@ _FINISH = (
     "UPDATE attempts SET state = 'finished', reward = ?, min_version = ?, segment = ?, offset = ?"
     " WHERE number = ? AND attempt = ? AND state IN ('issued', 'running')"
 )
-_RETRY = "UPDATE attempts SET num_failures = ? WHERE number = ? AND attempt = ?"
+_RETRY = "UPDATE attempts SET num_failures = ?, failures = ? WHERE number = ? AND attempt = ?"
 _FAIL = (
     "UPDATE attempts SET state = 'failed', failure = ?"
     " WHERE number = ? AND attempt = ? AND state IN ('issued', 'running')"
@@ -125,7 +127,7 @@ class AttemptRow:
     attempt: int
     state: str
     failure: FailureClass | None
-    num_failures: int
+    failures: Failures
     reward: float | None
     min_version: int | None
     location: Location | None
@@ -200,8 +202,8 @@ class Ledger:
         row = (reward, min_version, location.segment, location.offset, number, attempt)
         self._pending[_FINISH].append(row)
 
-    def retry(self, number: int, attempt: int, num_failures: int) -> None:
-        self._pending[_RETRY].append((num_failures, number, attempt))
+    def retry(self, number: int, attempt: int, failures: Failures) -> None:
+        self._pending[_RETRY].append((total(failures), json.dumps(dict(failures)), number, attempt))
 
     def fail(self, number: int, attempt: int, kind: FailureClass) -> None:
         self._pending[_FAIL].append((str(kind), number, attempt))
@@ -283,7 +285,7 @@ class Ledger:
 
     def attempts(self, number: int) -> list[AttemptRow]:
         rows = self._database.execute(
-            "SELECT attempt, state, failure, num_failures, reward, min_version, segment, offset FROM attempts"
+            "SELECT attempt, state, failure, failures, reward, min_version, segment, offset FROM attempts"
             " WHERE number = ? ORDER BY attempt",
             (number,),
         )
@@ -292,12 +294,12 @@ class Ledger:
                 attempt,
                 state,
                 None if failure is None else FailureClass(failure),
-                num_failures,
+                {FailureClass(kind): count for kind, count in json.loads(failures).items()},
                 reward,
                 min_version,
                 None if segment is None else Location(segment, offset),
             )
-            for attempt, state, failure, num_failures, reward, min_version, segment, offset in rows
+            for attempt, state, failure, failures, reward, min_version, segment, offset in rows
         ]
 
     def forget_result(self, number: int, attempt: int) -> None:
@@ -312,7 +314,7 @@ class Ledger:
     def forget_group(self, number: int) -> None:
         """Take a running group back to its beginning: its attempts are scored together, and some are gone."""
         self._database.execute(
-            "UPDATE attempts SET state = 'running', failure = NULL, num_failures = 0, reward = NULL, segment = NULL,"
+            "UPDATE attempts SET state = 'running', failure = NULL, num_failures = 0, failures = '{}', reward = NULL, segment = NULL,"
             " offset = NULL WHERE number = ?",
             (number,),
         )

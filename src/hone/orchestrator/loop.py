@@ -28,7 +28,9 @@ import zmq
 from hone.config.load import ConfigError, load_recipe
 from hone.config.recipe import Recipe, RlSection
 from hone.envs.environment import Environment
-from hone.envs.worker import Worker, limits_from, load_environments
+from hone.envs.remote import environment_of
+from hone.envs.retries import Retries, total
+from hone.envs.worker import Worker, limits_from
 from hone.inference.client import AdminClient, TokenChannel, TokenSampler
 from hone.observability import logs
 from hone.observability.logs import fields
@@ -59,6 +61,7 @@ from hone.schema.batches import (
 from hone.schema.rollouts import (
     FRAMES_PER_MESSAGE,
     WORKER_CHANNEL,
+    Farewell,
     Heartbeat,
     RolloutCancel,
     RolloutRequest,
@@ -70,7 +73,7 @@ from hone.schema.sampling import SamplingParameters
 from hone.schema.seeds import derive_seed
 from hone.schema.tasks import Task
 from hone.schema.traces import Failure, FailureClass, Trace
-from hone.schema.wire import Wire, WireError
+from hone.schema.wire import ProtocolError, Wire, WireError
 from hone.text.rendering import Renderer
 from hone.text.tokenizer import Tokenizer
 from hone.transport.addresses import Addresses, PortInUseError, load_addresses
@@ -82,6 +85,8 @@ logger = logging.getLogger("hone.orchestrator.loop")
 
 WILL_NEVER_WORK = 2
 SILENT_BEATS = 10
+STALLS_OF_SILENCE = 1.5
+"""So many of the longest stalls are waited for before silence is death: after one, a worker goes on or says farewell."""
 PAUSE_SECONDS = 0.005
 """What arrives within this time shares a tick, and so a transaction."""
 SHORT_PAUSE_SECONDS = 0.001
@@ -115,7 +120,7 @@ def main(arguments: list[str]) -> int:
     logs.configure("orchestrator", folder.path)
     try:
         recipe = load_recipe(folder.config)
-        environments = load_environments(recipe)
+        environments = {section.name: environment_of(section) for section in recipe.environments}
         addresses = load_addresses(folder.addresses)
     except ValueError as error:
         return _complain(error)
@@ -166,12 +171,17 @@ def limits_of(recipe: Recipe, section: RlSection) -> d.Limits:
         max_staleness=section.max_staleness,
         num_steps=section.num_steps,
         max_concurrent=section.max_concurrent or all_in_time,
-        max_attempts=section.max_attempts,
         in_flight_updates=section.in_flight_updates,
         filter_without_signal=section.filter_without_signal,
         evaluate_every=recipe.evaluation.every,
         stop_at_reward=section.stop_at_reward,
+        retries=retries_of(recipe),
     )
+
+
+def retries_of(recipe: Recipe) -> Retries:
+    """The retry policy of a recipe."""
+    return Retries({FailureClass(kind): count for kind, count in recipe.retries.model_dump().items()})
 
 
 def identity_of(recipe: Recipe, section: RlSection) -> dict[str, Any]:
@@ -219,7 +229,7 @@ class Orchestrator:
         self._worker_wire = Wire(*WORKER_CHANNEL)
         self._trainer_wire = Wire(*TRAINER_CHANNEL)
         self._state = d.State(limits_of(recipe, section))
-        self._dispatch = Dispatch()
+        self._dispatch = Dispatch(recipe.workers.max_rollouts_per_worker)
         self._scored_together = {name for name, environment in environments.items() if environment.scores_groups}
         self._held_back: dict[str, dict[int, tuple[bytes, RolloutResult]]] = {}
         self._gathered: dict[str, tuple[RolloutRequest, int]] = {}
@@ -315,6 +325,7 @@ class Orchestrator:
     def _take_from_workers(self) -> None:
         now = time.monotonic()
         arrived: list[tuple[bytes, RolloutResult]] = []
+        farewells: list[Farewell] = []
         seen: set[Key] = set()
         for identity, messages in self._workers.take():
             for frame in messages:
@@ -326,14 +337,21 @@ class Orchestrator:
                         arrived += self._hold_back(frame, message) if self._is_whole(key) else [(frame, message)]
                 elif isinstance(message, WorkerHello):
                     self._greet(message, identity, now)
-                elif isinstance(message, Heartbeat) and not self._dispatch.hear(identity, now):
-                    self._take_back(message, identity, now)
+                elif isinstance(message, Heartbeat):
+                    self._tally.note_stall(message)
+                    if not self._dispatch.hear(identity, now):
+                        self._take_back(message, identity, now)
+                elif isinstance(message, Farewell):
+                    farewells.append(message)
             self._dispatch.hear(identity, now)
         if arrived:
             location = self._writer.append([frame for frame, _ in arrived])
             self._ledger.note_traces(self._writer.end)
             for _, result in arrived:
                 self._take_result(result, location)
+        for farewell in farewells:  # after the result that tells whose fault it is
+            logger.warning("an env worker ends itself", extra=fields(worker=farewell.worker, reason=farewell.reason))
+            self._lose(self._dispatch.dismiss(farewell.worker))
 
     def _is_welcome(self, identity: bytes, result: RolloutResult) -> bool:
         """Whether the result is waited for.
@@ -402,7 +420,7 @@ class Orchestrator:
 
     def _finish(self, number: int, attempt: int, trace: Trace, location: Location) -> None:
         try:
-            reward, version = check_trainable(trace)
+            reward, version, agent_rewards = check_trainable(trace)
         except UntrainableTraceError as error:
             self._last_failure = str(error)
             key = group_name(number), attempt
@@ -411,7 +429,7 @@ class Orchestrator:
         self._traces.setdefault(number, {})[attempt] = trace
         self._tally.add(self._tasks[number][0], trace, reward)
         self._ledger.finish(number, attempt, reward, version, location)
-        self._events.append(d.RolloutFinished(number, attempt, reward, version))
+        self._events.append(d.RolloutFinished(number, attempt, reward, version, agent_rewards))
 
     def _fail(self, key: Key, kind: FailureClass, *, is_final: bool = False) -> None:
         group, attempt = key
@@ -427,10 +445,7 @@ class Orchestrator:
 
     def _greet(self, hello: WorkerHello, identity: bytes, now: float) -> None:
         logger.info("env worker is here", extra=fields(worker=hello.worker, pid=hello.pid))
-        missing = sorted(self._environments.keys() - set(hello.environments))
-        if missing:
-            raise HopelessError(f"worker {hello.worker} lacks environment {missing[0]!r}; install it where workers run")
-        self._lose(self._dispatch.greet(hello.worker, hello.pid, identity, now))
+        self._lose(self._dispatch.greet(hello.worker, hello.pid, identity, frozenset(hello.environments), now))
 
     def _take_back(self, beat: Heartbeat, identity: bytes, now: float) -> None:
         """A worker that stood still for so long that it was taken for dead has gone on: its rollouts run anew."""
@@ -475,6 +490,8 @@ class Orchestrator:
     def _decode(self, wire: Wire, frame: bytes) -> Any:
         try:
             return wire.decode(frame)
+        except ProtocolError as error:
+            raise HopelessError(f"a process of this run has another version of hone: {error}") from error
         except WireError as error:
             logger.error("a message is passed over: %s", error)
             return None
@@ -485,11 +502,13 @@ class Orchestrator:
         match command:
             case d.StartGroup(number, version):
                 self._start_group(number, version)
-            case d.RunAgain(number, attempt, num_failures):
-                if num_failures:
-                    self._ledger.retry(number, attempt, num_failures)
-                self._run_attempts(number, [attempt], num_failures)
+            case d.RunAgain(number, attempt, failures):
+                if failures:
+                    self._ledger.retry(number, attempt, failures)
+                self._tally.num_again += 1
+                self._run_attempts(number, [attempt], total(failures))
             case d.GiveUpAttempt(number, attempt, kind):
+                self._tally.given_up[kind] += 1
                 self._ledger.fail(number, attempt, kind)
             case d.FinishGroup(number):
                 self._tell_curriculum(number, has_outcome=True)
@@ -714,7 +733,7 @@ class Orchestrator:
             dict(self._environments),
             self._recipe.evaluation,
             run_seed=self._recipe.run.seed,
-            max_attempts=self._section.max_attempts,
+            retries=self._state.limits.retries,
         )
         self._evaluation_began = time.time()
         self._continue_evaluation()
@@ -833,6 +852,7 @@ class Orchestrator:
             ),
             limits=limits_from(self._recipe),
             heartbeat_seconds=self._recipe.workers.heartbeat_seconds,
+            max_stall_seconds=self._recipe.workers.max_stall_seconds,
         )
         await stack.enter_async_context(worker)
         return worker.run()
@@ -853,7 +873,8 @@ class Orchestrator:
         heartbeat = self._recipe.workers.heartbeat_seconds
         if late > heartbeat + 2 * TIMER_SECONDS:  # a message may come just before the timer, which then starts anew
             self._dispatch.forgive(now)
-        for lost in self._dispatch.silent(now, SILENT_BEATS * heartbeat):
+        silence = max(SILENT_BEATS * heartbeat, STALLS_OF_SILENCE * self._recipe.workers.max_stall_seconds)
+        for lost in self._dispatch.silent(now, silence):
             self._lose(lost)
         for key in self._dispatch.overdue(now, self._longest_rollout_seconds + GRACE_SECONDS):
             self._last_failure = "the worker did not end the rollout in time"
@@ -865,8 +886,8 @@ class Orchestrator:
             logger.warning("nothing happens; waiting for %s", self._waiting_for())
 
     def _waiting_for(self) -> str:
-        if self._dispatch.num_queued and not self._dispatch.num_workers:
-            return f"an env worker ({self._dispatch.num_queued} requests are queued)"
+        if unserved := self._dispatch.unserved:
+            return f"an env worker with environment {unserved[0]!r} ({self._dispatch.num_queued} requests are queued)"
         return d.waiting_for(self._state)
 
 

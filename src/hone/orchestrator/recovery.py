@@ -8,6 +8,7 @@ from hone.orchestrator.audit import group_name
 from hone.orchestrator.decide import Group, Limits, State
 from hone.orchestrator.ledger import GroupRow, Ledger
 from hone.orchestrator.mixture import Draw, Mixture
+from hone.orchestrator.samples import agent_rewards
 from hone.schema.rollouts import RolloutResult
 from hone.schema.traces import Trace
 from hone.schema.wire import WireError
@@ -64,7 +65,7 @@ def recover(ledger: Ledger, folder: RunFolder, limits: Limits, scored_together: 
         rows = ledger.outstanding()
     state = State(limits)
     for row in rows:
-        state.restore_group(row.number, _group(row))
+        state.restore_group(row.number, _group(row, traces.get(row.number, {})))
     _restore_steps(state, ledger, folder)
     return Recovery(
         state=state,
@@ -104,13 +105,13 @@ def _is_torn(row: GroupRow) -> bool:
     return not row.is_finished and any(a.state not in ("issued", "running") for a in row.attempts)
 
 
-def _group(row: GroupRow) -> Group:
-    pending = {a.attempt: a.num_failures for a in row.attempts if a.state in ("issued", "running")}
+def _group(row: GroupRow, traces: Mapping[int, Trace]) -> Group:
+    pending = {a.attempt: a.failures for a in row.attempts if a.state in ("issued", "running")}
     failures = [a.failure for a in row.attempts if a.failure is not None]
     group = Group(row.version, pending, last_failure=failures[-1] if failures else None)
     for a in row.attempts:
         if a.reward is not None:
-            group.record(a.attempt, a.reward, a.min_version)
+            group.record(a.attempt, a.reward, a.min_version, agent_rewards(traces[a.attempt]))
     return group
 
 

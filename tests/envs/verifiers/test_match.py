@@ -1,7 +1,13 @@
+import gzip
+import json
+from pathlib import Path
+
 import pytest
 
 from hone.envs import Rubric, SingleTurn, Task, play, reward, user
-from hone.envs.verifiers.match import is_choice, is_close, is_exact, is_same_text
+from hone.envs.verifiers.match import is_choice, is_close, is_exact, is_final_answer, is_same_grid, is_same_text
+
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
 @pytest.mark.parametrize(
@@ -84,3 +90,36 @@ async def test_a_verifier_is_declared_as_a_reward_as_it_is():
     environment = SingleTurn(name="sum", rubric=Rubric([reward(is_close)]), train=[task])
     assert (await play(environment, task, "it is 4")).rewards["is_close"].value == 1
     assert (await play(environment, task, "it is 5")).reward == 0
+
+
+def test_gold_answers_of_big_bench_hard_are_right_and_others_wrong():
+    paths = sorted((DATA / "bbh").glob("*.json"))
+    if not paths:
+        pytest.skip(f"the public data is not in {DATA}")
+    for path in paths:
+        targets = [example["target"] for example in json.loads(path.read_text())["examples"]]
+        for target, other in zip(targets, [*targets[1:], targets[0]], strict=True):
+            assert is_final_answer(f"Let us see.\nSo the answer is {target}.", target)
+            assert is_final_answer(f"Hm.\n{target}", target)
+            assert is_final_answer(f"So the answer is {other}.", target) is (other == target)
+            assert not is_final_answer("", target)
+
+
+def test_gold_grids_of_arc_are_right_and_changed_ones_wrong():
+    path = DATA / "arc_agi_1" / "training.json.gz"
+    if not path.exists():
+        pytest.skip(f"the public data is not at {path}")
+    puzzles = json.loads(gzip.decompress(path.read_bytes()))
+    for puzzle in puzzles.values():
+        output = puzzle["test"][0]["output"]
+        reference = json.dumps(output)
+        assert is_same_grid(f"I think:\n{reference}", reference)
+        assert is_same_grid("\n".join(" ".join(map(str, row)) for row in output), reference)
+        changed = [[(output[0][0] + 1) % 10, *output[0][1:]], *output[1:]]
+        assert not is_same_grid(json.dumps(changed), reference)
+        assert not is_same_grid("", reference)
+
+
+def test_a_reference_that_is_no_grid_is_refused():
+    with pytest.raises(ValueError, match="is no grid"):
+        is_same_grid("[[1]]", "one")

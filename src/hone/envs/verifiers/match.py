@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 
-from hone.envs.parsers import choice_letter, final_number, number
+from hone.envs.parsers import choice_letter, final_answer, final_number, grid, number
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NEITHER_LETTER_NOR_DIGIT = re.compile(r"[^\w\s]|_")
@@ -25,6 +25,28 @@ def normalised(text: str) -> str:
     """The text in lower case without punctuation, English articles and repeated white space."""
     plain = _NEITHER_LETTER_NOR_DIGIT.sub("", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(_ARTICLES.sub(" ", plain).split())
+
+
+def is_final_answer(answer: str, reference: str) -> bool:
+    """Whether what the answer comes to is the reference, but for case and spaces: for the tasks of BIG-Bench Hard.
+
+    Spaces between signs, as in "] ] )", do not count.
+    """
+    found = final_answer(answer)
+    return found is not None and _spaced(found) == _existing(reference, _spaced)
+
+
+def _spaced(text: str) -> str:
+    words = text.casefold().split()
+    return ("" if not any(map(str.isalnum, text)) else " ").join(words)
+
+
+def is_same_grid(answer: str, reference: str) -> bool:
+    """Whether the answer ends with the grid of digits that the reference is: for the puzzles of ARC."""
+    expected = grid(reference)
+    if expected is None:
+        raise ValueError(f"reference {reference!r} is no grid of digits")
+    return grid(answer) == expected
 
 
 def is_choice(answer: str, reference: str, *, letters: str = "ABCD") -> bool:
