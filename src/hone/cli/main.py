@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hone.cli import config as config_commands
+from hone.cli import evaluate as evaluate_commands
 from hone.cli import model as model_commands
 from hone.cli import train as train_commands
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 train_commands.register(app)
 model_commands.register(app)
+app.add_typer(evaluate_commands.app, name="eval")
 app.add_typer(config_commands.app, name="config")
 
 
