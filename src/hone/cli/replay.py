@@ -1,0 +1,151 @@
+"""`hone env replay`: old against new rewards of saved traces."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.table import Table
+from rich.text import Text
+
+from hone.cli.traces import arguments_of_run, saved_traces
+from hone.envs.environment import Environment
+from hone.envs.fingerprint import load_target
+from hone.envs.replay import Replayed, replay
+from hone.schema.traces import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """All replayed traces in sum; the means are over traces that have a reward both times, None without any."""
+
+    num_traces: int
+    num_compared: int
+    num_changed: int
+    mean_before: float | None
+    mean_after: float | None
+    notes: dict[str, int]
+
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        if self.mean_before is None or self.mean_after is None:
+            means = "no trace has a reward both times"
+        else:
+            gain = self.mean_after - self.mean_before
+            means = f"mean reward {self.mean_before:.4f} before, {self.mean_after:.4f} now ({gain:+.4f})"
+        notes = "".join(f"; {count} {note}" for note, count in self.notes.items())
+        return f"{self.num_traces} traces, {self.num_changed} changed; {means}{notes}"
+
+    def as_json(self, replayed: Sequence[Replayed]) -> dict[str, Any]:
+        """The sums, and one entry for each trace."""
+        sums = {name: getattr(self, name) for name in self.__slots__}
+        return sums | {"traces": [_entry(one) for one in replayed]}
+
+
+async def replay_all(path: Path, name: str | None, arguments: Mapping[str, Any] | None) -> list[Replayed]:
+    """Judge every trace at `path` again, one after the other.
+
+    name: the environment that judges, else each trace names its own. arguments: of that environment, else those of the
+    recipe of the run that the traces lie in.
+    """
+    from_run = arguments_of_run(path) if arguments is None else {}
+    loaded: dict[str, Environment] = {}
+    replayed = []
+    for trace in saved_traces(path):
+        wanted = name or trace.environment
+        if wanted not in loaded:
+            settings = from_run.get(trace.environment, {}) if arguments is None else arguments
+            loaded[wanted] = load_target(wanted, settings)
+        replayed.append(await replay(loaded[wanted], trace))
+    return replayed
+
+
+def summary_of(replayed: Sequence[Replayed]) -> Summary:
+    """The sums over all traces."""
+    compared = [one for one in replayed if one.difference is not None]
+    before = [one.before.reward for one in compared]
+    after = [one.after.reward for one in compared]
+    notes = Counter(_note(one) for one in replayed)
+    notes.pop("", None)
+    return Summary(
+        num_traces=len(replayed),
+        num_compared=len(compared),
+        num_changed=sum(one.is_changed for one in replayed),
+        mean_before=sum(before) / len(before) if before else None,
+        mean_after=sum(after) / len(after) if after else None,
+        notes=dict(notes.most_common()),
+    )
+
+
+def replay_table(replayed: Sequence[Replayed], num_rows: int) -> Table:
+    """The traces, the most changed first."""
+    table = Table("environment", "task", "attempt", "before", "now", "difference", "")
+    ordered = sorted(replayed, key=_importance, reverse=True)
+    for one in ordered[:num_rows]:
+        difference = one.difference
+        shown = "" if difference is None else f"{difference:+.4g}"
+        style = "" if not difference else "green" if difference > 0 else "red"
+        before = one.before
+        cells = [before.environment, before.task.key, str(before.attempt), _reward(before), _reward(one.after)]
+        table.add_row(*cells, Text(shown, style), _note(one) or _changed_names(one))
+    if len(ordered) > num_rows:
+        table.caption = f"and {len(ordered) - num_rows} more"
+    return table
+
+
+def write_traces(traces: Iterable[Trace], path: Path) -> None:
+    """One trace a line; the file is whole, or not there."""
+    if path.exists():
+        raise ValueError(f"{path} exists already; give another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    encoder = msgspec.json.Encoder()
+    with temporary.open("wb") as file:
+        for trace in traces:
+            file.write(encoder.encode(trace) + b"\n")
+    temporary.replace(path)
+
+
+def _entry(one: Replayed) -> dict[str, Any]:
+    trace = one.before
+    return {
+        "environment": trace.environment,
+        "task": trace.task.key,
+        "attempt": trace.attempt,
+        "before": None if trace.failure else trace.reward,
+        "after": None if one.after.failure else one.after.reward,
+        "is_changed": one.is_changed,
+        "note": _note(one),
+    }
+
+
+def _note(one: Replayed) -> str:
+    if one.note:
+        return one.note
+    if one.after.failure is not None:
+        return f"fails now ({one.after.failure.where})"
+    return "failed before, has a reward now" if one.before.failure is not None else ""
+
+
+def _importance(one: Replayed) -> tuple[bool, float, bool]:
+    return (bool(_note(one)) and one.is_changed, abs(one.difference or 0.0), one.is_changed)
+
+
+def _reward(trace: Trace) -> str:
+    return f"failed: {trace.failure.kind}" if trace.failure is not None else f"{trace.reward:.4g}"
+
+
+def _changed_names(one: Replayed) -> str:
+    """The rewards and metrics that are others now."""
+    old = {name: reward.value for name, reward in one.before.rewards.items()} | one.before.metrics
+    new = {name: reward.value for name, reward in one.after.rewards.items()} | one.after.metrics
+    changed = [name for name in old | new if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {_number(old.get(name))} → {_number(new.get(name))}" for name in changed)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else json.dumps(round(value, 4))
