@@ -277,6 +277,8 @@ class RlSection(Section):
     sampling: SamplingSection = SamplingSection()
     max_turns: Positive | None = None
     """Truncate rollouts after this many turns; default: the environment's own limit."""
+    max_tool_calls: NonNegative | None = None
+    """Truncate rollouts that want more tool calls than this; default: the environment's own limit."""
     rollout_timeout_seconds: PositiveFloat = 600.0
     """A rollout that takes longer is a failure of class timeout."""
     max_attempts: Positive = 3

@@ -2,12 +2,13 @@
 
 from hone.envs.environment import Environment, MultiTurn, SingleTurn
 from hone.envs.failures import RolloutFailure, failures_as
-from hone.envs.messages import assistant, system, user
+from hone.envs.messages import assistant, system, tool_call, tool_result, user
 from hone.envs.registry import EnvironmentLoadError, installed_environments, load_environment
 from hone.envs.rollout import Limits, Rollout, run_group, run_rollout
 from hone.envs.rubric import Measure, Rubric, metric, reward
 from hone.envs.sampler import Sampler
 from hone.envs.sources import Tasks, is_held_out
+from hone.envs.tools import Tool, ToolArgumentsError, Toolset, ToolUse, UnknownToolError, tool
 from hone.envs.validation import check_gold, play
 from hone.schema.messages import Message, ToolCall, ToolSpec
 from hone.schema.sampling import SamplingParameters, Turn
@@ -31,10 +32,15 @@ __all__ = [
     "StopReason",
     "Task",
     "Tasks",
+    "Tool",
+    "ToolArgumentsError",
     "ToolCall",
     "ToolSpec",
+    "ToolUse",
+    "Toolset",
     "Trace",
     "Turn",
+    "UnknownToolError",
     "assistant",
     "check_gold",
     "failures_as",
@@ -47,5 +53,8 @@ __all__ = [
     "run_group",
     "run_rollout",
     "system",
+    "tool",
+    "tool_call",
+    "tool_result",
     "user",
 ]

@@ -20,7 +20,8 @@ class Environment(ABC):
     What belongs to one rollout is kept in `rollout.state`, never on the environment.
 
     name: as in recipes; version: filled from the installed package by `load_environment` when empty.
-    train, held_out: lists of tasks, or `Tasks` made on demand. max_turns: None means no limit of the environment's own.
+    train, held_out: lists of tasks, or `Tasks` made on demand. max_turns, max_tool_calls: None means no limit of the
+    environment's own. tools: what the policy is told that it can call; `ToolUse` carries the calls out.
     gold: what a perfect policy says to a task, for SFT data and for testing the environment itself.
     wrong: answers to a task, by name, that must not score full marks; `hone env validate` tries them beside its own.
     """
@@ -34,16 +35,22 @@ class Environment(ABC):
         held_out: Sequence[Task] | Tasks = (),
         version: str = "",
         max_turns: int | None = None,
+        max_tool_calls: int | None = None,
         tools: Sequence[ToolSpec] = (),
         gold: Callable[[Task], Sequence[Message]] | None = None,
         wrong: Callable[[Task], Mapping[str, WrongAnswer]] | None = None,
     ) -> None:
         if max_turns is not None and max_turns < 1:
             raise ValueError(f"environment {name!r}: max_turns {max_turns} leaves no turn; use 1 or more, or None")
+        if max_tool_calls is not None and max_tool_calls < 0:
+            raise ValueError(
+                f"environment {name!r}: max_tool_calls {max_tool_calls} is negative; use None for no limit"
+            )
         self.name = name
         self.version = version
         self.rubric = rubric
         self.max_turns = max_turns
+        self.max_tool_calls = max_tool_calls
         self.tools = tuple(tools)
         self._train = tasks_from(train)
         self._held_out = tasks_from(held_out)

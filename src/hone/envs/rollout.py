@@ -25,12 +25,14 @@ if TYPE_CHECKING:  # environment.py imports this module
 class Limits:
     """Budgets, which truncate a rollout that is scored all the same, and deadlines, which fail it.
 
-    max_turns: the lower of this and the environment's own holds. max_tokens: sampled tokens over all turns.
+    max_turns, max_tool_calls: the lower of this and the environment's own holds. max_tokens: sampled tokens over all
+    turns.
     budget_seconds: no further turn begins after this long. deadline_seconds: for setup, turns and rewards together.
     teardown_seconds: for the environment's teardown.
     """
 
     max_turns: int | None = None
+    max_tool_calls: int | None = None
     max_tokens: int | None = None
     budget_seconds: float | None = None
     deadline_seconds: float = 600.0
@@ -41,13 +43,15 @@ class Rollout:
     """One rollout under way, as the environment sees it.
 
     task: what is attempted. attempt: the rollout's number within its group. state: whatever the environment wants to
-    keep for this rollout. info: what the trace shall remember; JSON-like values only. nodes: the messages so far, each
-    the child of the one before.
+    keep for this rollout. info: what the trace shall remember; JSON-like values only. metrics: numbers that the course
+    of the rollout measures, beside those of the rubric. tools: what the policy can call from its next turn on. nodes:
+    the messages so far, each the child of the one before.
     """
 
     __slots__ = (
         "_budget_ends",
         "_max_tokens",
+        "_max_tool_calls",
         "_max_turns",
         "_sampler",
         "_sampling",
@@ -56,7 +60,9 @@ class Rollout:
         "failure",
         "generate_seconds",
         "info",
+        "metrics",
         "nodes",
+        "num_tool_calls",
         "num_turns",
         "state",
         "stop_reason",
@@ -73,6 +79,7 @@ class Rollout:
         seed: int,
         *,
         max_turns: int | None = None,
+        max_tool_calls: int | None = None,
         max_tokens: int | None = None,
         budget_seconds: float | None = None,
         tools: Sequence[ToolSpec] = (),
@@ -82,8 +89,10 @@ class Rollout:
         self.tools = tools
         self.state: Any = None
         self.info: dict[str, Any] = {}
+        self.metrics: dict[str, float] = {}
         self.nodes = [Node(message, index - 1 if index else None) for index, message in enumerate(task.prompt)]
         self.num_turns = 0
+        self.num_tool_calls = 0
         self.stop_reason: StopReason | None = None
         self.failure: Failure | None = None
         self.generate_seconds = 0.0
@@ -91,6 +100,7 @@ class Rollout:
         self._sampling = sampling
         self._seed = seed
         self._max_turns = max_turns
+        self._max_tool_calls = max_tool_calls
         self._max_tokens = max_tokens
         self._budget_ends = None if budget_seconds is None else time.perf_counter() + budget_seconds
 
@@ -136,6 +146,12 @@ class Rollout:
             self._stop(StopReason.MAX_TOKENS)
         return turn
 
+    def count_tool_calls(self, count: int) -> None:
+        """Take calls that are about to be executed from their budget; where it does not suffice, the rollout ends."""
+        if self._max_tool_calls is not None and self.num_tool_calls + count > self._max_tool_calls:
+            self._stop(StopReason.MAX_TOOL_CALLS)
+        self.num_tool_calls += count
+
     def derive_seed(self, purpose: str, *identity: str | int) -> int:
         """A seed for a random choice of the environment: of this run, task and attempt, and of nothing else."""
         return derive_seed(self._seed, purpose, self.task.key, self.attempt, *identity)
@@ -172,7 +188,7 @@ class Rollout:
 
 
 class Stopped(Exception):
-    """Ends a rollout from inside `Rollout.turn`; environment code lets it pass."""
+    """Ends a rollout from inside `Rollout.turn` or `count_tool_calls`; environment code lets it pass."""
 
 
 async def run_rollout(
@@ -199,6 +215,7 @@ async def run_rollout(
         sampling,
         seed,
         max_turns=_lower(environment.max_turns, limits.max_turns),
+        max_tool_calls=_lower(environment.max_tool_calls, limits.max_tool_calls),
         max_tokens=limits.max_tokens,
         budget_seconds=limits.budget_seconds,
         tools=environment.tools,
@@ -212,7 +229,9 @@ async def run_rollout(
             stopwatch.enter("run")
             await _drive(environment, rollout)
             stopwatch.enter("score")
-            scores = await environment.rubric.score(_record(environment, rollout, group), rollout.state)
+            scores = await environment.rubric.score(
+                _record(environment, rollout, group, metrics=rollout.metrics), rollout.state
+            )
     except RolloutFailure as error:
         failure = rollout.failure or error.failure
     except TimeoutError:
@@ -224,14 +243,14 @@ async def run_rollout(
             await _teardown(environment, rollout, limits.teardown_seconds)
     if scores.failed_metrics:
         rollout.info["failed_metrics"] = scores.failed_metrics
-    if rollout.info:
-        failure = _without_unsendable_info(rollout) or failure
+    if rollout.info or rollout.metrics:
+        failure = _without_unsendable(rollout) or failure
     return _record(
         environment,
         rollout,
         group,
         rewards=scores.rewards if failure is None else {},
-        metrics=scores.metrics if failure is None else {},
+        metrics=rollout.metrics | scores.metrics if failure is None else {},
         failure=failure,
         timing=stopwatch.timing(started_at, rollout.generate_seconds),
     )
@@ -281,12 +300,17 @@ async def _teardown(environment: "Environment", rollout: Rollout, seconds: float
         rollout.info["teardown_failure"] = f"took longer than {seconds:g} s"
 
 
-def _without_unsendable_info(rollout: Rollout) -> Failure | None:
+def _without_unsendable(rollout: Rollout) -> Failure | None:
     try:
         msgspec.msgpack.encode(rollout.info)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         rollout.info = {}
         return Failure(FailureClass.ENVIRONMENT, "info", f"rollout.info cannot be written down: {error}")
+    try:
+        rollout.metrics = msgspec.convert(rollout.metrics, dict[str, float])
+    except msgspec.ValidationError as error:
+        rollout.metrics = {}
+        return Failure(FailureClass.ENVIRONMENT, "metrics", f"rollout.metrics are not all numbers: {error}")
     return None
 
 

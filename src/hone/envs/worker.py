@@ -101,7 +101,11 @@ def limits_from(recipe: Recipe) -> Limits:
     """The limits that a recipe sets for rollouts."""
     if recipe.rl is None:
         return Limits()
-    return Limits(max_turns=recipe.rl.max_turns, deadline_seconds=recipe.rl.rollout_timeout_seconds)
+    return Limits(
+        max_turns=recipe.rl.max_turns,
+        max_tool_calls=recipe.rl.max_tool_calls,
+        deadline_seconds=recipe.rl.rollout_timeout_seconds,
+    )
 
 
 async def _serve(

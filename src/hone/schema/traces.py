@@ -17,13 +17,15 @@ class StopReason(StrEnum):
     """The environment said that it is over."""
     MAX_TURNS = "max_turns"
     """Truncated: the budget of turns is used up."""
+    MAX_TOOL_CALLS = "max_tool_calls"
+    """Truncated: the policy wants more tool calls than its budget has left."""
     MAX_TOKENS = "max_tokens"
     """Truncated: the budget of tokens or the context is used up."""
     TIMEOUT = "timeout"
     """Truncated: the budget of time is used up (a budget the policy can learn to keep)."""
 
 
-TRUNCATED = frozenset({StopReason.MAX_TURNS, StopReason.MAX_TOKENS, StopReason.TIMEOUT})
+TRUNCATED = frozenset(set(StopReason) - {StopReason.COMPLETED})
 
 
 class FailureClass(StrEnum):
