@@ -5,7 +5,7 @@ from hone.envs.failures import RolloutFailure, failures_as
 from hone.envs.messages import assistant, system, tool_call, tool_result, user
 from hone.envs.registry import EnvironmentLoadError, installed_environments, load_environment
 from hone.envs.rollout import Limits, Rollout, run_group, run_rollout
-from hone.envs.rubric import Measure, Rubric, metric, reward
+from hone.envs.rubric import Measure, Rubric, group_metric, group_reward, metric, reward
 from hone.envs.sampler import Sampler
 from hone.envs.sources import Tasks, is_held_out
 from hone.envs.tools import Tool, ToolArgumentsError, Toolset, ToolUse, UnknownToolError, tool
@@ -44,6 +44,8 @@ __all__ = [
     "assistant",
     "check_gold",
     "failures_as",
+    "group_metric",
+    "group_reward",
     "installed_environments",
     "is_held_out",
     "load_environment",

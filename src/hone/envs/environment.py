@@ -94,6 +94,11 @@ class Environment(ABC):
         """Whether there is anything to tear down."""
         return type(self).teardown is not Environment.teardown
 
+    @property
+    def scores_groups(self) -> bool:
+        """Whether the rollouts of a group are scored together, so that all of them must run in one process."""
+        return self.rubric.scores_groups
+
     def is_solved(self, trace: Trace) -> bool:
         """Whether a scored trace counts as a success for pass@k; by default a reward of 1 or more."""
         return trace.reward >= 1 - 1e-9

@@ -201,11 +201,13 @@ async def run_rollout(
     limits: Limits = Limits(),
     *,
     group: str = "",
+    is_alone: bool = True,
 ) -> Trace:
     """Attempt `task` once. Never raises for what happens in there: the trace has either rewards or a failure.
 
     The sampling seed of a turn is derived from (seed, "sampling", task.key, attempt, turn). Only a cancellation of the
-    calling task passes, after the environment's teardown.
+    calling task passes, after the environment's teardown. is_alone: the rollout is its whole group; if not, its trace
+    lacks the group's rewards, which `Rubric.score_group` adds.
     """
     started_at, stopwatch = time.time(), _Stopwatch()
     rollout = Rollout(
@@ -245,7 +247,7 @@ async def run_rollout(
         rollout.info["failed_metrics"] = scores.failed_metrics
     if rollout.info or rollout.metrics:
         failure = _without_unsendable(rollout) or failure
-    return _record(
+    trace = _record(
         environment,
         rollout,
         group,
@@ -254,6 +256,9 @@ async def run_rollout(
         failure=failure,
         timing=stopwatch.timing(started_at, rollout.generate_seconds),
     )
+    if is_alone and environment.scores_groups:
+        [trace] = await environment.rubric.score_group([trace])
+    return trace
 
 
 async def run_group(
@@ -270,10 +275,12 @@ async def run_group(
     """Attempt `task` once for each of `attempts`, at the same time; the traces come in the order of `attempts`."""
     async with asyncio.TaskGroup() as tasks:
         running = [
-            tasks.create_task(run_rollout(environment, task, attempt, sampler, sampling, seed, limits, group=group))
+            tasks.create_task(
+                run_rollout(environment, task, attempt, sampler, sampling, seed, limits, group=group, is_alone=False)
+            )
             for attempt in attempts
         ]
-    return [rollout.result() for rollout in running]
+    return await environment.rubric.score_group([rollout.result() for rollout in running])
 
 
 async def _drive(environment: "Environment", rollout: Rollout) -> None:
