@@ -14,7 +14,7 @@ from rich.text import Text
 from hone.cli.traces import arguments_of_run, saved_traces
 from hone.envs.environment import Environment
 from hone.envs.fingerprint import load_target
-from hone.envs.replay import Replayed, replay
+from hone.envs.replay import Replayed, groups_of, replay
 from hone.schema.traces import Trace
 
 
@@ -47,20 +47,20 @@ class Summary:
 
 
 async def replay_all(path: Path, name: str | None, arguments: Mapping[str, Any] | None) -> list[Replayed]:
-    """Judge every trace at `path` again, one after the other.
+    """Judge every trace at `path` again, group after group.
 
     name: the environment that judges, else each trace names its own. arguments: of that environment, else those of the
     recipe of the run that the traces lie in.
     """
     from_run = arguments_of_run(path) if arguments is None else {}
     loaded: dict[str, Environment] = {}
-    replayed = []
-    for trace in saved_traces(path):
-        wanted = name or trace.environment
+    replayed: list[Replayed] = []
+    for group in groups_of(saved_traces(path)):
+        named = group[0].environment
+        wanted = name or named
         if wanted not in loaded:
-            settings = from_run.get(trace.environment, {}) if arguments is None else arguments
-            loaded[wanted] = load_target(wanted, settings)
-        replayed.append(await replay(loaded[wanted], trace))
+            loaded[wanted] = load_target(wanted, from_run.get(named, {}) if arguments is None else arguments)
+        replayed += await replay(loaded[wanted], group)
     return replayed
 
 

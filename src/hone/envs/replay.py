@@ -1,6 +1,6 @@
 """Judge saved traces again with the environment's present rubric."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -12,8 +12,8 @@ from hone.schema.messages import ToolSpec
 from hone.schema.sampling import FinishReason, SamplingParameters, Turn
 from hone.schema.traces import Failure, FailureClass, Node, StopReason, Trace
 
-REWARD = "reward "
-"""Where a failure of a reward happened, according to the rubric: `reward NAME`."""
+JUDGING = ("reward ", "group reward ", "score")
+"""Where failures of judging happen: a reward by its name, and the rollout's deadline while it is judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +41,24 @@ class Replayed:
         return (old.rewards, old.metrics, old.failure) != (new.rewards, new.metrics, new.failure)
 
 
-async def replay(environment: Environment, trace: Trace, limits: Limits = Limits()) -> Replayed:
-    """Judge one trace again; never raises for what is in it.
+async def replay(environment: Environment, group: Sequence[Trace], limits: Limits = Limits()) -> list[Replayed]:
+    """Judge the traces of one group again; never raises for what is in them.
 
     A rubric that looks at `state`, which no trace keeps, sees it made again: the recorded turns are played through the
     environment, tools and replies included. A rollout that failed before it could be judged stays as it is.
     """
-    if trace.failure is not None and not trace.failure.where.startswith(REWARD):
-        return Replayed(trace, trace, f"failed before it was judged ({trace.failure.kind})")
-    judged = (
-        await _play_again(environment, trace, limits) if wants_state(environment) else await _judge(environment, trace)
-    )
-    same_course = judged.failure is not None or judged.messages == trace.messages
-    return Replayed(trace, judged, "" if same_course else "the environment replies otherwise now")
+    judged = [await _judged(environment, trace, limits) for trace in group]
+    if environment.scores_groups:
+        judged = await environment.rubric.score_group(judged)
+    return [Replayed(before, after, _note(before, after)) for before, after in zip(group, judged, strict=True)]
+
+
+def groups_of(traces: Iterable[Trace]) -> list[list[Trace]]:
+    """Traces by environment and group, in the order of the first of each."""
+    groups: dict[tuple[str, str], list[Trace]] = {}
+    for trace in traces:
+        groups.setdefault((trace.environment, trace.group or trace.task.key), []).append(trace)
+    return list(groups.values())
 
 
 def wants_state(environment: Environment) -> bool:
@@ -61,12 +66,34 @@ def wants_state(environment: Environment) -> bool:
     return any("state" in measure.arguments for measure in environment.rubric.measures)
 
 
+async def _judged(environment: Environment, trace: Trace, limits: Limits) -> Trace:
+    if not _can_be_judged(trace):
+        return trace
+    if wants_state(environment):
+        return await _play_again(environment, trace, limits)
+    return await _judge(environment, trace)
+
+
+def _can_be_judged(trace: Trace) -> bool:
+    return trace.failure is None or trace.failure.where.startswith(JUDGING)
+
+
+def _note(before: Trace, after: Trace) -> str:
+    if not _can_be_judged(before):
+        assert before.failure is not None
+        return f"failed before it was judged ({before.failure.kind})"
+    same_course = after.failure is not None or after.messages == before.messages
+    return "" if same_course else "the environment replies otherwise now"
+
+
 async def _judge(environment: Environment, trace: Trace) -> Trace:
+    """By the rubric alone. What the rollout itself measured stays."""
+    judged_by = {measure.name for measure in environment.rubric.measures}
     bare = msgspec.structs.replace(
         trace,
         environment_version=environment.version,
         rewards={},
-        metrics={},
+        metrics={name: value for name, value in trace.metrics.items() if name not in judged_by},
         failure=None,
         stop_reason=trace.stop_reason or _stop_reason(trace),
     )
@@ -74,7 +101,7 @@ async def _judge(environment: Environment, trace: Trace) -> Trace:
         scores = await environment.rubric.score(bare)
     except RolloutFailure as error:
         return msgspec.structs.replace(bare, failure=error.failure, stop_reason=None)
-    return msgspec.structs.replace(bare, rewards=scores.rewards, metrics=scores.metrics)
+    return msgspec.structs.replace(bare, rewards=scores.rewards, metrics=bare.metrics | scores.metrics)
 
 
 async def _play_again(environment: Environment, trace: Trace, limits: Limits) -> Trace:
@@ -87,6 +114,7 @@ async def _play_again(environment: Environment, trace: Trace, limits: Limits) ->
         0,
         limits,
         group=trace.group,
+        is_alone=False,
     )
     if played.failure is not None and played.failure.where == "sample":
         more = Failure(FailureClass.ENVIRONMENT, "replay", "the environment asks for more turns than were recorded")

@@ -12,7 +12,7 @@ import tomli_w
 
 from hone.config.synthesis import SynthesisFile
 from hone.envs.attacks import gold_turns
-from hone.envs.attempts import Attempt
+from hone.envs.attempts import Assignment
 from hone.envs.environment import Environment
 from hone.envs.fingerprint import first_tasks
 from hone.envs.registry import load_environment
@@ -73,7 +73,7 @@ async def synthesise(
 
 
 def _write(
-    settings: SynthesisFile, environments: Mapping[str, Environment], wanted: Sequence[Attempt], folder: Path
+    settings: SynthesisFile, environments: Mapping[str, Environment], wanted: Sequence[Assignment], folder: Path
 ) -> Synthesis:
     conversations, failures = _conversations(wanted, folder / "traces")
     evaluation_texts = _evaluation_texts(settings, environments)
@@ -107,15 +107,15 @@ def _write_data(settings: SynthesisFile, kept: Sequence[Conversation], folder: P
     return paths
 
 
-def _conversations(wanted: Sequence[Attempt], traces: Path) -> tuple[list[Conversation], Counter[str]]:
+def _conversations(wanted: Sequence[Assignment], traces: Path) -> tuple[list[Conversation], Counter[str]]:
     """What the finished attempts say, in the order of `wanted`, and the classes of those that failed."""
     failures: Counter[str] = Counter()
     conversations: list[Conversation] = []
-    for attempt, trace in finished_traces(traces, wanted):
+    for environment, trace in finished_traces(traces, wanted):
         if trace.failure is not None:
             failures[trace.failure.kind.value] += 1
         else:
-            conversations += conversations_of(trace, attempt.environment.tools)
+            conversations += conversations_of(trace, environment.tools)
     return conversations, failures
 
 
@@ -169,17 +169,17 @@ def _asked(task: Task) -> Iterator[str]:
         yield task.reference
 
 
-def _teacher(sampler: Sampler | None) -> Callable[[Attempt], Sampler]:
+def _teacher(sampler: Sampler | None) -> Callable[[Assignment], Sampler]:
     if sampler is not None:
-        return lambda attempt: sampler
+        return lambda assignment: sampler
     return _gold_sampler
 
 
-def _gold_sampler(attempt: Attempt) -> Sampler:
-    gold = gold_turns(attempt.environment, attempt.task)
+def _gold_sampler(assignment: Assignment) -> Sampler:
+    gold = gold_turns(assignment.environment, assignment.task)
     if not gold:
         raise ValueError(
-            f"environment {attempt.environment.name!r} knows no gold answer to task {attempt.task.key};"
+            f"environment {assignment.environment.name!r} knows no gold answer to task {assignment.task.key};"
             " name another teacher.target"
         )
     return Answers(gold)

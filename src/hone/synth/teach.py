@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from hone.envs.attempts import Attempt, run_attempts
+from hone.envs.attempts import Assignment, assign, run_assignments
 from hone.envs.environment import Environment
 from hone.envs.rollout import Limits
 from hone.envs.sampler import Sampler
@@ -25,6 +25,10 @@ DRAWS_PER_TASK = 20
 """Endless sources may repeat a task; after so many times the wanted number of draws we take what was found."""
 MAX_SILENCE = 32
 """After so many rollouts in a row that failed because the teacher gave no answer, and none that did not, we stop."""
+
+
+Identity = tuple[str, str, int]
+"""Environment, task key and attempt: what a trace is known by."""
 
 
 class TeacherError(ValueError):
@@ -87,19 +91,19 @@ def claim(folder: Path, settings: Settings) -> Iterator[None]:
 
 def wanted_attempts(
     environments: Mapping[str, Environment], num_tasks: Mapping[str, int], attempts: int
-) -> list[Attempt]:
+) -> list[Assignment]:
     """`attempts` attempts at each of the first different train tasks of each environment."""
     return [
-        Attempt(environments[name], task, number)
+        assignment
         for name, count in num_tasks.items()
         for task in train_tasks(environments[name], count)
-        for number in range(attempts)
+        for assignment in assign(environments[name], task, range(attempts))
     ]
 
 
 async def teach(
-    wanted: Sequence[Attempt],
-    sampler_for: Callable[[Attempt], Sampler],
+    wanted: Sequence[Assignment],
+    sampler_for: Callable[[Assignment], Sampler],
     *,
     sampling: SamplingParameters,
     seed: int,
@@ -108,15 +112,17 @@ async def teach(
     limits: Limits = Limits(),
     progress: Callable[[Progress], None] | None = None,
 ) -> None:
-    """Carry out the attempts that have no trace without a failure in the segments at `traces`, and add theirs.
+    """Carry out what has no trace without a failure in the segments at `traces`, and add the traces.
+
+    An assignment of several attempts, which are scored together, is carried out anew when one of them is missing.
 
     Raises `TeacherError` when the teacher is silent.
     """
     tell = progress or (lambda so_far: None)
-    state = Progress(len(wanted))
+    state = Progress(sum(len(assignment.attempts) for assignment in wanted))
     done = _recall(traces, wanted, state)
     tell(state)
-    missing = [attempt for attempt in wanted if identity_of(attempt) not in done]
+    missing = [assignment for assignment in wanted if not done.issuperset(identities_of(assignment))]
     wire = Wire(RolloutResult)
     silence = _Silence()
     with TraceWriter(traces) as writer:
@@ -128,24 +134,24 @@ async def teach(
             silence.hear(trace)
 
         try:
-            await run_attempts(
+            await run_assignments(
                 missing, sampler_for, sampling, seed, max_concurrent=max_concurrent, deliver=keep, limits=limits
             )
         except* ValueError as group:  # a silent teacher, or an environment without the gold answer that is asked for
             raise group.exceptions[0] from None
 
 
-def finished_traces(folder: Path, wanted: Sequence[Attempt]) -> Iterator[tuple[Attempt, Trace]]:
+def finished_traces(folder: Path, wanted: Sequence[Assignment]) -> Iterator[tuple[Environment, Trace]]:
     """The latest trace of each attempt, in the order of `wanted`: one that failed may have been made again.
 
     Only where each trace lies is kept in memory.
     """
     places = {_identity_in(result.trace): location for location, result in read_traces(folder)}
-    for attempt in wanted:
-        location = places.get(identity_of(attempt))
-        if location is not None:
-            (result,) = read_frame(folder, location)
-            yield attempt, result.trace
+    for assignment in wanted:
+        for identity in identities_of(assignment):
+            if identity in places:
+                (result,) = read_frame(folder, places[identity])
+                yield assignment.environment, result.trace
 
 
 def train_tasks(environment: Environment, count: int) -> list[Task]:
@@ -178,24 +184,28 @@ class _Silence:
             raise TeacherError(f"the teacher answered none of {self.num_failed} rollouts: {trace.failure.message}")
 
 
-def _recall(folder: Path, wanted: Sequence[Attempt], state: Progress) -> set[tuple[str, str, int]]:
-    """What an earlier run has done, failures aside."""
-    identities = {identity_of(attempt) for attempt in wanted}
-    done: set[tuple[str, str, int]] = set()
-    for _, result in read_traces(folder):
-        trace, identity = result.trace, _identity_in(result.trace)
-        if trace.failure is None and identity in identities and identity not in done:
-            done.add(identity)
-            state.count(trace)
+def _recall(folder: Path, wanted: Sequence[Assignment], state: Progress) -> set[Identity]:
+    """What an earlier run has done, failures aside; counted where its whole assignment is done."""
+    latest = {_identity_in(result.trace): _reward_in(result.trace) for _, result in read_traces(folder)}
+    done = {identity for identity, reward in latest.items() if reward is not None}
+    for assignment in wanted:
+        identities = identities_of(assignment)
+        if done.issuperset(identities):
+            state.num_done += len(identities)
+            state.sum_reward += sum(latest[identity] or 0.0 for identity in identities)
     return done
 
 
-def identity_of(attempt: Attempt) -> tuple[str, str, int]:
-    """What a trace is known by."""
-    return (attempt.environment.name, attempt.task.key, attempt.number)
+def identities_of(assignment: Assignment) -> list[Identity]:
+    """What the traces of an assignment are known by."""
+    return [(assignment.environment.name, assignment.task.key, attempt) for attempt in assignment.attempts]
 
 
-def _identity_in(trace: Trace) -> tuple[str, str, int]:
+def _reward_in(trace: Trace) -> float | None:
+    return None if trace.failure is not None else trace.reward
+
+
+def _identity_in(trace: Trace) -> Identity:
     return (trace.environment, trace.task.key, trace.attempt)
 
 
