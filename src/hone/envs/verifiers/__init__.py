@@ -1,0 +1,1 @@
+"""Verifiers: code that checks an answer."""
