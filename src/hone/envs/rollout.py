@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
@@ -45,7 +45,7 @@ class Rollout:
     task: what is attempted. attempt: the rollout's number within its group. state: whatever the environment wants to
     keep for this rollout. info: what the trace shall remember; JSON-like values only. metrics: numbers that the course
     of the rollout measures, beside those of the rubric. tools: what the policy can call from its next turn on. nodes:
-    the messages so far, each the child of the one before.
+    the messages so far, each the child of the one before, unless `append_after` and `turn_after` make branches.
     """
 
     __slots__ = (
@@ -53,6 +53,7 @@ class Rollout:
         "_max_tokens",
         "_max_tool_calls",
         "_max_turns",
+        "_num_begun",
         "_sampler",
         "_sampling",
         "_seed",
@@ -100,6 +101,7 @@ class Rollout:
         self._sampling = sampling
         self._seed = seed
         self._max_turns = max_turns
+        self._num_begun = 0
         self._max_tool_calls = max_tool_calls
         self._max_tokens = max_tokens
         self._budget_ends = None if budget_seconds is None else time.perf_counter() + budget_seconds
@@ -118,19 +120,62 @@ class Rollout:
         """Add messages of the environment to the conversation; at least one."""
         if not messages:
             raise ValueError("a reply without a message; return None from reply() to end the rollout")
+        self.append_after(self._leaf, *messages)
+
+    def append_after(self, parent: int | None, *messages: Message) -> int | None:
+        """Add messages after node `parent`, or as a new root after None; the node that they end at."""
         for message in messages:
             if not isinstance(message, Message):
                 raise TypeError(f"a reply must be messages, not {type(message).__name__}; use user(...) to make one")
             msgspec.msgpack.encode(message)  # what cannot be sent is refused where it comes from
-            self._add(Node(message, self._leaf))
+            self._add(Node(message, parent))
+            parent = self._leaf
+        return parent
 
     async def turn(self) -> Turn:
         """Let the policy continue the conversation. When a budget is used up, the rollout ends here."""
+        return await self._sample(self.nodes, self._leaf, self.tools, self._next_sampling())
+
+    async def turn_after(
+        self, parent: int, tools: Sequence[ToolSpec], *, stop: Sequence[str] = (), seed: int | None = None
+    ) -> Turn:
+        """Let the policy continue the branch that ends at node `parent`. Several turns may be under way at once.
+
+        stop: stop strings besides those of the rollout. seed: in place of one derived from the turn's number, which
+        depends on the order of turns that are under way at once. A budget of tokens counts finished turns.
+        """
         sampling = self._next_sampling()
+        sampling = msgspec.structs.replace(
+            sampling, stop=(*sampling.stop, *stop), seed=sampling.seed if seed is None else seed
+        )
+        return await self._sample(self.branch(parent), parent, tools, sampling)
+
+    def branch(self, leaf: int | None) -> list[Node]:
+        """The nodes from a root to node `leaf`."""
+        path: list[Node] = []
+        while leaf is not None:
+            path.append(self.nodes[leaf])
+            leaf = self.nodes[leaf].parent
+        return path[::-1]
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What is left of the budget of time; None without one."""
+        return None if self._budget_ends is None else max(0.0, self._budget_ends - time.perf_counter())
+
+    def stop(self, reason: StopReason) -> NoReturn:
+        """End the rollout as truncated, from inside the environment's code, which lets what this raises pass."""
+        self.stop_reason = reason
+        raise Stopped
+
+    async def _sample(
+        self, branch: Sequence[Node], parent: int | None, tools: Sequence[ToolSpec], sampling: SamplingParameters
+    ) -> Turn:
+        self._num_begun += 1
         started = time.perf_counter()
         try:
             with failures_as(FailureClass.MODEL, "sample"):
-                turn = await self._sampler.sample(self.nodes, self.tools, sampling)
+                turn = await self._sampler.sample(branch, tools, sampling)
                 if turn.finish_reason is FinishReason.CANCELLED:
                     raise RolloutFailure(FailureClass.CANCELLED, "sample", "the engine gave up the request")
         except RolloutFailure as error:
@@ -138,18 +183,18 @@ class Rollout:
             raise
         finally:
             self.generate_seconds += time.perf_counter() - started
-        self._add(Node(turn.message, self._leaf, turn))
+        self._add(Node(turn.message, parent, turn))
         self.num_turns += 1
         if self._max_tokens is not None:
             self._max_tokens -= turn.num_completion_tokens
         if turn.finish_reason is FinishReason.LENGTH:
-            self._stop(StopReason.MAX_TOKENS)
+            self.stop(StopReason.MAX_TOKENS)
         return turn
 
     def count_tool_calls(self, count: int) -> None:
         """Take calls that are about to be executed from their budget; where it does not suffice, the rollout ends."""
         if self._max_tool_calls is not None and self.num_tool_calls + count > self._max_tool_calls:
-            self._stop(StopReason.MAX_TOOL_CALLS)
+            self.stop(StopReason.MAX_TOOL_CALLS)
         self.num_tool_calls += count
 
     def derive_seed(self, purpose: str, *identity: str | int) -> int:
@@ -169,26 +214,22 @@ class Rollout:
             raise RolloutFailure(self.failure.kind, self.failure.where, self.failure.message)
         if self.stop_reason is not None:
             raise Stopped
-        if self._max_turns is not None and self.num_turns >= self._max_turns:
-            self._stop(StopReason.MAX_TURNS)
+        if self._max_turns is not None and self._num_begun >= self._max_turns:
+            self.stop(StopReason.MAX_TURNS)
         if self._max_tokens is not None and self._max_tokens <= 0:
-            self._stop(StopReason.MAX_TOKENS)
+            self.stop(StopReason.MAX_TOKENS)
         if self._budget_ends is not None and time.perf_counter() >= self._budget_ends:
-            self._stop(StopReason.TIMEOUT)
+            self.stop(StopReason.TIMEOUT)
         budgets = [tokens for tokens in (self._sampling.max_tokens, self._max_tokens) if tokens is not None]
         return msgspec.structs.replace(
             self._sampling,
-            seed=self.derive_seed("sampling", self.num_turns),
+            seed=self.derive_seed("sampling", self._num_begun),
             max_tokens=min(budgets, default=None),
         )
 
-    def _stop(self, reason: StopReason) -> None:
-        self.stop_reason = reason
-        raise Stopped
-
 
 class Stopped(Exception):
-    """Ends a rollout from inside `Rollout.turn` or `count_tool_calls`; environment code lets it pass."""
+    """Ends a rollout from inside `turn`, `count_tool_calls` or `stop`; environment code lets it pass."""
 
 
 async def run_rollout(
