@@ -80,7 +80,7 @@ def right_text(environment: Environment, task: Task) -> str | None:
 
 def _texts(environment: Environment, task: Task, right: str | None, others: Sequence[Task]) -> Iterator[Attack]:
     prompts = [message.content for message in task.prompt if message.role == "user"]
-    texts = {EMPTY: "", WHITESPACE: " \n\t ", HUGE: _huge(right), INJECTION: INSTRUCTIONS, UNBALANCED: TAGS}
+    texts = {EMPTY: "", WHITESPACE: " \n\t ", HUGE: _huge(), INJECTION: INSTRUCTIONS, UNBALANCED: TAGS}
     if prompts:
         texts[PROMPT] = prompts[-1]
     wrong = [text for other in others if (text := right_text(environment, other)) not in (None, right)]
@@ -144,7 +144,7 @@ def _other_number(digits: str) -> str:
     return str(int(digits[-9:]) + 1)
 
 
-def _huge(right: str | None) -> str:
-    """Something like an answer again and again; the last one is not right."""
-    line = (right or "word") + " x\n"
-    return line * (HUGE_CHARACTERS // len(line)) + "x" * HUGE_CHARACTERS
+def _huge() -> str:
+    """Long lines, deep brackets, endless digits: what patterns and parsers that try everything stumble over."""
+    quarter = HUGE_CHARACTERS // 4
+    return "x" * quarter + "(" * quarter + "\n" + "9" * quarter + "\n" + "a b " * (quarter // 4)

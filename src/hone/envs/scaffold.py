@@ -24,6 +24,8 @@ KINDS = {
     "single": Kind("Put digits in order, in one answer."),
     "multi": Kind("Find a number, with a hint after each guess."),
     "tool": Kind("Add up prices that only a tool knows."),
+    "sandbox": Kind("Write a Python function, which tests run in a sandbox."),
+    "harness": Kind("A sum that an agent program asks for twice.", ("hone[harness]",)),
 }
 
 

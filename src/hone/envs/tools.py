@@ -217,6 +217,7 @@ class ToolUse(Environment):
             opened = [await stack.enter_async_context(toolset.open(rollout)) for toolset in self._toolsets]
             tools = by_name([*self._tools.values(), *(one for toolset in opened for one in toolset)])
         rollout.tools = [one.spec for one in tools.values()]
+        rollout.info["tools"] = msgspec.to_builtins(rollout.tools)  # what the policy saw, which nothing else records
         return tools
 
     async def _results(

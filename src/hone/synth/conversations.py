@@ -82,7 +82,10 @@ class Conversation:
 
 
 def conversations_of(trace: Trace, tools: Sequence[ToolSpec]) -> list[Conversation]:
-    """One conversation for each branch of a trace that has no failure, up to the last thing that the policy said."""
+    """One conversation for each branch of a trace that has no failure, up to the last thing that the policy said.
+
+    tools: those of the environment; the trace says so itself where the rollout had others.
+    """
     branches = [_until_last_turn(branch) for branch in trace.branches()]
     return [
         Conversation(
@@ -93,12 +96,21 @@ def conversations_of(trace: Trace, tools: Sequence[ToolSpec]) -> list[Conversati
             is_truncated=trace.is_truncated,
             num_tokens=sum(node.turn.num_completion_tokens for node in branch if node.turn is not None),
             messages=tuple(node.message for node in branch),
-            tools=tuple(tools),
-            num_prompt_messages=len(trace.task.prompt),
+            tools=_shown_tools(trace, branch[0], tools),
+            num_prompt_messages=next(index for index, node in enumerate(branch) if node.turn is not None),
         )
         for branch in branches
         if branch
     ]
+
+
+def _shown_tools(trace: Trace, root: Node, tools: Sequence[ToolSpec]) -> tuple[ToolSpec, ...]:
+    """What the policy could call: an agent program shows tools of its own, and toolsets are made for each rollout."""
+    if "harness" in trace.info:
+        (index,) = (str(index) for index, node in enumerate(trace.nodes) if node is root)
+        shown = trace.info["harness"].get("tools_of_roots", {}).get(index, [])
+        return tuple(msgspec.convert(shown, list[ToolSpec]))
+    return tuple(msgspec.convert(trace.info["tools"], list[ToolSpec])) if "tools" in trace.info else tuple(tools)
 
 
 def message_row(message: Message) -> dict[str, Any]:
