@@ -203,9 +203,7 @@ class LocalSandbox:
             "HOME": str(self._work),
             "TMPDIR": str(self._folder / "tmp"),
             "LANG": "C.UTF-8",
-            "OMP_NUM_THREADS": str(
-                math.ceil(self.spec.cpus)
-            ),  # or libraries start a thread for each of the host's cores
+            "OMP_NUM_THREADS": str(math.ceil(self.spec.cpus)),  # or libraries start a thread for each of the host's cores
             **self.spec.env,
         }
 
@@ -445,7 +443,9 @@ async def _read_some(descriptor: int) -> bytes:
             await _until_ready(descriptor, loop.add_reader, loop.remove_reader)
 
 
-async def _until_ready(descriptor: int, watch: Callable[..., None], unwatch: Callable[[int], bool]) -> None:
+async def _until_ready(
+    descriptor: int, watch: Callable[..., None], unwatch: Callable[[int], bool]
+) -> None:
     ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     watch(descriptor, _settle, ready)
     try:

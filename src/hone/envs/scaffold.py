@@ -77,6 +77,7 @@ def _files(kind: str, name: str) -> list[tuple[Traversable, Path]]:
     places = {
         "pyproject.toml": Path("pyproject.toml"),
         "README.md": Path("README.md"),
+        "recipe.toml": Path("recipe.toml"),
         "test.py": Path("tests") / f"test_{name}.py",
     }
     found = []
