@@ -33,9 +33,21 @@ def test_a_short_evaluation_text_is_given_away_by_asking_it():
 def test_instructions_that_every_text_of_a_set_has_are_no_contamination():
     instructions = "answer the following question and put the final answer between two angle brackets as shown above"
     texts = known(*(f"{instructions} number {n} {LONG} {n}" for n in range(40)))
-    assert texts.num_common > 0
     assert texts.found_in([f"{instructions} number 99 something else"], []) is None
     assert known(LONG).found_in([LONG], []) is not None
+
+
+def test_tasks_that_differ_by_a_few_words_between_long_instructions_are_compared_as_a_whole():
+    def task(first, second):
+        return (
+            f"What do these cost in all, in cents? {first} pen, {second} book. Look the prices up with the tool that you"
+            " have, then answer with the number only."
+        )
+
+    texts = known(*(task(n, n + 1) for n in range(30)))
+    assert texts.found_in([task(7, 8)], [task(7, 8)]) is not None
+    # Every run of 13 words of this one is in some evaluation text, or nearly: the wording is all that they share.
+    assert texts.found_in([task(7, 9)], [task(7, 9)]) is None
 
 
 def test_a_text_in_a_few_of_many_still_counts():

@@ -107,12 +107,10 @@ def replay(
 ) -> None:
     """Judge saved traces by the environment's present rubric: old against new rewards. Changes no file but --output."""
     from hone.cli.listing import print_json, print_table
-    from hone.cli.replay import replay_all, replay_table, summary_of, write_traces
+    from hone.cli.replay import replay_all, replay_table, summary_of
 
     settings = None if arguments is None else json_object(arguments, "--arguments")
-    replayed = asyncio.run(replay_all(traces, environment, settings))
-    if output is not None:
-        write_traces((one.after for one in replayed), output)
+    replayed = asyncio.run(replay_all(traces, environment, settings, output))
     summary = summary_of(replayed)
     if as_json:
         print_json(summary.as_json(replayed))

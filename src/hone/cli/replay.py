@@ -1,11 +1,12 @@
 """`hone env replay`: old against new rewards of saved traces."""
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 from rich.table import Table
@@ -46,22 +47,40 @@ class Summary:
         return sums | {"traces": [_entry(one) for one in replayed]}
 
 
-async def replay_all(path: Path, name: str | None, arguments: Mapping[str, Any] | None) -> list[Replayed]:
-    """Judge every trace at `path` again, group after group.
+async def replay_all(
+    path: Path, name: str | None, arguments: Mapping[str, Any] | None, output: Path | None
+) -> list[Replayed]:
+    """Judge every trace at `path` again; what is returned has no nodes, so that a whole run fits into memory.
 
     name: the environment that judges, else each trace names its own. arguments: of that environment, else those of the
-    recipe of the run that the traces lie in.
+    recipe of the run that the traces lie in. output: a file for the judged traces with all that they hold.
     """
+    replayed: list[Replayed] = []
+    with contextlib.nullcontext(_discard) if output is None else _written(output) as write:
+        async for one in _replayed(path, name, arguments):
+            write(one.after)
+            replayed.append(Replayed(_without_nodes(one.before), _without_nodes(one.after), one.note))
+    return replayed
+
+
+async def _replayed(path: Path, name: str | None, arguments: Mapping[str, Any] | None) -> AsyncIterator[Replayed]:
+    """One after the other; those whose environment compares the rollouts of a group when all have been read."""
     from_run = arguments_of_run(path) if arguments is None else {}
     loaded: dict[str, Environment] = {}
-    replayed: list[Replayed] = []
-    for group in groups_of(saved_traces(path)):
-        named = group[0].environment
-        wanted = name or named
-        if wanted not in loaded:
-            loaded[wanted] = load_target(wanted, from_run.get(named, {}) if arguments is None else arguments)
-        replayed += await replay(loaded[wanted], group)
-    return replayed
+    compared: list[Trace] = []
+    for trace in saved_traces(path):
+        if trace.environment not in loaded:
+            settings = from_run.get(trace.environment, {}) if arguments is None else arguments
+            loaded[trace.environment] = load_target(name or trace.environment, settings)
+        environment = loaded[trace.environment]
+        if environment.scores_groups:
+            compared.append(trace)
+        else:
+            (one,) = await replay(environment, [trace])
+            yield one
+    for group in groups_of(compared):
+        for one in await replay(loaded[group[0].environment], group):
+            yield one
 
 
 def summary_of(replayed: Sequence[Replayed]) -> Summary:
@@ -97,17 +116,29 @@ def replay_table(replayed: Sequence[Replayed], num_rows: int) -> Table:
     return table
 
 
-def write_traces(traces: Iterable[Trace], path: Path) -> None:
-    """One trace a line; the file is whole, or not there."""
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[Callable[[Trace], None]]:
+    """A function that appends a trace as one line to a file, which is whole in the end, or not there."""
     if path.exists():
         raise ValueError(f"{path} exists already; give another --output")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     encoder = msgspec.json.Encoder()
     with temporary.open("wb") as file:
-        for trace in traces:
-            file.write(encoder.encode(trace) + b"\n")
+        yield lambda trace: _append(file, encoder.encode(trace) + b"\n")
     temporary.replace(path)
+
+
+def _append(file: BinaryIO, line: bytes) -> None:
+    file.write(line)
+
+
+def _discard(trace: Trace) -> None:
+    """Nobody wants the judged traces."""
+
+
+def _without_nodes(trace: Trace) -> Trace:
+    return msgspec.structs.replace(trace, nodes=[])
 
 
 def _entry(one: Replayed) -> dict[str, Any]:
