@@ -8,7 +8,7 @@ from hone.envs.rollout import Limits, Rollout, run_group, run_rollout
 from hone.envs.rubric import Measure, Rubric, group_metric, group_reward, metric, reward
 from hone.envs.sampler import Sampler
 from hone.envs.sources import Tasks, is_held_out
-from hone.envs.tools import Tool, ToolArgumentsError, Toolset, ToolUse, UnknownToolError, tool
+from hone.envs.tools import Tool, ToolArgumentsError, ToolError, Toolset, ToolUse, UnknownToolError, tool
 from hone.envs.validation import check_gold, play
 from hone.schema.messages import Message, ToolCall, ToolSpec
 from hone.schema.sampling import SamplingParameters, Turn
@@ -35,6 +35,7 @@ __all__ = [
     "Tool",
     "ToolArgumentsError",
     "ToolCall",
+    "ToolError",
     "ToolSpec",
     "ToolUse",
     "Toolset",
