@@ -1,8 +1,15 @@
 """An evaluation: bounded, retried, added up per environment."""
 
+import msgspec
 import pytest
 
+from fakes import ScriptedSampler
 from hone.config.recipe import EvaluationSection
+from hone.envs import Rubric, SingleTurn, run_rollout, user
+from hone.envs import reward as reward_of
+from hone.evals.asked import sampling_parameters
+from hone.evals.evaluate import evaluate
+from hone.evals.results import EvalResult
 from hone.orchestrator.evaluation import Evaluation
 from hone.schema.messages import Message
 from hone.schema.sampling import FinishReason, Turn, VersionRun
@@ -12,6 +19,7 @@ from hone.schema.traces import FailureClass, Node, Reward, StopReason, Trace
 
 class Environment:
     num_held_out_tasks = 3
+    version = "1"
 
     def held_out_task(self, index):
         return Task(prompt=(Message("user", str(index)),))
@@ -71,14 +79,45 @@ def test_the_report_has_the_mean_of_everything_that_is_named():
     assert plan.reward == 0.5
     report = plan.report()
     assert (report["version"], report["min_version"], report["max_version"]) == (7, 7, 9)
-    own = report["environments"]["e"]
-    assert (own["num_rollouts"], own["reward_exact_mean"], own["metric_length_mean"], own["solved_mean"]) == (
-        2,
-        0.5,
-        4,
-        0.5,
+    own = msgspec.convert(report["environments"]["e"], EvalResult, strict=False)
+    assert (own.num_rollouts, own.num_wanted, own.model) == (2, 2, "v000007")
+    assert (own.score("exact").mean, own.score("length").mean, own.pass_at[1].mean) == (0.5, 4, 0.5)
+    assert {name: plan.metrics()[f"eval/e/{name}_mean"] for name in ("reward", "solved", "metric_length")} == {
+        "reward": 0.5,
+        "solved": 0.5,
+        "metric_length": 4,
+    }
+
+
+async def test_it_scores_what_an_evaluation_outside_of_training_scores():
+    @reward_of
+    def exact(answer, reference):
+        return float(answer == reference)
+
+    tasks = [Task((user(f"say {n % 4}"),), str(n % 4)) for n in range(8)]
+    environment = SingleTurn(name="e", version="1", rubric=Rubric([exact]), train=[], held_out=tasks)
+    section = EvaluationSection(num_tasks=6, attempts=4, max_concurrent=3)
+    sampler = ScriptedSampler(lambda branch: str(len(sampler.calls) % 3))
+    plan = Evaluation(0, {"e": environment}, section, run_seed=0, max_attempts=1)
+    traces = []
+    while started := plan.start():
+        for request in started:
+            [attempt] = request.attempts
+            found = await run_rollout(environment, request.task, attempt, sampler, request.sampling, request.seed)
+            traces.append(found)
+            plan.finish(key(request), found)
+    assert len(traces) == 16  # four different tasks
+    replayed = iter([trace.turns[-1] for trace in traces])
+    offline = await evaluate(
+        environment,
+        ScriptedSampler(lambda branch: next(replayed)),
+        num_tasks=6,
+        attempts=4,
+        sampling=sampling_parameters(section.sampling),
+        max_concurrent=1,
+        model="v000000",
     )
-    assert plan.metrics()["eval/e/reward_mean"] == 0.5
+    assert msgspec.structs.replace(offline, seconds=0) == plan.results()["e"]
 
 
 def test_failures_are_tried_again_and_then_counted_but_never_rewards():
@@ -90,7 +129,7 @@ def test_failures_are_tried_again_and_then_counted_but_never_rewards():
     plan.finish(key(second), trace(second, 1.0))
     assert plan.is_complete
     assert plan.reward == 1.0
-    assert plan.report()["environments"]["e"]["num_failed"] == 1
+    assert plan.report()["environments"]["e"]["failures"] == {"tool": 1}
 
 
 def test_an_evaluation_in_which_everything_failed_reaches_no_goal():

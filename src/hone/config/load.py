@@ -1,4 +1,4 @@
-"""A recipe, or another tree, from a TOML file and --a.b=c overrides, and back to a file; every mistake is a `ConfigError` that says where."""
+"""A recipe or a file of `hone eval` or `hone synth` from TOML and --a.b=c, and back; every mistake is a `ConfigError`."""
 
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import ValidationError
 
+from hone.config.evaluation import EvaluationFile
 from hone.config.recipe import Recipe, Section
 from hone.config.synthesis import SynthesisFile
 
@@ -24,6 +25,24 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     Relative paths inside the recipe are taken as they are, relative to the working directory.
     """
     return recipe_from(_read(path, overrides), str(path))
+
+
+def load_evaluated(path: Path, overrides: Iterable[str] = ()) -> Recipe | EvaluationFile:
+    """A recipe or an evaluation file, whichever the file holds: one has a [model], the other [[models]]."""
+    tree = _read(path, overrides)
+    if "models" in tree and "model" in tree:
+        raise ConfigError(
+            f"{path} has [model] and [[models]]: a recipe names the one model that it trains, an evaluation file all"
+            " that it compares; remove one of them"
+        )
+    if "models" in tree:
+        return _validated(EvaluationFile, tree, str(path))
+    if "model" in tree:
+        return recipe_from(tree, str(path))
+    raise ConfigError(
+        f"{path} is neither a recipe, which has a [model], nor an evaluation file, which has [[models]] and"
+        " [[environments]]"
+    )
 
 
 def load_synthesis(path: Path, overrides: Iterable[str] = ()) -> SynthesisFile:
