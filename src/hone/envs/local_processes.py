@@ -101,7 +101,7 @@ class LocalSandbox:
         ours.setblocking(False)
         self._control = ours
         with theirs:
-            self._guardian = subprocess.Popen(
+            self._guardian = subprocess.Popen(  # noqa: ASYNC220 - a vfork; all waiting is done elsewhere
                 [sys.executable, "-I", "-S", str(GUARDIAN), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env={},
@@ -203,7 +203,9 @@ class LocalSandbox:
             "HOME": str(self._work),
             "TMPDIR": str(self._folder / "tmp"),
             "LANG": "C.UTF-8",
-            "OMP_NUM_THREADS": str(math.ceil(self.spec.cpus)),  # or libraries start a thread for each of the host's cores
+            "OMP_NUM_THREADS": str(
+                math.ceil(self.spec.cpus)
+            ),  # or libraries start a thread for each of the host's cores
             **self.spec.env,
         }
 
@@ -241,7 +243,8 @@ class LocalSandbox:
         except OSError:
             data = b""
         if not data:
-            return self._end("its guardian is gone")
+            self._end("its guardian is gone")
+            return
         message: dict[str, Any] = marshal.loads(data)
         if "protections" in message:
             self._ready.set_result(frozenset(name for name, holds in message["protections"].items() if holds))
@@ -310,12 +313,12 @@ class LocalProcess:
     def interrupt(self) -> None:
         """As `Process.interrupt`."""
         if not self._ended.done():
-            self._sandbox.send({"interrupt": self._identity})
+            self._sandbox.send({"signal": self._identity, "kill": False})
 
     def kill(self) -> None:
         """As `Process.kill`."""
         if not self._ended.done():
-            self._sandbox.send({"kill": self._identity})
+            self._sandbox.send({"signal": self._identity, "kill": True})
 
     async def close(self) -> None:
         """As `Process.close`."""
@@ -443,9 +446,7 @@ async def _read_some(descriptor: int) -> bytes:
             await _until_ready(descriptor, loop.add_reader, loop.remove_reader)
 
 
-async def _until_ready(
-    descriptor: int, watch: Callable[..., None], unwatch: Callable[[int], bool]
-) -> None:
+async def _until_ready(descriptor: int, watch: Callable[..., None], unwatch: Callable[[int], bool]) -> None:
     ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     watch(descriptor, _settle, ready)
     try:

@@ -89,7 +89,9 @@ class LazySandbox:
     A creation that fails, or takes longer than `create_seconds`, is a `RolloutFailure` of class sandbox at every call.
     """
 
-    def __init__(self, provider: SandboxProvider, spec: SandboxSpec = SandboxSpec(), create_seconds: float = 60.0):
+    def __init__(
+        self, provider: SandboxProvider, spec: SandboxSpec = SandboxSpec(), create_seconds: float = 60.0
+    ) -> None:
         self._creation = asyncio.create_task(_create(provider, spec, create_seconds))
         self._is_closed = False
 

@@ -77,6 +77,8 @@ def encode(value: Any, refer: Callable[[Any], int]) -> bytes:
             return _piece(tag, *(encode(part, refer) for part in kind.__iter__(value)))
     if isinstance(value, range):
         return _piece(b"R", *(encode(part, refer) for part in (value.start, value.stop, value.step)))
+    if isinstance(value, type) and (name := getattr(value, "__name__", None)) in TYPES and TYPES[name] is value:
+        return _piece(b"T", str.encode(name))
     kind = type(value)
     if kind.__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return encode(value.item(), refer)
@@ -104,6 +106,8 @@ def decode(data: bytes, resolve: Callable[[int], Any]) -> Any:
         return content
     if tag == b"y":
         return bytearray(content)
+    if tag == b"T":
+        return TYPES[content.decode()]
     if tag == b"O":
         return resolve(int(content, 16))
     parts = [decode(piece, resolve) for piece in _pieces(content)]
@@ -123,6 +127,27 @@ def decode(data: bytes, resolve: Callable[[int], Any]) -> Any:
 
 
 CONTAINERS: dict[bytes, Any] = {b"l": list, b"t": tuple, b"s": set, b"f": frozenset}
+
+TYPES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        bytearray,
+        list,
+        tuple,
+        set,
+        frozenset,
+        dict,
+        object,
+        type(None),
+    )
+}
+"""Types that count as data."""
 
 LIBRARY: dict[str, Callable[[Any], list[Any]]] = {
     "collections.deque": lambda value: [list(value)],

@@ -117,7 +117,8 @@ class Asker:
     def _refer(self, value: Any) -> int:
         if not isinstance(value, Remote):
             raise UnsupportedTest(f"a {type(value).__name__} cannot be given to the program, which is elsewhere")
-        return value._number
+        number: int = value._number
+        return number
 
     def _resolve(self, number: int) -> Remote:
         return Remote(self, number)

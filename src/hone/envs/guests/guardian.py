@@ -3,7 +3,7 @@
     python -I -S guardian.py CONTROL_FD    (a SOCK_SEQPACKET socket; messages are marshalled dicts)
 
 Owner to guardian: first the options; then {"start": id, argv, env, cwd} with the descriptors of stdin, stdout and
-stderr, {"kill": id}, {"interrupt": id}. Guardian to owner: first {"protections"}; then
+stderr, {"signal": id, kill} (else an interrupt). Guardian to owner: first {"protections"}; then
 {"ended": id, status, cpu_seconds, peak_memory_bytes} (status None: nobody knows, the keeper was killed) and
 {"over": reason}. When the owner closes the socket or the lease ends, everything in the sandbox dies.
 
@@ -15,6 +15,8 @@ nothing that runs below a keeper. This file starts once per sandbox: it imports 
 
 from __future__ import annotations
 
+# What the modules signal and socket are made of: those themselves take longer to import than all the rest.
+import _signal as signal  # type: ignore[import-not-found]
 import ctypes
 import marshal
 import os
@@ -22,9 +24,6 @@ import resource
 import select
 import sys
 import time
-
-# What signal, socket and contextlib are made of: those themselves take longer to import than all the rest.
-import _signal as signal  # type: ignore[import-not-found]
 from _socket import AF_UNIX, CMSG_SPACE, SOCK_SEQPACKET
 from _socket import socket as Socket
 
@@ -41,12 +40,13 @@ LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 4
 LANDLOCK_READ, LANDLOCK_WRITE_FILE = 0b1101, 0b10  # execute, read file, read directory; write
 LANDLOCK_TRUNCATE = 1 << 14
 LANDLOCK_FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}  # by ABI; 16 from 5 on
-SYSTEM_PATHS = (
-    "/usr /lib /lib32 /lib64 /bin /sbin /nix /proc /sys /dev /etc/ld.so.cache /etc/ld.so.conf /etc/ld.so.conf.d "
-    "/etc/alternatives /etc/localtime /etc/timezone /etc/passwd /etc/group /etc/nsswitch.conf /etc/hosts "
-    "/etc/resolv.conf /etc/ssl /etc/mime.types /run/systemd/resolve"
-).split()
-DEVICES = "/dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty /dev/shm".split()
+SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/nix", "/proc", "/sys", "/dev")
+SYSTEM_FILES = (
+    *("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/mime.types"),
+    *("/etc/localtime", "/etc/timezone", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"),
+    *("/etc/hosts", "/etc/resolv.conf", "/run/systemd/resolve", "/etc/ssl"),
+)
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/shm")
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -125,8 +125,8 @@ class Guardian:
         if "start" in request:
             raw = ancillary[0][2]
             self.start(request, [int.from_bytes(raw[i : i + 4], sys.byteorder) for i in range(0, 12, 4)])
-        elif (keeper := self.keepers.get(request.get("kill", request.get("interrupt")))) is not None:
-            os.kill(keeper, signal.SIGTERM if "kill" in request else signal.SIGINT)
+        elif (keeper := self.keepers.get(request["signal"])) is not None:
+            os.kill(keeper, signal.SIGTERM if request["kill"] else signal.SIGINT)
         return True
 
     def start(self, request: dict[str, Any], stdio: list[int]) -> None:
@@ -176,7 +176,11 @@ def keep(
     for descriptor in stdio:
         os.close(descriptor)
 
+    is_killed = False
+
     def kill(number: int, frame: object) -> None:
+        nonlocal is_killed
+        is_killed = True
         if has_namespaces:
             with suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)
@@ -190,18 +194,23 @@ def keep(
     signal.signal(signal.SIGTERM, kill)
     signal.signal(signal.SIGINT, interrupt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+    ending: dict[str, Any] | None = None
     cpu_seconds, peak_memory_bytes = 0.0, 0
     while True:
         try:
             child, status, usage = os.wait4(-1, 0)
         except ChildProcessError:
+            if ending is not None:
+                os.write(report, marshal.dumps(ending))
             os._exit(0)
         cpu_seconds += usage.ru_utime + usage.ru_stime
         peak_memory_bytes = max(peak_memory_bytes, usage.ru_maxrss * 1024)
         if child == program:
             ending = {"status": status, "cpu_seconds": cpu_seconds, "peak_memory_bytes": peak_memory_bytes}
-            os.write(report, marshal.dumps(ending))
-            os.close(report)
+            if not is_killed:  # otherwise the end is when all that it started is dead
+                os.write(report, marshal.dumps(ending))
+                os.close(report)
+                ending = None
 
 
 def run(
@@ -220,7 +229,7 @@ def run(
             libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
         os.chdir(request["cwd"])
         if landlock:
-            confine(options)
+            confine(options, has_namespaces)
         limit(options, has_namespaces)
         os.execvpe(request["argv"][0], request["argv"], request["env"])
     except (OSError, ValueError) as error:
@@ -279,21 +288,22 @@ def landlock_version() -> int:
     return int(libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1))
 
 
-def confine(options: dict[str, Any]) -> None:
+def confine(options: dict[str, Any], has_namespaces: bool) -> None:
     """Let this process see the system's programs and its own folder only, and signal nobody outside.
 
     It also keeps it from the memory and the environment of every process outside, its keeper and guardian among them.
     """
     version = landlock_version()
     everything = (1 << LANDLOCK_FS_BITS.get(version, 16)) - 1
-    network = 0b11 if version >= 4 and options["network"] == "none" else 0
+    is_exposed = options["network"] == "none" and not has_namespaces
+    network = 0b11 if version >= 4 and is_exposed else 0  # no TCP; there is no better without namespaces
     scopes = 0b11 if version >= 6 else 0
     attributes = (ctypes.c_uint64 * 3)(everything, network, scopes)
     size = 8 if version < 4 else 16 if version < 6 else 24
     ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)
     if ruleset < 0:
         raise OSError(ctypes.get_errno(), "the kernel refused a landlock ruleset")
-    for path in (*SYSTEM_PATHS, *options["readable"]):
+    for path in (*SYSTEM_FOLDERS, *SYSTEM_FILES, *options["readable"]):
         allow(ruleset, path, LANDLOCK_READ)
     for path in DEVICES:
         allow(ruleset, path, everything if path == "/dev/shm" else 0b1110 & everything)

@@ -16,14 +16,13 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hone.envs.failures import RolloutFailure, deadline
-from hone.envs.guests import channel
+from hone.envs.guest_processes import MessageStream, guest_command
 from hone.envs.guests.channel import ERROR, GONE, VALUE, VERDICT, decode, encode
 from hone.envs.local_processes import LocalProcesses
-from hone.envs.sandboxes import LazySandbox, Process, SandboxProvider
+from hone.envs.sandboxes import LazySandbox, SandboxProvider
 from hone.envs.verifiers.assertions import prepare
 from hone.schema.sandboxes import Outcome, SandboxSpec
 from hone.schema.traces import FailureClass
@@ -146,10 +145,10 @@ class CodeVerifier:
         ):
             candidate = _Candidate(around_candidate, self._timeout_seconds)
             job, _, checker = await asyncio.gather(
-                asyncio.to_thread(_job, tests), candidate.load(program), around_checker.start(_guest("checker"))
+                asyncio.to_thread(_job, tests), candidate.load(program), around_checker.start(guest_command("checker"))
             )
             try:
-                return await _relay(candidate, _Channel(checker), job, self._timeout_seconds)
+                return await _relay(candidate, MessageStream(checker), job, self._timeout_seconds)
             finally:
                 await candidate.close()
                 await checker.close()
@@ -176,7 +175,7 @@ class CodeVerifier:
 
 
 async def _relay(
-    candidate: "_Candidate", checker: "_Channel", job: Mapping[str, Any], timeout_seconds: float
+    candidate: "_Candidate", checker: MessageStream, job: Mapping[str, Any], timeout_seconds: float
 ) -> CodeVerdict:
     """Carry the checker's questions to the candidate and the answers back, until there is a verdict."""
     await checker.send(encode(job, _refuse))
@@ -196,7 +195,7 @@ async def _relay(
             return CodeVerdict(0, job["num_tests"], "the tests do not come to an end with the program's answers")
 
 
-async def _first(process: "_Channel") -> bytes:
+async def _first(process: MessageStream) -> bytes:
     """What a process says when Python is up; that it says nothing is the sandbox's fault."""
     try:
         async with deadline(START_SECONDS):
@@ -217,15 +216,13 @@ class _Candidate:
     def __init__(self, sandbox: LazySandbox, seconds_left: float) -> None:
         self._sandbox = sandbox
         self._total_seconds = self._seconds_left = seconds_left
-        self._process: Process | None = None
-        self._channel: _Channel | None = None
+        self._stream: MessageStream | None = None
         self._gone = ""
 
     async def load(self, program: str) -> None:
         """Start the process, and run the program on the module's level."""
-        self._process = await self._sandbox.start(_guest("candidate"))
-        self._channel = _Channel(self._process)
-        await _first(self._channel)
+        self._stream = MessageStream(await self._sandbox.start(guest_command("candidate")))
+        await _first(self._stream)
         answer = await self.ask(program.encode("utf-8", "surrogatepass"))
         if answer[:1] == ERROR:
             names, _, text = answer[1:].decode(errors="replace").partition("\n")
@@ -234,12 +231,12 @@ class _Candidate:
     async def ask(self, question: bytes) -> bytes:
         """The candidate's answer as it gave it, or that it is gone."""
         if not self._gone:
-            assert self._channel is not None
+            assert self._stream is not None
             started = time.perf_counter()
             try:
                 async with asyncio.timeout(max(0.0, self._seconds_left)):
-                    await self._channel.send(question)
-                    answer = await self._channel.receive()
+                    await self._stream.send(question)
+                    answer = await self._stream.receive()
                 if answer is not None and answer[:1] in (VALUE, ERROR):
                     return answer
                 self._gone = "the program ended early"
@@ -255,40 +252,8 @@ class _Candidate:
         return GONE + self._gone.encode()
 
     async def close(self) -> None:
-        if self._process is not None:
-            await self._process.close()
-
-
-class _Channel:
-    """Messages behind four bytes of length over a process's stdin and stdout."""
-
-    def __init__(self, process: Process) -> None:
-        self._process = process
-        self._read = bytearray()
-
-    async def send(self, message: bytes) -> None:
-        await self._process.write(len(message).to_bytes(4, "big") + message)
-
-    async def receive(self) -> bytes | None:
-        """The next message; None at the end of the stream, `ValueError` when it is too long."""
-        if not await self._fill(4):
-            return None
-        size = int.from_bytes(self._read[:4], "big")
-        if size > channel.MAX_MESSAGE_BYTES:
-            raise ValueError(f"the program answers with more than {channel.MAX_MESSAGE_BYTES} bytes")
-        if not await self._fill(4 + size):
-            return None
-        message = bytes(self._read[4 : 4 + size])
-        del self._read[: 4 + size]
-        return message
-
-    async def _fill(self, size: int) -> bool:
-        while len(self._read) < size:
-            data = await self._process.read()
-            if not data:
-                return False
-            self._read += data
-        return True
+        if self._stream is not None:
+            await self._stream.process.close()
 
 
 def _job(tests: Assertions | Calls) -> dict[str, Any]:
@@ -310,23 +275,6 @@ _prepared = functools.lru_cache(maxsize=256)(prepare)  # a group's rollouts run 
 
 def _refuse(value: Any) -> int:
     raise ValueError(f"a {type(value).__name__} in tests; calls take and return JSON-like data")
-
-
-@functools.cache
-def _guest(name: str) -> tuple[str, ...]:
-    """The command that runs one of the guests, its only import in the same text."""
-    module = channel.__name__
-    program = (
-        "import sys\n"
-        f"module = sys.modules[{module!r}] = type(sys)({module!r})\n"
-        f"exec({_source('channel')!r}, module.__dict__)\n"
-        f"exec({_source(name)!r}, {{'__name__': '__main__'}})"
-    )
-    return ("python", "-I", "-c", program)
-
-
-def _source(name: str) -> str:
-    return Path(channel.__file__).with_name(f"{name}.py").read_text()
 
 
 def _lines(text: str) -> list[str]:
