@@ -1,4 +1,4 @@
-"""From a teacher that calls tools, over HTTP, to a tiny model that has learned its calls: `hone synth`, `hone sft`."""
+"""From a teacher that calls tools, over HTTP, to a tiny model that calls them: `hone synth`, `hone sft`, `hone env debug`."""
 
 import json
 import os
@@ -105,6 +105,9 @@ def test_a_tiny_model_learns_the_tool_calls_of_a_teacher(tmp_path: Path) -> None
     losses = [float(line["sft/loss"]) for line in read_metrics(run.metrics) if "sft/loss" in line]
     assert losses[-1] < 0.2 * losses[0]
     assert first_calls_spelled(run) >= 0.9
+    shown = hone(tmp_path, "env", "debug", "basket", tmp_path / "recipe.toml", "--temperature", 0, "--max-tokens", 200)
+    assert "logprobs" in shown.stdout
+    assert "→ price(" in shown.stdout
     assert json.loads((run.sft_export / "config.json").read_text())["model_type"] == "qwen3"
 
 

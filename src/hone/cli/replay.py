@@ -12,7 +12,7 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from hone.cli.traces import arguments_of_run, saved_traces
+from hone.cli.traces import arguments_of, saved_traces
 from hone.envs.environment import Environment
 from hone.envs.fingerprint import load_target
 from hone.envs.replay import Replayed, groups_of, replay
@@ -52,8 +52,8 @@ async def replay_all(
 ) -> list[Replayed]:
     """Judge every trace at `path` again; what is returned has no nodes, so that a whole run fits into memory.
 
-    name: the environment that judges, else each trace names its own. arguments: of that environment, else those of the
-    recipe of the run that the traces lie in. output: a file for the judged traces with all that they hold.
+    name: the environment that judges, else each trace names its own. arguments: of that environment, else those of
+    the run, evaluation or synthesis that the traces lie in. output: a file for the judged traces with all they hold.
     """
     replayed: list[Replayed] = []
     with contextlib.nullcontext(_discard) if output is None else _written(output) as write:
@@ -65,12 +65,12 @@ async def replay_all(
 
 async def _replayed(path: Path, name: str | None, arguments: Mapping[str, Any] | None) -> AsyncIterator[Replayed]:
     """One after the other; those whose environment compares the rollouts of a group when all have been read."""
-    from_run = arguments_of_run(path) if arguments is None else {}
+    from_files = arguments_of(path) if arguments is None else {}
     loaded: dict[str, Environment] = {}
     compared: list[Trace] = []
     for trace in saved_traces(path):
         if trace.environment not in loaded:
-            settings = from_run.get(trace.environment, {}) if arguments is None else arguments
+            settings = from_files.get(trace.environment, {}) if arguments is None else arguments
             loaded[trace.environment] = load_target(name or trace.environment, settings)
         environment = loaded[trace.environment]
         if environment.scores_groups:

@@ -48,8 +48,12 @@ def synth(
 
 
 async def _synthesise(settings: "SynthesisFile", console: "StageConsole") -> "Synthesis":
+    from hone.config.synthesis import GOLD
+    from hone.launch.samplers import source_of
     from hone.synth.synthesis import synthesise
 
+    target = settings.teacher.target
+    source = "" if target == GOLD else source_of(target, settings.teacher.model)
     total = settings.rollouts.num_tasks * settings.rollouts.attempts
     async with _teacher(settings) as sampler:
         with console.counting(f"synth {settings.synthesis.name}", total) as update:
@@ -58,7 +62,7 @@ async def _synthesise(settings: "SynthesisFile", console: "StageConsole") -> "Sy
                 failed = f" · {progress.num_failed} failed" if progress.num_failed else ""
                 update(progress.num_done, progress.num_total, f"reward {progress.mean_reward:.3f}{failed}")
 
-            return await synthesise(settings, sampler, progress=show)
+            return await synthesise(settings, sampler, source=source, progress=show)
 
 
 @contextlib.asynccontextmanager

@@ -1,11 +1,11 @@
 """Saved traces by the path that a person gives: a run, its traces, an evaluation, a file."""
 
+import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hone.config.load import load_recipe
 from hone.evals.storage import read_traces as read_lines
 from hone.schema.traces import Trace
 from hone.transport.traces import read_traces as read_segments
@@ -31,13 +31,20 @@ def saved_traces(path: Path) -> Iterator[Trace]:
     )
 
 
-def arguments_of_run(path: Path) -> dict[str, dict[str, Any]]:
-    """The arguments of the environments in the recipe of the run that `path` lies in, by name; empty outside a run."""
+def arguments_of(path: Path) -> dict[str, dict[str, Any]]:
+    """The arguments that the environments of the traces at `path` were loaded with, by name, where files beside tell.
+
+    These are the settings.json of an evaluation or a synthesis, and the config.toml of a run, in the folder or above.
+    """
     for folder in (path, *path.absolute().parents):
+        if (folder / "settings.json").is_file():
+            settings = json.loads((folder / "settings.json").read_text())
+            if "environments" in settings:  # of a synthesis: name to version and arguments
+                return {name: arguments for name, (_, arguments) in settings["environments"].items()}
+            if settings.get("arguments"):
+                return {settings["environment"]: settings["arguments"]}
         if (folder / "config.toml").is_file():
-            return {section.name: section.arguments for section in load_recipe(folder / "config.toml").environments}
-        if (folder / "settings.json").is_file() and (folder / "synth.toml").is_file():
-            sections = tomllib.loads((folder / "synth.toml").read_text()).get("environments", [])
+            sections = tomllib.loads((folder / "config.toml").read_text()).get("environments", [])
             return {section["name"]: section.get("arguments", {}) for section in sections}
     return {}
 

@@ -8,12 +8,10 @@ from pathlib import Path
 from hone.config.load import load_recipe, save_recipe
 from hone.config.recipe import ModelSection, Recipe, ServerSection
 from hone.envs.sampler import Sampler
-from hone.inference.client import DEADLINE_SECONDS, ChatSampler, TokenChannel, TokenSampler
+from hone.inference.client import DEADLINE_SECONDS, ChatSampler
 from hone.launch.evaluations import newest_policy
-from hone.launch.service import inference_server
-from hone.launch.supervise import Supervisor
-from hone.text.rendering import Renderer
-from hone.text.tokenizer import Tokenizer
+from hone.launch.fingerprint import fingerprint
+from hone.launch.service import served_sampler
 from hone.transport.folders import RunFolder
 
 
@@ -29,39 +27,36 @@ async def sampler_for(
     if target.startswith(("http://", "https://")):
         if model is None:
             raise ValueError(f"give --model: which of the models at {target} is it?")
-        base = target.rstrip("/")
-        url = base if base.endswith("/v1") else f"{base}/v1"
+        address = target.rstrip("/")
+        url = address if address.endswith("/v1") else f"{address}/v1"
         async with ChatSampler(url, model, api_key, deadline_seconds=deadline_seconds) as sampler:
             yield sampler
         return
     if model is not None:
         raise ValueError(f"--model {model} names a model at an http address; {target} is none")
-    recipe, weights = _served(target)
-    async with _engine(recipe, weights, deadline_seconds) as sampler:
-        yield sampler
+    recipe, weights, base = _served(target)
+    with tempfile.TemporaryDirectory(prefix="hone-serve-") as name:
+        # A folder and addresses of its own, so that a run of the recipe may go on beside it.
+        scratch = RunFolder(Path(name))
+        scratch.model.symlink_to(base)
+        private = recipe.model_copy(update={"server": ServerSection()})
+        save_recipe(private, scratch.config)
+        async with served_sampler(private, scratch, weights, deadline_seconds=deadline_seconds) as sampler:
+            yield sampler
 
 
-def _served(target: str) -> tuple[Recipe, Path]:
+def source_of(target: str, model: str | None) -> str:
+    """What answers behind a target: equal for equal weights, or for the same model at the same address."""
+    return f"{model} at {target}" if target.startswith(("http://", "https://")) else fingerprint(_served(target)[1])
+
+
+def _served(target: str) -> tuple[Recipe, Path, Path]:
+    """How to serve a model, its weights, and the folder whose tokenizer they have if they have none of their own."""
     if target.endswith(".toml"):
         recipe = load_recipe(Path(target))
-        return recipe, newest_policy(RunFolder(recipe.folder.absolute()))
+        run = RunFolder(recipe.folder.absolute())
+        return recipe, newest_policy(run), run.model
     weights = Path(target).absolute()
     if not (weights / "config.json").exists():
         raise ValueError(f"{target} is neither an http address, nor a recipe (.toml), nor a folder with a config.json")
-    return Recipe(model=ModelSection(path=str(weights))), weights
-
-
-@contextlib.asynccontextmanager
-async def _engine(recipe: Recipe, weights: Path, deadline_seconds: float) -> AsyncIterator[Sampler]:
-    """Serve in a folder and at addresses of its own, so that a run of the recipe may go on beside it."""
-    private = recipe.model_copy(update={"server": ServerSection()})
-    own_tokenizer = (weights / "tokenizer.json").is_file()
-    renderer = Renderer(Tokenizer.load(weights if own_tokenizer else RunFolder(recipe.folder.absolute()).model))
-    with tempfile.TemporaryDirectory(prefix="hone-serve-") as scratch:
-        folder = RunFolder(Path(scratch))
-        save_recipe(private, folder.config)
-        async with (
-            inference_server(private, folder, Supervisor(folder.path, max_restarts=1), weights) as addresses,
-            TokenChannel(addresses.tokens) as channel,
-        ):
-            yield TokenSampler(channel, renderer, deadline_seconds=deadline_seconds)
+    return Recipe(model=ModelSection(path=str(weights))), weights, weights

@@ -44,11 +44,15 @@ class Synthesis:
 
 
 async def synthesise(
-    settings: SynthesisFile, sampler: Sampler | None, *, progress: Callable[[Progress], None] | None = None
+    settings: SynthesisFile,
+    sampler: Sampler | None,
+    *,
+    source: str = "",
+    progress: Callable[[Progress], None] | None = None,
 ) -> Synthesis:
     """Let the teacher attempt what is missing, select, and write data/, README.md and synth.toml into the folder.
 
-    sampler: the teacher; None for `gold`. The same settings go on where an interrupted synthesis stopped; with other
+    sampler: the teacher; None for `gold`. source: what answers behind its name (a fingerprint of weights). The same settings go on where an interrupted synthesis stopped; with other
     [keep], [decontamination] or [output] the traces that are there are selected anew. Raises `ValueError` when nothing
     is left.
     """
@@ -56,7 +60,7 @@ async def synthesise(
         section.name: load_environment(section.name, **section.arguments) for section in settings.environments
     }
     folder = settings.folder.absolute()
-    with claim(folder, _settings(settings, environments)):
+    with claim(folder, _settings(settings, environments, source)):
         rollouts = settings.rollouts
         wanted = wanted_attempts(environments, _num_tasks(settings), rollouts.attempts)
         await teach(
@@ -201,12 +205,13 @@ def _sampling(settings: SynthesisFile) -> SamplingParameters:
     )
 
 
-def _settings(settings: SynthesisFile, environments: Mapping[str, Environment]) -> Settings:
+def _settings(settings: SynthesisFile, environments: Mapping[str, Environment], source: str) -> Settings:
     arguments = {section.name: section.arguments for section in settings.environments}
     teacher = settings.teacher
     return Settings(
         environments={name: (one.version, arguments[name]) for name, one in environments.items()},
         teacher=teacher.target if teacher.model is None else f"{teacher.model} at {teacher.target}",
+        source=source,
         sampling=_sampling(settings),
         max_turns=settings.rollouts.max_turns,
         seed=settings.synthesis.seed,

@@ -38,11 +38,13 @@ class TeacherError(ValueError):
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What must be equal for a synthesis to go on: otherwise its old traces are another teacher's, or of other tasks.
 
-    environments: name → version and arguments.
+    environments: name to version and arguments. source: what is behind the teacher's name, such as a fingerprint of its
+    weights.
     """
 
     environments: dict[str, tuple[str, dict[str, Any]]]
     teacher: str
+    source: str
     sampling: SamplingParameters
     max_turns: int | None
     seed: int
