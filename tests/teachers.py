@@ -34,6 +34,11 @@ def teacher(answer: Answer) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(data)
 
+        def do_GET(self) -> None:
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
         def log_message(self, format: str, *arguments: object) -> None:
             pass
 

@@ -157,9 +157,16 @@ def test_debug_shows_the_traceback_of_a_failure(hone: Hone, broken: Path) -> Non
     assert "ZeroDivisionError" in printed
 
 
-def test_debug_says_that_the_endpoint_is_down(hone: Hone) -> None:
-    printed = hone("env", "debug", "arithmetic", "http://127.0.0.1:9", "--model", "m", "--deadline", 20, code=1)
+def test_debug_says_that_nothing_answers(hone: Hone) -> None:
+    told = hone("env", "debug", "arithmetic", "http://127.0.0.1:9", "--model", "m", code=2, err=True)
+    assert "nothing answers at http://127.0.0.1:9/v1" in told
+
+
+def test_debug_shows_a_model_that_refuses(hone: Hone) -> None:
+    with teacher(lambda body: {"status": 400}) as address:
+        printed = hone("env", "debug", "arithmetic", address, "--model", "m", code=1)
     assert "failed: model in sample" in printed
+    assert "answered 400: on fire" in printed
 
 
 def test_debug_needs_to_know_who_answers(hone: Hone) -> None:

@@ -9,6 +9,8 @@ import typer
 from hone.cli.arguments import json_object
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hone.envs.checks import Check
     from hone.envs.environment import Environment
 
@@ -22,6 +24,8 @@ Arguments = Annotated[str, typer.Option(help="Arguments of load_environment as a
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 FAILED = 1
+STALL_SECONDS, STALL_DEADLINE_SECONDS = 5.0, 120.0
+"""A rubric that keeps the event loop so long is named, and ends the validation."""
 
 
 @app.command()
@@ -158,17 +162,13 @@ def debug(
         raise typer.Exit(FAILED)
 
 
-async def _checks(environment: "Environment", num_tasks: int, tell: Any) -> "list[Check]":
+async def _checks(environment: "Environment", num_tasks: int, tell: "Callable[[str], None]") -> "list[Check]":
     from hone.envs.checks import validate as prove
     from hone.envs.stalls import StallMeter
 
     # Code that never comes back (a pattern that explodes on a huge answer) ends the process with its place.
     with StallMeter(report_seconds=STALL_SECONDS, deadline_seconds=STALL_DEADLINE_SECONDS):
         return await prove(environment, num_tasks=num_tasks, progress=tell)
-
-
-STALL_SECONDS = 5.0
-STALL_DEADLINE_SECONDS = 120.0
 
 
 def _elsewhere(environment: "Environment", target: str, arguments: dict[str, Any], num_tasks: int) -> "Check":

@@ -9,7 +9,7 @@ import msgspec
 from hone.envs.attacks import NAMES, Attack, attacks_on, gold_turns
 from hone.envs.environment import Environment
 from hone.envs.failures import describe
-from hone.envs.fingerprint import fingerprint, first_tasks
+from hone.envs.fingerprint import PlacedTask, fingerprint, first_tasks
 from hone.envs.leftovers import growth_since, holdings, private_temporary_folder
 from hone.envs.messages import assistant
 from hone.envs.validation import Answers, GoldError, check_gold, play_answers
@@ -83,15 +83,15 @@ def _splits(environment: Environment) -> list[Check]:
     unique = Check("no task comes twice")
     trained: set[str] = set()
     seen: set[str] = set()
-    for place, task in first_tasks(environment, NUM_SPLIT_TASKS):
-        is_train = place.startswith("train")
-        if is_train:
-            trained.add(_question(task))
+    for placed in first_tasks(environment, NUM_SPLIT_TASKS):
+        task, question = placed.task, _question(placed.task)
+        if placed.is_held_out:
+            disjoint.note(placed.place, *(["is also a train task"] if question in trained else []))
         else:
-            disjoint.note(place, *(["is also a train task"] if _question(task) in trained else []))
-        count = environment.num_train_tasks if is_train else environment.num_held_out_tasks
+            trained.add(question)
+        count = environment.num_held_out_tasks if placed.is_held_out else environment.num_train_tasks
         if count is not None:
-            unique.note(place, *([f"has the key {task.key} of an earlier task"] if task.key in seen else []))
+            unique.note(placed.place, *([f"has the key {task.key} of an earlier task"] if task.key in seen else []))
         seen.add(task.key)
     if not trained or not disjoint.num_tried:
         disjoint.not_tried = "only one of the two splits has tasks"
@@ -108,7 +108,7 @@ def _question(task: Task) -> str:
     return hashlib.blake2b(asked, digest_size=8).hexdigest()
 
 
-def _renders(environment: Environment, tasks: Sequence[tuple[str, Task]]) -> Check:
+def _renders(environment: Environment, tasks: Sequence[PlacedTask]) -> Check:
     check = Check("prompts and gold conversations render in every chat template")
     try:
         from hone.text.template import FAMILIES, ChatTemplate, built_in  # Jinja2 is of an extra
@@ -116,15 +116,15 @@ def _renders(environment: Environment, tasks: Sequence[tuple[str, Task]]) -> Che
         check.not_tried = "chat templates need: pip install 'hone[text]'"
         return check
     templates = [(family, ChatTemplate(built_in(family).source)) for family in FAMILIES]
-    for place, task in tasks:
-        complaints = []
+    for placed in tasks:
+        task, complaints = placed.task, []
         for family, template in templates:
             try:
                 template.render(task.prompt, environment.tools, add_generation_prompt=True)
                 template.render([*task.prompt, *(environment.gold(task) or ())], environment.tools)
             except ValueError as error:
                 complaints.append(f"{family}: {error}")
-        check.note(place, *complaints)
+        check.note(placed.place, *complaints)
     return check
 
 
@@ -132,13 +132,14 @@ Tell = Callable[[str], None]
 
 
 async def _gold(
-    environment: Environment, tasks: Sequence[tuple[str, Task]], tell: Tell
+    environment: Environment, tasks: Sequence[PlacedTask], tell: Tell
 ) -> tuple[list[Check], dict[str, float]]:
     """The checks on gold answers, and the reward of each by the key of its task."""
     full = Check("gold answers score full marks")
     again = Check("gold answers score the same again")
     rewards: dict[str, float] = {}
-    for place, task in tasks:
+    for placed in tasks:
+        place, task = placed.place, placed.task
         tell(f"gold answers: {place}")
         if environment.gold(task) is None:
             continue
@@ -159,12 +160,13 @@ async def _gold(
 
 
 async def _wrong(
-    environment: Environment, tasks: Sequence[tuple[str, Task]], rewards: Mapping[str, float], tell: Tell
+    environment: Environment, tasks: Sequence[PlacedTask], rewards: Mapping[str, float], tell: Tell
 ) -> list[Check]:
     """One check for each attack: it must score less than full marks, and must not make the rollout fail."""
     checks = {name: Check(_claim(name)) for name in NAMES}
-    for index, (place, task) in enumerate(tasks):
-        others = [other for _, other in [*tasks[index + 1 :], *tasks[:index]]]
+    for index, placed in enumerate(tasks):
+        place, task = placed.place, placed.task
+        others = [other.task for other in [*tasks[index + 1 :], *tasks[:index]]]
         for attack in attacks_on(environment, task, others):
             tell(f"{attack.name}: {place}")
             trace = await play_answers(environment, task, Answers(attack.messages, attack.repeats, attack.truncated))
@@ -197,10 +199,10 @@ def _complaints(environment: Environment, attack: Attack, trace: Trace, full_mar
     return _blemishes(trace)
 
 
-async def _leaves_nothing(environment: Environment, tasks: Sequence[tuple[str, Task]]) -> Check:
+async def _leaves_nothing(environment: Environment, tasks: Sequence[PlacedTask]) -> Check:
     """Rollouts after the first, which may open what is kept for all of them, must leave nothing open."""
     check = Check("rollouts leave nothing behind")
-    _, task = tasks[0]
+    task = tasks[0].task
     gold = gold_turns(environment, task) or [assistant("")]
     with private_temporary_folder():
         await play_answers(environment, task, Answers(gold, repeats=True))

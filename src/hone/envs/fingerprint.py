@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,36 @@ def load_target(target: str, arguments: Mapping[str, Any]) -> Environment:
     return load_folder(Path(target), **arguments) if is_folder else load_environment(target, **arguments)
 
 
-def fingerprint(environment: Environment, num_tasks: int) -> dict[str, str]:
-    """The identity of the first tasks of both splits, by where they are: `train task 0` and so on."""
-    found = {}
-    for place, task in first_tasks(environment, num_tasks):
-        gold = environment.gold(task)
-        found[place] = task.key if gold is None else f"{task.key} {Task(prompt=tuple(gold)).key}"
-    return found
+@dataclass(frozen=True, slots=True)
+class PlacedTask:
+    """A task and where in an environment it is."""
+
+    is_held_out: bool
+    index: int
+    task: Task
+
+    @property
+    def place(self) -> str:
+        """`train task 0` and so on."""
+        return f"{'held-out' if self.is_held_out else 'train'} task {self.index}"
 
 
-def first_tasks(environment: Environment, num_tasks: int) -> list[tuple[str, Task]]:
-    """The first tasks of both splits, each with its place in words."""
-    splits: list[tuple[str, Callable[[int], Task], int | None]] = [
-        ("train", environment.train_task, environment.num_train_tasks),
-        ("held-out", environment.held_out_task, environment.num_held_out_tasks),
-    ]
+def first_tasks(environment: Environment, num_tasks: int) -> list[PlacedTask]:
+    """The first train tasks, then the first held-out ones, `num_tasks` of each where there are so many."""
+    train, held_out = environment.num_train_tasks, environment.num_held_out_tasks
     return [
-        (f"{split} task {index}", task_at(index))
-        for split, task_at, count in splits
-        for index in range(num_tasks if count is None else min(num_tasks, count))
+        *(PlacedTask(False, index, environment.train_task(index)) for index in range(_fewer(num_tasks, train))),
+        *(PlacedTask(True, index, environment.held_out_task(index)) for index in range(_fewer(num_tasks, held_out))),
     ]
+
+
+def fingerprint(environment: Environment, num_tasks: int) -> dict[str, str]:
+    """The identity of the first tasks of both splits, gold answers included, by their place."""
+    found = {}
+    for placed in first_tasks(environment, num_tasks):
+        gold = environment.gold(placed.task)
+        found[placed.place] = placed.task.key if gold is None else f"{placed.task.key} {Task(prompt=tuple(gold)).key}"
+    return found
 
 
 def fingerprint_elsewhere(
@@ -65,6 +76,10 @@ def fingerprint_elsewhere(
         last = ended.stderr.strip().rpartition("\n")[2]
         raise ValueError(f"a second process gave no tasks: {last or f'exit code {ended.returncode}'}") from error
     return dict(found)
+
+
+def _fewer(wanted: int, available: int | None) -> int:
+    return wanted if available is None else min(wanted, available)
 
 
 def main(arguments: list[str]) -> None:

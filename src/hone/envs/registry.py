@@ -2,7 +2,6 @@
 
 import inspect
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +46,8 @@ def load_folder(folder: Path, **arguments: Any) -> Environment:
     from importlib.metadata import EntryPoint  # as in _entries
 
     project, name, value = _declared(folder)
-    sys.path.insert(0, str(folder.resolve()))
+    if str(folder.resolve()) not in sys.path:
+        sys.path.insert(0, str(folder.resolve()))
     environment = _made(name, _loaded(name, EntryPoint(name, value, GROUP)), arguments)
     module = sys.modules[value.partition(":")[0]]
     if not Path(module.__file__ or "").resolve().is_relative_to(folder.resolve()):
@@ -61,6 +61,8 @@ def load_folder(folder: Path, **arguments: Any) -> Environment:
 
 def _declared(folder: Path) -> tuple[dict[str, Any], str, str]:
     """The [project] table of the folder's pyproject.toml, and the name and value of its one entry point."""
+    import tomllib  # as in _entries
+
     path = folder / "pyproject.toml"
     try:
         project = tomllib.loads(path.read_text())["project"]

@@ -14,6 +14,8 @@ from hone.launch.fingerprint import fingerprint
 from hone.launch.service import served_sampler
 from hone.transport.folders import RunFolder
 
+CHECK_SECONDS = 30.0
+
 
 @contextlib.asynccontextmanager
 async def sampler_for(
@@ -29,6 +31,7 @@ async def sampler_for(
             raise ValueError(f"give --model: which of the models at {target} is it?")
         address = target.rstrip("/")
         url = address if address.endswith("/v1") else f"{address}/v1"
+        await _check_answers(url, api_key)
         async with ChatSampler(url, model, api_key, deadline_seconds=deadline_seconds) as sampler:
             yield sampler
         return
@@ -43,6 +46,21 @@ async def sampler_for(
         save_recipe(private, scratch.config)
         async with served_sampler(private, scratch, weights, deadline_seconds=deadline_seconds) as sampler:
             yield sampler
+
+
+async def _check_answers(url: str, api_key: str | None) -> None:
+    """A wrong address is told at once; one that answered before is asked again for as long as a turn may take."""
+    import aiohttp  # of an extra that those who serve their own models do not need
+
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(CHECK_SECONDS), headers=headers) as session,
+            session.get(f"{url}/models"),  # whatever it says: not every server lists its models
+        ):
+            return
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise ValueError(f"nothing answers at {url}: {error or 'no answer in time'}") from error
 
 
 def source_of(target: str, model: str | None) -> str:

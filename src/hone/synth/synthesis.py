@@ -14,14 +14,12 @@ from hone.config.synthesis import SynthesisFile
 from hone.envs.attacks import gold_turns
 from hone.envs.attempts import Assignment
 from hone.envs.environment import Environment
-from hone.envs.fingerprint import first_tasks
 from hone.envs.registry import load_environment
 from hone.envs.rollout import Limits
 from hone.envs.sampler import Sampler
 from hone.envs.validation import Answers
 from hone.schema.sampling import SamplingParameters
 from hone.schema.seeds import derive_seed
-from hone.schema.tasks import Task
 from hone.synth.card import card_text, data_file
 from hone.synth.contamination import EvaluationTexts
 from hone.synth.conversations import Conversation, conversations_of, write_jsonl, write_parquet
@@ -127,9 +125,9 @@ def _evaluation_texts(settings: SynthesisFile, environments: Mapping[str, Enviro
     section = settings.decontamination
     texts = EvaluationTexts(section.words)
     others = {name: load_environment(name) for name in section.environments if name not in environments}
-    for name, environment in ({**environments, **others} if section.held_out_tasks else {}).items():
-        held_out = (task for place, task in first_tasks(environment, section.held_out_tasks) if place[0] == "h")
-        texts.add(f"held-out tasks of {name}", (text for task in held_out for text in _asked(task)))
+    if section.held_out_tasks:
+        for name, environment in {**environments, **others}.items():
+            texts.add(f"held-out tasks of {name}", _held_out_texts(environment, section.held_out_tasks))
     for path in section.files:
         texts.add(str(path), texts_in(path))
     return texts
@@ -167,10 +165,14 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def _asked(task: Task) -> Iterator[str]:
-    yield from (message.content for message in task.prompt if message.role != "system")
-    if task.reference is not None:
-        yield task.reference
+def _held_out_texts(environment: Environment, num_tasks: int) -> Iterator[str]:
+    """What the first held-out tasks ask, and their references."""
+    available = environment.num_held_out_tasks
+    for index in range(num_tasks if available is None else min(num_tasks, available)):
+        task = environment.held_out_task(index)
+        yield from (message.content for message in task.prompt if message.role != "system")
+        if task.reference is not None:
+            yield task.reference
 
 
 def _teacher(sampler: Sampler | None) -> Callable[[Assignment], Sampler]:
