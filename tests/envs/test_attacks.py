@@ -30,7 +30,7 @@ def test_attacks_are_made_of_the_task_and_of_others():
     assert found[OTHER] == "2"
     assert found[NUMBER] == "43"
     assert found[HALF] == "4"
-    assert found[LISTED] == "2, 42"
+    assert found[LISTED] == "42, 2"
     assert UNKNOWN_TOOL not in found
 
 
@@ -40,6 +40,14 @@ def test_listed_options_stand_in_the_form_of_the_gold_answer_and_the_right_one_i
     found = texts(environment, tasks[0], tasks[1:])
     assert found[LISTED] == "<answer>1, 0, 2</answer>"
     assert found[OTHER] == "<answer>1</answer>"
+
+
+def test_whole_answers_are_listed_where_the_gold_answer_does_not_quote_the_reference():
+    tasks = [task_of(f"{n}?", f"assert f() == {n}") for n in range(3)]
+    programs = {task.key: f"def f(): return {n}" for n, task in enumerate(tasks)}
+    environment = environment_of(tasks, gold=lambda task: [assistant(programs[task.key])])
+    listed = texts(environment, tasks[0], tasks[1:])[LISTED]
+    assert listed == "def f(): return 1, def f(): return 0, def f(): return 2"
 
 
 @pytest.mark.parametrize("echo", ["level", " Level\n"])

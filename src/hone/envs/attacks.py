@@ -88,20 +88,21 @@ def _texts(environment: Environment, task: Task, right: str | None, others: Sequ
         texts[OTHER] = str(wrong[0])
     if right is not None and (number := LAST_NUMBER.search(right)):
         texts[NUMBER] = f"{right[: number.start()]}{_other_number(number[0])}{right[number.end() :]}"
-    if right is not None and (listed := _listed(task, right, others)):
+    if right is not None and (listed := _listed(environment, task, right, others)):
         texts[LISTED] = listed
     for name, text in texts.items():
         yield Attack(name, (assistant(text),))
 
 
-def _listed(task: Task, right: str, others: Sequence[Task]) -> str | None:
-    """The right answer among others, in the form of the right answer where that quotes the reference."""
-    answer = task.reference if task.reference and task.reference in right else right
-    references = (other.reference for other in others if other.reference not in (None, task.reference))
-    options = [option for option in dict.fromkeys(references) if option][:MAX_LISTED]
+def _listed(environment: Environment, task: Task, right: str, others: Sequence[Task]) -> str | None:
+    """The right answer among others, never the last: references where the answer quotes its own, else whole answers."""
+    quotes = task.reference is not None and task.reference in right
+    answer = task.reference if quotes else right
+    told = (other.reference if quotes else right_text(environment, other) for other in others)
+    options = [option for option in dict.fromkeys(told) if option and option != answer][:MAX_LISTED]
     if not options or not answer:
         return None
-    middle = (len(options) + 1) // 2
+    middle = len(options) // 2
     return right.replace(answer, ", ".join([*options[:middle], answer, *options[middle:]]))
 
 
