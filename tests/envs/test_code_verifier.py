@@ -281,7 +281,9 @@ class Listening(LocalProcesses):
         async def start_listening(argv, **settings):
             process = await start(argv, **settings)
             write = process.write
-            heard = self.heard.setdefault("candidate" if "The candidate of a code test" in argv[-1] else "checker", bytearray())
+            heard = self.heard.setdefault(
+                "candidate" if "The candidate of a code test" in argv[-1] else "checker", bytearray()
+            )
 
             async def write_listening(data):
                 heard.extend(data)
@@ -331,11 +333,13 @@ scalars = (
 hashable = st.recursive(scalars.filter(lambda x: not isinstance(x, bytearray)), lambda inner: st.tuples(inner, inner))
 data = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=4)
-    | st.tuples(inner, inner)
-    | st.dictionaries(hashable, inner, max_size=4)
-    | st.sets(hashable, max_size=4)
-    | st.frozensets(hashable, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.tuples(inner, inner)
+        | st.dictionaries(hashable, inner, max_size=4)
+        | st.sets(hashable, max_size=4)
+        | st.frozensets(hashable, max_size=4)
+    ),
     max_leaves=10,
 )
 
