@@ -16,8 +16,8 @@ from hone.envs.rollout import Limits, run_group, run_rollout
 from hone.envs.sampler import Sampler
 from hone.evals.asked import held_out_tasks
 from hone.evals.results import MAX_FAILED_SHARE, EvalResult, Outcome, Prices, Usage, outcome_of, summarise
-from hone.evals.statistics import Estimate, estimate_mean
-from hone.evals.storage import EvalFolder, Settings, replace_outcome
+from hone.evals.statistics import Estimate, RunningMean
+from hone.evals.storage import EvalFolder, Settings, keep_outcome
 from hone.schema.sampling import SamplingParameters
 from hone.schema.tasks import Task
 from hone.schema.traces import Trace
@@ -111,6 +111,7 @@ class Cell:
         self._settings = plan.settings
         self._files = None if plan.folder is None else EvalFolder(plan.folder, self._settings)
         self._outcomes: dict[tuple[str, int], Outcome] = {}
+        self._rewards = RunningMean()
         self._messages: dict[tuple[str, int], str] = {}
         self._num_groups: Counter[str] = Counter()
         self._began: float | None = None
@@ -183,11 +184,7 @@ class Cell:
 
     def reward(self) -> Estimate | None:
         """The mean reward so far."""
-        tasks: dict[str, list[float]] = {}
-        for outcome in self._outcomes.values():
-            if outcome.failure is None:
-                tasks.setdefault(outcome.task, []).append(outcome.reward)
-        return estimate_mean(tasks)
+        return self._rewards.estimate()
 
     def failure_messages(self) -> list[str]:
         """What was said of each attempt that failed, and did not succeed since."""
@@ -280,14 +277,17 @@ class Cell:
         outcome = outcome_of(trace, self.plan.environment.is_solved)
         key = outcome.task, outcome.attempt
         before = self._outcomes.get(key)
-        replace_outcome(self._outcomes, outcome)
+        self.usage.add(trace)
+        if not keep_outcome(self._outcomes, outcome):
+            return outcome
         if before is not None:
             self.progress.count(before, -1)
-        self.progress.count(self._outcomes[key])
+        self.progress.count(outcome)
         self._messages.pop(key, None)
-        if trace.failure is not None and self._outcomes[key].failure is not None:
+        if outcome.failure is None:
+            self._rewards.add(outcome.task, outcome.reward)
+        elif trace.failure is not None:
             self._messages[key] = f"{trace.failure.kind}: {trace.failure.where}: {trace.failure.message}"
-        self.usage.add(trace)
         return outcome
 
 

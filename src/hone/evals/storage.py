@@ -177,17 +177,18 @@ def read_outcomes(folder: Path) -> list[Outcome]:
             raise ValueError(f"{path} does not hold outcomes of an evaluation: {error}") from error
     latest: dict[tuple[str, int], Outcome] = {}
     for trace in read_traces(folder / TRACES):
-        outcome = outcome_of(trace)
-        replace_outcome(latest, outcome)
+        keep_outcome(latest, outcome_of(trace))
     return list(latest.values())
 
 
-def replace_outcome(outcomes: dict[tuple[str, int], Outcome], outcome: Outcome) -> None:
-    """Keep the latest outcome of an attempt, but never a failure instead of a valid one."""
+def keep_outcome(outcomes: dict[tuple[str, int], Outcome], outcome: Outcome) -> bool:
+    """Add an outcome unless its attempt has a valid one, which is final; a later failure replaces an earlier one."""
     key = outcome.task, outcome.attempt
     before = outcomes.get(key)
-    if outcome.failure is None or before is None or before.failure is not None:
-        outcomes[key] = outcome
+    if before is not None and before.failure is None:
+        return False
+    outcomes[key] = outcome
+    return True
 
 
 def read_result(folder: Path) -> EvalResult:

@@ -80,7 +80,7 @@ def _entries(cell: FoundCell) -> list[tuple[Trace, str]]:
     for trace in read_traces(cell.folder / TRACES):
         key = trace.task.key, trace.attempt
         places.setdefault(trace.task.key, len(places))
-        if trace.failure is None or key not in latest or latest[key][0].failure is not None:
+        if key not in latest or latest[key][0].failure is not None:
             latest[key] = _without_tokens(trace), _packed(trace)
     return [latest[key] for key in sorted(latest, key=lambda key: (places[key[0]], key[1]))]
 
