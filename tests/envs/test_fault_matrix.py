@@ -202,7 +202,7 @@ async def test_every_fault_at_every_place(fault, place, entry, monkeypatch):
         assert guilty.failure is not None
         assert guilty.failure.kind is entry, guilty.failure
         assert (guilty.rewards, guilty.metrics, guilty.stop_reason) == ({}, {}, None)
-        with pytest.raises(ValueError, match="failed trace has no reward|nothing to train"):
+        with pytest.raises(ValueError, match=r"failed trace has no reward|nothing to train"):
             check_trainable(guilty)
     assert_only_valid_rollouts_train(traces)
 
