@@ -19,10 +19,14 @@ from hone.evals.statistics import Estimate, RunningMean
 from hone.evals.storage import EvalFolder, Settings, keep_outcome
 from hone.schema.sampling import SamplingParameters
 from hone.schema.tasks import Task
-from hone.schema.traces import Trace
+from hone.schema.traces import FailureClass, Trace
 
 DEADLINES = ("deadline_seconds", "teardown_seconds")
 """Limits that fail a rollout rather than change its score: another one continues the same evaluation."""
+
+
+MIN_OUTAGE = 32
+"""So many rollouts in a row that the model did not answer, or as many as run at once, are an outage of the model."""
 
 
 class Pending(StrEnum):
@@ -235,21 +239,38 @@ async def complete(
     pending: Pending = Pending.BOTH,
     progress: Callable[[Cell], None] | None = None,
 ) -> None:
-    """Run what is pending in the cells of one model, a bounded number at once: the cells in turn, without a pause between."""
+    """Run what is pending in the cells of one model, a bounded number at once: the cells in turn, without a pause between.
+
+    During an outage of the model nothing more begins: what has not run stays missing, instead of failing one by one.
+    """
     if max_concurrent < 1:
         raise ValueError(f"max_concurrent {max_concurrent} must be positive")
     work = [(cell, task, attempt) for cell in cells for task, attempt in cell.pending(pending)]
-    remaining = iter(work)
+    remaining = _Remaining(iter(work), max(MIN_OUTAGE, max_concurrent))
     async with asyncio.TaskGroup() as running:
         for _ in range(min(max_concurrent, len(work))):
             running.create_task(_work(remaining, sampler, progress))
 
 
-async def _work(
-    remaining: Iterator[tuple[Cell, Task, int]], sampler: Sampler, progress: Callable[[Cell], None] | None
-) -> None:
+@dataclass(slots=True)
+class _Remaining:
+    """The rollouts that have not begun, until `outage` of them in a row were not answered."""
+
+    work: Iterator[tuple[Cell, Task, int]]
+    outage: int
+    num_unanswered: int = 0
+
+    def __iter__(self) -> Iterator[tuple[Cell, Task, int]]:
+        while self.num_unanswered < self.outage and (following := next(self.work, None)) is not None:
+            yield following
+
+    def note(self, outcome: Outcome) -> None:
+        self.num_unanswered = self.num_unanswered + 1 if outcome.failure is FailureClass.MODEL else 0
+
+
+async def _work(remaining: _Remaining, sampler: Sampler, progress: Callable[[Cell], None] | None) -> None:
     for cell, task, attempt in remaining:
-        await cell.attempt(task, attempt, sampler)
+        remaining.note(await cell.attempt(task, attempt, sampler))
         if progress is not None:
             progress(cell)
 
