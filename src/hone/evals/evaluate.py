@@ -103,8 +103,8 @@ class Progress:
 class Cell:
     """One model on one environment: what is asked, what is there, what is still to run. Use as a context.
 
-    Entering reads what an earlier process has left in the plan's folder. Leaving it by an error (an interruption, say) writes
-    down the outcomes so far.
+    Entering reads what an earlier process has left in the plan's folder. Leaving by an error (an interruption, say)
+    writes down the outcomes so far.
     """
 
     def __init__(self, plan: Plan) -> None:
