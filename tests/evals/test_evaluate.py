@@ -7,7 +7,19 @@ import pytest
 from rich.console import Console
 
 from fakes import ScriptedSampler
-from hone.envs import Environment, Limits, Rubric, SingleTurn, Task, Tasks, assistant, metric, reward, user
+from hone.envs import (
+    Environment,
+    Limits,
+    Rubric,
+    SingleTurn,
+    Task,
+    Tasks,
+    assistant,
+    group_reward,
+    metric,
+    reward,
+    user,
+)
 from hone.evals.evaluate import MIN_OUTAGE, Cell, Pending, Plan, complete, evaluate
 from hone.evals.report import UNFINISHED, comparison_table, result_table
 from hone.evals.results import Prices
@@ -427,3 +439,48 @@ async def test_the_tables_show_scores_intervals_and_failures(tmp_path):
     both = printed(comparison_table({"base": bad, "after RL": good}))
     assert "after RL" in both
     assert "20 of 20" in both
+
+
+@group_reward
+def first_of_all(traces):
+    """1 for the lowest attempt of those that did not fail, and how many these are besides."""
+    return [float(trace.attempt == min(t.attempt for t in traces)) + 10 * len(traces) for trace in traces]
+
+
+TOGETHER = SingleTurn(
+    name="together",
+    rubric=Rubric([first_of_all]),
+    train=[],
+    held_out=Tasks(lambda index: Task(prompt=(user(str(index)),)), count=2),
+)
+
+
+async def test_attempts_that_are_scored_together_run_together(tmp_path):
+    result = await evaluate(TOGETHER, ScriptedSampler(["yes"]), num_tasks=2, attempts=3, folder=tmp_path)
+    assert result.reward.mean == pytest.approx(30 + 1 / 3)
+    sampler = ScriptedSampler(["yes"])
+    grown = await evaluate(TOGETHER, sampler, num_tasks=2, attempts=4, folder=tmp_path)
+    assert len(sampler.calls) == 8
+    assert grown.reward.mean == pytest.approx(40 + 1 / 4)
+
+
+async def test_a_group_with_failures_runs_again_whole_and_the_fuller_one_counts(tmp_path):
+    broken = ScriptedSampler(["yes", ConnectionError("gone"), "yes", "yes"])
+    result = await evaluate(TOGETHER, broken, num_tasks=1, attempts=3, folder=tmp_path)
+    assert (result.num_failed, result.reward.mean) == (1, pytest.approx(20 + 1 / 2))
+    worse = ScriptedSampler(["yes", ConnectionError("gone")])
+    result = await evaluate(TOGETHER, worse, num_tasks=1, attempts=3, folder=tmp_path)
+    assert len(worse.calls) == 3
+    assert (result.num_failed, result.reward.mean) == (1, pytest.approx(20 + 1 / 2))
+    result = await evaluate(TOGETHER, ScriptedSampler(["yes"]), num_tasks=1, attempts=3, folder=tmp_path)
+    assert (result.num_failed, result.reward.mean) == (0, pytest.approx(30 + 1 / 3))
+
+
+async def test_a_group_whose_end_is_missing_runs_again_whole(tmp_path):
+    await evaluate(TOGETHER, ScriptedSampler(["yes"]), num_tasks=2, attempts=3, folder=tmp_path)
+    path = tmp_path / "traces.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    sampler = ScriptedSampler(["yes"])
+    result = await evaluate(TOGETHER, sampler, num_tasks=2, attempts=3, folder=tmp_path)
+    assert len(sampler.calls) == 3
+    assert result.reward.mean == pytest.approx(30 + 1 / 3)

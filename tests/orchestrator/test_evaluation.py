@@ -7,6 +7,7 @@ from fakes import ScriptedSampler
 from hone.config.recipe import EvaluationSection
 from hone.envs import Rubric, SingleTurn, run_rollout, user
 from hone.envs import reward as reward_of
+from hone.envs.retries import Retries
 from hone.evals.asked import sampling_parameters
 from hone.evals.evaluate import evaluate
 from hone.evals.results import EvalResult
@@ -16,10 +17,13 @@ from hone.schema.sampling import FinishReason, Turn, VersionRun
 from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, Node, Reward, StopReason, Trace
 
+RETRIES = Retries({FailureClass.TOOL: 1})
+
 
 class Environment:
     num_held_out_tasks = 3
     version = "1"
+    scores_groups = False
 
     def held_out_task(self, index):
         return Task(prompt=(Message("user", str(index)),))
@@ -28,9 +32,13 @@ class Environment:
         return trace.reward >= 1
 
 
-def evaluation(**section):
+class Together(Environment):
+    scores_groups = True
+
+
+def evaluation(environment=Environment, **section):
     chosen = EvaluationSection(**{"num_tasks": 2, **section})
-    return Evaluation(7, {"e": Environment()}, chosen, run_seed=0, max_attempts=2)
+    return Evaluation(7, {"e": environment()}, chosen, run_seed=0, retries=RETRIES)
 
 
 def trace(request, reward, version=7):
@@ -66,7 +74,7 @@ def test_tasks_beyond_the_held_out_split_are_not_asked_for():
 
 
 def test_every_version_is_evaluated_with_the_same_seeds():
-    later = Evaluation(8, {"e": Environment()}, EvaluationSection(num_tasks=2), run_seed=0, max_attempts=2)
+    later = Evaluation(8, {"e": Environment()}, EvaluationSection(num_tasks=2), run_seed=0, retries=RETRIES)
     assert [r.seed for r in evaluation().start()] == [r.seed for r in later.start()]
     assert not {r.group for r in evaluation().start()} & {r.group for r in later.start()}
 
@@ -98,7 +106,7 @@ async def test_it_scores_what_an_evaluation_outside_of_training_scores():
     environment = SingleTurn(name="e", version="1", rubric=Rubric([exact]), train=[], held_out=tasks)
     section = EvaluationSection(num_tasks=6, attempts=4, max_concurrent=3)
     sampler = ScriptedSampler(lambda branch: str(len(sampler.calls) % 3))
-    plan = Evaluation(0, {"e": environment}, section, run_seed=0, max_attempts=1)
+    plan = Evaluation(0, {"e": environment}, section, run_seed=0, retries=Retries({}))
     traces = []
     while started := plan.start():
         for request in started:
@@ -158,7 +166,7 @@ class Broken(Environment):
 
 
 def test_code_of_an_environment_that_raises_costs_its_rollouts_and_not_the_evaluation():
-    plan = Evaluation(7, {"e": Broken()}, EvaluationSection(num_tasks=2, attempts=2), run_seed=0, max_attempts=2)
+    plan = Evaluation(7, {"e": Broken()}, EvaluationSection(num_tasks=2, attempts=2), run_seed=0, retries=RETRIES)
     started = plan.start()
     assert len(started) == 2
     for request in started:
@@ -168,7 +176,26 @@ def test_code_of_an_environment_that_raises_costs_its_rollouts_and_not_the_evalu
 
 
 def test_rollouts_are_counted_under_the_name_of_the_recipe():
-    plan = Evaluation(7, {"hub/e": Environment()}, EvaluationSection(num_tasks=1), run_seed=0, max_attempts=2)
+    plan = Evaluation(7, {"hub/e": Environment()}, EvaluationSection(num_tasks=1), run_seed=0, retries=RETRIES)
     [request] = plan.start()
     plan.finish(key(request), trace(request, 1.0))
     assert plan.metrics()["eval/hub/e/reward_mean"] == 1.0
+
+
+def test_attempts_that_are_scored_together_are_one_request():
+    under_way = evaluation(Together, attempts=3, max_concurrent=5)
+    [first] = under_way.start()
+    assert first.attempts == [0, 1, 2]
+    assert under_way.environment_of((first.group, 2)) == "e"
+    under_way.finish((first.group, 0), trace(first, 1.0))
+    assert under_way.fail((first.group, 1), FailureClass.JUDGE, is_final=True) is None
+    assert [request.attempts for request in under_way.start()] == [[0, 1, 2]]
+    again = under_way.fail((first.group, 2), FailureClass.JUDGE)
+    assert again.attempts == [2]
+    assert under_way.waits_for((first.group, 2))
+
+
+def test_a_group_larger_than_what_may_run_at_once_runs_alone():
+    under_way = evaluation(Together, attempts=3, max_concurrent=2)
+    assert [request.attempts for request in under_way.start()] == [[0, 1, 2]]
+    assert under_way.start() == []

@@ -101,6 +101,7 @@ def test_truncation_is_an_outcome_and_no_failure() -> None:
     assert ended == {
         StopReason.COMPLETED: False,
         StopReason.MAX_TURNS: True,
+        StopReason.MAX_TOOL_CALLS: True,
         StopReason.MAX_TOKENS: True,
         StopReason.TIMEOUT: True,
     }

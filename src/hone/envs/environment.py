@@ -18,8 +18,10 @@ class Environment(ABC):
     What belongs to one rollout is kept in `rollout.state`, never on the environment.
 
     name: as in recipes; version: filled from the installed package by `load_environment` when empty.
-    train, held_out: lists of tasks, or `Tasks` made on demand. max_turns: None means no limit of the environment's own.
+    train, held_out: lists of tasks, or `Tasks` made on demand. max_turns, max_tool_calls: None means no limit of the
+    environment's own. tools: what the policy is told that it can call; `ToolUse` carries the calls out.
     gold: what a perfect policy says to a task, for SFT data and for testing the environment itself.
+    difficulty: how hard a train task is, on any scale, for a curriculum; depends on the task alone.
     """
 
     def __init__(
@@ -31,19 +33,27 @@ class Environment(ABC):
         held_out: Sequence[Task] | Tasks = (),
         version: str = "",
         max_turns: int | None = None,
+        max_tool_calls: int | None = None,
         tools: Sequence[ToolSpec] = (),
         gold: Callable[[Task], Sequence[Message]] | None = None,
+        difficulty: Callable[[Task], float] | None = None,
     ) -> None:
         if max_turns is not None and max_turns < 1:
             raise ValueError(f"environment {name!r}: max_turns {max_turns} leaves no turn; use 1 or more, or None")
+        if max_tool_calls is not None and max_tool_calls < 0:
+            raise ValueError(
+                f"environment {name!r}: max_tool_calls {max_tool_calls} is negative; use None for no limit"
+            )
         self.name = name
         self.version = version
         self.rubric = rubric
         self.max_turns = max_turns
+        self.max_tool_calls = max_tool_calls
         self.tools = tuple(tools)
         self._train = tasks_from(train)
         self._held_out = tasks_from(held_out)
         self._gold = gold
+        self._difficulty = difficulty
 
     @property
     def num_train_tasks(self) -> int | None:
@@ -71,9 +81,28 @@ class Environment(ABC):
         return None if self._gold is None else list(self._gold(task))
 
     @property
+    def has_gold(self) -> bool:
+        """Whether the environment knows correct conversations."""
+        return self._gold is not None or type(self).gold is not Environment.gold
+
+    @property
+    def has_difficulty(self) -> bool:
+        """Whether the environment tells how hard its tasks are."""
+        return self._difficulty is not None
+
+    def difficulty(self, task: Task) -> float | None:
+        """How hard a task is, on the environment's own scale; None where nobody knows."""
+        return None if self._difficulty is None else self._difficulty(task)
+
+    @property
     def has_teardown(self) -> bool:
         """Whether there is anything to tear down."""
         return type(self).teardown is not Environment.teardown
+
+    @property
+    def scores_groups(self) -> bool:
+        """Whether the rollouts of a group are scored together, so that all of them must run in one process."""
+        return self.rubric.scores_groups
 
     def is_solved(self, trace: Trace) -> bool:
         """Whether a scored trace counts as a success for pass@k; by default a reward of 1 or more."""

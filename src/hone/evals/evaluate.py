@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -11,12 +12,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from hone.envs.environment import Environment
-from hone.envs.rollout import Limits, run_rollout
+from hone.envs.rollout import Limits, run_group, run_rollout
 from hone.envs.sampler import Sampler
 from hone.evals.asked import held_out_tasks
 from hone.evals.results import MAX_FAILED_SHARE, EvalResult, Outcome, Prices, Usage, outcome_of, summarise
 from hone.evals.statistics import Estimate, RunningMean
-from hone.evals.storage import EvalFolder, Settings, keep_outcome
+from hone.evals.storage import EvalFolder, Settings
 from hone.schema.sampling import SamplingParameters
 from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, Trace
@@ -116,6 +117,7 @@ class Cell:
         self._outcomes: dict[tuple[str, int], Outcome] = {}
         self._rewards = RunningMean()
         self._messages: dict[tuple[str, int], str] = {}
+        self._num_groups: Counter[str] = Counter()
         self._began: float | None = None
         self._seconds = 0.0
         self._closing = contextlib.ExitStack()
@@ -126,8 +128,11 @@ class Cell:
     def __enter__(self) -> Self:
         if self._files is not None:
             self._closing.enter_context(self._files)
-            for trace in self._files.traces():
-                if (trace.task.key, trace.attempt) in self._wanted:
+            wanted = (t for t in self._files.traces() if (t.task.key, t.attempt) in self._wanted)
+            if self.plan.environment.scores_groups:
+                self._recall_groups(wanted)
+            else:
+                for trace in wanted:
                     self._take(trace)
         return self
 
@@ -142,11 +147,23 @@ class Cell:
         """The tasks and attempts that are to run, in a fixed order."""
         return [(task, attempt) for (key, attempt), task in self._wanted.items() if self._is_due(key, attempt, which)]
 
+    def units(self, which: Pending = Pending.BOTH) -> list[tuple[Task, list[int]]]:
+        """What is pending by what runs together: single attempts, or all of a task where the group is scored."""
+        pending = self.pending(which)
+        if not self.plan.environment.scores_groups:
+            return [(task, [attempt]) for task, attempt in pending]
+        tasks = {task.key: task for task, _ in pending}
+        return [(task, list(range(self.plan.attempts))) for task in tasks.values()]
+
+    async def run(self, task: Task, attempts: list[int], sampler: Sampler) -> list[Outcome]:
+        """Run one of the `units` and keep what became of it."""
+        if self.plan.environment.scores_groups:
+            return await self._run_group(task, attempts, sampler)
+        return [await self.attempt(task, attempt, sampler) for attempt in attempts]
+
     async def attempt(self, task: Task, attempt: int, sampler: Sampler) -> Outcome:
         """Run one rollout and keep what became of it."""
-        plan = self.plan
-        if self._began is None:
-            self._began = time.perf_counter()
+        plan, began = self.plan, self._begin()
         trace = await run_rollout(
             plan.environment,
             task,
@@ -157,11 +174,9 @@ class Cell:
             plan.limits,
             group=self._settings.group_of(task),
         )
-        if self._files is not None:
-            self._files.append(trace)
-        self.num_new_tokens += trace.num_completion_tokens
+        self._record(trace)
         outcome = self._take(trace)
-        self._seconds = time.perf_counter() - self._began
+        self._seconds = time.perf_counter() - began
         return outcome
 
     @property
@@ -213,22 +228,74 @@ class Cell:
             return which is not Pending.FAILED
         return outcome.failure is not None and which is not Pending.MISSING
 
+    async def _run_group(self, task: Task, attempts: list[int], sampler: Sampler) -> list[Outcome]:
+        plan, began = self.plan, self._begin()
+        # A name for each time that the group runs: traces of different times must not be mixed when they are read again.
+        group = f"{self._settings.group_of(task)}-{self._num_groups[task.key]}"
+        self._num_groups[task.key] += 1
+        traces = await run_group(
+            plan.environment, task, attempts, sampler, plan.sampling, plan.seed, plan.limits, group=group
+        )
+        for trace in traces:
+            self._record(trace)
+        outcomes = self._take_group(traces)
+        self._seconds = time.perf_counter() - began
+        return outcomes
+
+    def _begin(self) -> float:
+        if self._began is None:
+            self._began = time.perf_counter()
+        return self._began
+
+    def _record(self, trace: Trace) -> None:
+        if self._files is not None:
+            self._files.append(trace)
+        self.num_new_tokens += trace.num_completion_tokens
+
+    def _recall_groups(self, traces: Iterable[Trace]) -> None:
+        groups: dict[tuple[str, str], list[Trace]] = {}
+        for trace in traces:
+            groups.setdefault((trace.task.key, trace.group), []).append(trace)
+        for (key, _), group in groups.items():
+            self._num_groups[key] += 1
+            if len(group) == self.plan.attempts:  # one whose end is missing runs again
+                self._take_group(group)
+
+    def _take_group(self, traces: list[Trace]) -> list[Outcome]:
+        """Keep a group as a whole, if it has as many valid rollouts as what is there: rewards of two do not mix."""
+        keys = [(trace.task.key, trace.attempt) for trace in traces]
+        before = [self._outcomes[key] for key in keys if key in self._outcomes]
+        if sum(trace.failure is None for trace in traces) < sum(outcome.failure is None for outcome in before):
+            for trace in traces:
+                self.usage.add(trace)
+            return [outcome_of(trace, self.plan.environment.is_solved) for trace in traces]
+        for key in keys:
+            self._forget(key)
+        return [self._take(trace) for trace in traces]
+
     def _take(self, trace: Trace) -> Outcome:
+        self.usage.add(trace)
         outcome = outcome_of(trace, self.plan.environment.is_solved)
         key = outcome.task, outcome.attempt
-        before = self._outcomes.get(key)
-        self.usage.add(trace)
-        if not keep_outcome(self._outcomes, outcome):
-            return outcome
-        if before is not None:
-            self.progress.count(before, -1)
+        if outcome.failure is not None and key in self._outcomes and self._outcomes[key].failure is None:
+            return outcome  # a failure is never kept instead of a valid one
+        self._forget(key)
+        self._outcomes[key] = outcome
         self.progress.count(outcome)
-        self._messages.pop(key, None)
         if outcome.failure is None:
             self._rewards.add(outcome.task, outcome.reward)
         elif trace.failure is not None:
             self._messages[key] = f"{trace.failure.kind}: {trace.failure.where}: {trace.failure.message}"
         return outcome
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        outcome = self._outcomes.pop(key, None)
+        if outcome is None:
+            return
+        self.progress.count(outcome, -1)
+        self._messages.pop(key, None)
+        if outcome.failure is None:
+            self._rewards.remove(outcome.task, outcome.reward)
 
 
 async def complete(
@@ -245,22 +312,23 @@ async def complete(
     """
     if max_concurrent < 1:
         raise ValueError(f"max_concurrent {max_concurrent} must be positive")
-    work = [(cell, task, attempt) for cell in cells for task, attempt in cell.pending(pending)]
+    work = [(cell, task, attempts) for cell in cells for task, attempts in cell.units(pending)]
+    largest = max((len(attempts) for _, _, attempts in work), default=1)
     remaining = _Remaining(iter(work), max(MIN_OUTAGE, max_concurrent))
     async with asyncio.TaskGroup() as running:
-        for _ in range(min(max_concurrent, len(work))):
+        for _ in range(min(max(1, max_concurrent // largest), len(work))):
             running.create_task(_work(remaining, sampler, progress))
 
 
 @dataclass(slots=True)
 class _Remaining:
-    """The rollouts that have not begun, until `outage` of them in a row were not answered."""
+    """What has not begun, until `outage` rollouts in a row were not answered."""
 
-    work: Iterator[tuple[Cell, Task, int]]
+    work: Iterator[tuple[Cell, Task, list[int]]]
     outage: int
     num_unanswered: int = 0
 
-    def __iter__(self) -> Iterator[tuple[Cell, Task, int]]:
+    def __iter__(self) -> Iterator[tuple[Cell, Task, list[int]]]:
         while self.num_unanswered < self.outage and (following := next(self.work, None)) is not None:
             yield following
 
@@ -269,8 +337,9 @@ class _Remaining:
 
 
 async def _work(remaining: _Remaining, sampler: Sampler, progress: Callable[[Cell], None] | None) -> None:
-    for cell, task, attempt in remaining:
-        remaining.note(await cell.attempt(task, attempt, sampler))
+    for cell, task, attempts in remaining:
+        for outcome in await cell.run(task, attempts, sampler):
+            remaining.note(outcome)
         if progress is not None:
             progress(cell)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hone.config.recipe import Recipe
-from hone.envs.registry import load_environment
+from hone.envs.remote import environment_of
 from hone.envs.sampler import Sampler
 from hone.envs.worker import limits_from
 from hone.evals.asked import held_out_tasks, sampling_parameters
@@ -75,7 +75,7 @@ def plans_of(recipe: Recipe, run: RunFolder, label: str, *, model: str, source: 
     section = recipe.evaluation
     return {
         environment.name: Plan(
-            environment=load_environment(environment.name, **environment.arguments),
+            environment=environment_of(environment),
             num_tasks=section.num_tasks,
             attempts=section.attempts,
             sampling=sampling_parameters(section.sampling),

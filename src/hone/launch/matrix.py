@@ -105,7 +105,13 @@ def _plans(tree: EvaluationFile, sources: Mapping[str, _Source]) -> Iterator[tup
 def limits_of(environment: EvaluatedEnvironment) -> Limits:
     """The limits that an evaluation file sets for the rollouts of an environment."""
     section = environment.limits
-    return Limits(section.max_turns, section.max_tokens, section.budget_seconds, section.deadline_seconds)
+    return Limits(
+        max_turns=section.max_turns,
+        max_tool_calls=section.max_tool_calls,
+        max_tokens=section.max_tokens,
+        budget_seconds=section.budget_seconds,
+        deadline_seconds=section.deadline_seconds,
+    )
 
 
 def _source(model: EvaluatedModel, tree: EvaluationFile, board: Board) -> _Source:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hone.config.load import ConfigError, load_recipe
 from hone.config.recipe import Recipe
-from hone.envs.registry import load_environment
+from hone.envs.remote import environment_of
 from hone.model.checkpoint import save_model
 from hone.model.families import ModelConfig
 from hone.model.transformer import Transformer
@@ -74,7 +74,7 @@ def _loaded(folder: Path | str, chat_template: str | None) -> Tokenizer:
 
 def _training_texts(recipe: Recipe) -> Iterator[str]:
     for section in recipe.environments:
-        environment = load_environment(section.name, **section.arguments)
+        environment = environment_of(section)
         available = environment.num_train_tasks
         count = NUM_TRAINING_TASKS if available is None else min(available, NUM_TRAINING_TASKS)
         for index in range(count):

@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 
 from hone.config.recipe import EvaluationSection
+from hone.envs.retries import NO_FAILURES, Failures, Retries, counted, total
 from hone.evals.asked import HeldOut, draw_held_out, sampling_parameters
 from hone.evals.results import EvalResult, Outcome, Usage, outcome_of, summarise
 from hone.evals.statistics import Estimate, estimate_mean
@@ -29,6 +30,9 @@ class Evaluated(HeldOut, Protocol):
     @property
     def version(self) -> str: ...
 
+    @property
+    def scores_groups(self) -> bool: ...
+
     def is_solved(self, trace: Trace) -> bool: ...
 
 
@@ -42,24 +46,24 @@ class Evaluation:
         section: EvaluationSection,
         *,
         run_seed: int,
-        max_attempts: int,
+        retries: Retries,
     ) -> None:
         self.version = version
         self._environments = environments
         self._attempts = section.attempts
         self._max_concurrent = section.max_concurrent
-        self._max_attempts = max_attempts
+        self._retries = retries
         self._outcomes: dict[str, list[Outcome]] = {name: [] for name in environments}
         self._usage = {name: Usage() for name in environments}
         self._versions: set[int] = set()
         self._requests = deque(self._plan(section, run_seed))
         self._num_wanted = dict.fromkeys(environments, 0)
         for request in self._requests:
-            self._num_wanted[request.environment] += 1
+            self._num_wanted[request.environment] += len(request.attempts)
         for name, outcomes in self._outcomes.items():  # the attempts at tasks that could not be made
             self._num_wanted[name] += len(outcomes)
         self._running: dict[Key, RolloutRequest] = {}
-        self._failures: dict[Key, int] = defaultdict(int)
+        self._failures: dict[Key, Failures] = {}
 
     def _plan(self, section: EvaluationSection, run_seed: int) -> list[RolloutRequest]:
         # The same seed for every version: what differs between two evaluations is the policy alone.
@@ -75,9 +79,9 @@ class Evaluation:
                     for attempt in range(section.attempts)
                 ]
             requests += [
-                RolloutRequest(f"{PREFIX}{self.version:06d}-{name}-{index}", name, task, [attempt], sampling, seed)
+                RolloutRequest(f"{PREFIX}{self.version:06d}-{name}-{index}", name, task, attempts, sampling, seed)
                 for index, task in drawn.tasks.items()
-                for attempt in range(section.attempts)
+                for attempts in _requests_of(environment, section.attempts)
             ]
         return requests
 
@@ -91,11 +95,19 @@ class Evaluation:
     def start(self) -> list[RolloutRequest]:
         """What may start now."""
         started = []
-        while self._requests and len(self._running) < self._max_concurrent:
+        while self._requests and self._has_room_for(self._requests[0]):
             request = self._requests.popleft()
-            self._running[request.group, request.attempts[0]] = request
+            self._running |= {(request.group, attempt): request for attempt in request.attempts}
             started.append(request)
         return started
+
+    def _has_room_for(self, request: RolloutRequest) -> bool:
+        """A group that is larger than what may run at once runs alone."""
+        return not self._running or len(self._running) + len(request.attempts) <= self._max_concurrent
+
+    def environment_of(self, key: Key) -> str:
+        """Whose rollout this is, by the name in the recipe."""
+        return self._running[key].environment
 
     def finish(self, key: Key, trace: Trace) -> None:
         name = self._running.pop(key).environment
@@ -103,17 +115,17 @@ class Evaluation:
         self._usage[name].add(trace)
         self._versions.update(run.version for turn in trace.turns for run in turn.versions)
 
-    def fail(self, key: Key, kind: FailureClass) -> RolloutRequest | None:
-        """The request to send again, or None when the rollout is given up."""
-        self._failures[key] += kind is not FailureClass.CANCELLED
-        if self._failures[key] < self._max_attempts:
-            return self._running[key]
+    def fail(self, key: Key, kind: FailureClass, *, is_final: bool = False) -> RolloutRequest | None:
+        """The request to send for this attempt, or None when the rollout is given up, as one that is final is."""
+        failures = self._failures[key] = counted(self._failures.get(key, NO_FAILURES), kind)
+        if not is_final and self._retries.permit(failures, kind):
+            return msgspec.structs.replace(self._running[key], attempts=[key[1]])
         request = self._running.pop(key)
-        self._outcomes[request.environment].append(Outcome(request.task.key, request.attempts[0], kind))
+        self._outcomes[request.environment].append(Outcome(request.task.key, key[1], kind))
         return None
 
     def num_failures(self, key: Key) -> int:
-        return self._failures[key]
+        return total(self._failures[key])
 
     @property
     def reward(self) -> float:
@@ -159,6 +171,12 @@ class Evaluation:
             values[f"eval/{name}/failed_count"] = result.num_failed
             values |= {f"eval/{name}/{key}_mean": e.mean for key, e in _means(result).items() if e is not None}
         return values
+
+
+def _requests_of(environment: Evaluated, attempts: int) -> list[list[int]]:
+    """The attempts of each request: all in one where they are scored together."""
+    numbers = list(range(attempts))
+    return [numbers] if environment.scores_groups else [[number] for number in numbers]
 
 
 def _means(result: EvalResult) -> dict[str, Estimate | None]:

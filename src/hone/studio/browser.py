@@ -73,8 +73,8 @@ def _entries(index: int, cell: FoundCell, most: int) -> list[tuple[Row, str]]:
     for trace in read_traces(cell.folder / TRACES):
         key = trace.task.key, trace.attempt
         place = places.setdefault(trace.task.key, len(places))
-        # Each task before it has a trace, so this one cannot be among the first.
-        if place < most and (key not in kept or kept[key][0].outcome == FAILED):
+        is_better = trace.failure is None or key not in kept or kept[key][0].outcome == FAILED
+        if is_better and place < most:  # each task before it has a trace: a later one cannot be among the first
             kept[key] = _row(index, trace, key in solved), _packed(trace)
     return [kept[key] for key in sorted(kept, key=lambda key: (places[key[0]], key[1]))][:most]
 
