@@ -172,7 +172,13 @@ def peer_python() -> Path:
 
 
 def report(sides: dict[str, dict[str, dict[str, object]]]) -> None:
-    columns = ["cpu_seconds_per_1k", "rollouts_per_second", "max_stall_ms", "max_stall_cpu_ms", "bytes_per_live_rollout"]
+    columns = [
+        "cpu_seconds_per_1k",
+        "rollouts_per_second",
+        "max_stall_ms",
+        "max_stall_cpu_ms",
+        "bytes_per_live_rollout",
+    ]
     rows = [
         (side, name, *(value["median"] if isinstance(value := figures[column], dict) else value for column in columns))
         for side, settings in sides.items()
