@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hone.config.load import ConfigError, load_recipe
 from hone.config.recipe import Recipe
-from hone.envs.registry import load_environment
+from hone.envs.remote import environment_of
 from hone.model.checkpoint import save_model
 from hone.model.families import ModelConfig
 from hone.model.transformer import Transformer
@@ -77,7 +77,7 @@ def _training_texts(recipe: Recipe) -> Iterator[str]:
     assert recipe.tokenizer.chat_template is not None  # the recipe's own rule
     template = ChatTemplate(built_in(recipe.tokenizer.chat_template).source)
     for section in recipe.environments:
-        environment = load_environment(section.name, **section.arguments)
+        environment = environment_of(section)
         available = environment.num_train_tasks
         count = NUM_TRAINING_TASKS if available is None else min(available, NUM_TRAINING_TASKS)
         for index in range(count):

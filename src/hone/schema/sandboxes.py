@@ -1,0 +1,71 @@
+"""A sandbox as others ask for it, and what became of a program in one."""
+
+from enum import StrEnum
+from typing import Literal
+
+import msgspec
+
+
+class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a sandbox shall be.
+
+    image: its root file system; "python" is the runtime's default with a Python in it. memory_mb: for its programs.
+    cpus: cores. disk_mb: what it may write. max_processes: alive at once. network: none, or the host's.
+    ttl_seconds: the lease; when it is over, the sandbox is gone. env: variables of every program in it.
+    """
+
+    image: str = "python"
+    memory_mb: int = 512
+    cpus: float = 1.0
+    disk_mb: int = 256
+    max_processes: int = 256
+    network: Literal["none", "host"] = "none"
+    ttl_seconds: float = 600.0
+    env: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        for name in ("memory_mb", "cpus", "disk_mb", "max_processes", "ttl_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} of a sandbox is not positive")
+
+
+class Outcome(StrEnum):
+    """How a program in a sandbox ended. Each is a result of the program; infrastructure trouble is a failure instead."""
+
+    EXITED = "exited"
+    """By itself, with an exit code."""
+    SIGNALLED = "signalled"
+    """By a signal that the sandbox did not send."""
+    TIMEOUT = "timeout"
+    """Killed: it ran longer than it was given."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """It failed at its limit of memory."""
+    OUTPUT_LIMIT = "output_limit"
+    """Killed: it wrote more than anybody will read."""
+
+
+class Usage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a program used: it and all of its children that had ended when it did; memory is that of the largest."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    peak_memory_bytes: int
+
+
+class ExecResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a program did. exit_code: minus the signal's number if one ended it, 127 if there is no such program.
+
+    stdout, stderr: what is not UTF-8 is replaced; of long output the head and the tail, with a line between them that
+    says how much is missing.
+    """
+
+    outcome: Outcome
+    exit_code: int
+    stdout: str
+    stderr: str
+    usage: Usage
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the program ended by itself with exit code 0."""
+        return self.outcome is Outcome.EXITED and self.exit_code == 0
