@@ -281,7 +281,9 @@ class Listening(LocalProcesses):
         async def start_listening(argv, **settings):
             process = await start(argv, **settings)
             write = process.write
-            heard = self.heard.setdefault("candidate" if "The candidate of a code test" in argv[-1] else "checker", bytearray())
+            heard = self.heard.setdefault(
+                "candidate" if "The candidate of a code test" in argv[-1] else "checker", bytearray()
+            )
 
             async def write_listening(data):
                 heard.extend(data)
@@ -331,11 +333,13 @@ scalars = (
 hashable = st.recursive(scalars.filter(lambda x: not isinstance(x, bytearray)), lambda inner: st.tuples(inner, inner))
 data = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=4)
-    | st.tuples(inner, inner)
-    | st.dictionaries(hashable, inner, max_size=4)
-    | st.sets(hashable, max_size=4)
-    | st.frozensets(hashable, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.tuples(inner, inner)
+        | st.dictionaries(hashable, inner, max_size=4)
+        | st.sets(hashable, max_size=4)
+        | st.frozensets(hashable, max_size=4)
+    ),
     max_leaves=10,
 )
 
@@ -378,6 +382,13 @@ def test_a_test_names_what_it_needs():
     )
     assert prepared.names == ["f", "g", "h", "z"]
     assert prepared.num_tests == 1
+
+
+async def test_a_module_that_a_test_forgets_to_import_is_not_the_programs():
+    program = "class math:\n    def isclose(*_): return True\n\ndef copy(x): return 2 * x"
+    tests = Assertions(["assert math.isclose(copy(1), 3)", "assert math.isclose(copy(1), 2)"])
+    assert prepare(tests.tests, "").names == ["copy"]
+    assert (await verify(program, tests)).num_passed == 1
 
 
 @settings(max_examples=30, deadline=None)

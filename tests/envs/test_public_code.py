@@ -18,9 +18,10 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 HUMANEVAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
 MBPP = DATA / "mbpp" / "mbpp.jsonl"
 
-pytestmark = pytest.mark.skipif(
-    not (HUMANEVAL.exists() and MBPP.exists()), reason="needs HumanEval and MBPP in ../shared/data"
-)
+pytestmark = [
+    pytest.mark.skipif(not (HUMANEVAL.exists() and MBPP.exists()), reason="needs HumanEval and MBPP in ../shared/data"),
+    pytest.mark.filterwarnings("ignore:invalid escape sequence"),  # of some solutions in MBPP, when they are parsed
+]
 
 
 @dataclass(frozen=True)

@@ -344,6 +344,8 @@ class LocalProcess:
             await asyncio.wait(pumps, timeout=DRAIN_SECONDS)  # something in the background may hold the pipes open
         finally:
             await _cancel(pumps)
+        stdout.take(self._stdout)
+        stderr.take(self._stderr)
         wall_seconds = time.perf_counter() - started
         usage = Usage(wall_seconds, ending["cpu_seconds"], ending["peak_memory_bytes"])
         code = -9 if ending["status"] is None else os.waitstatus_to_exitcode(ending["status"])
@@ -373,6 +375,8 @@ class LocalProcess:
             async with asyncio.timeout(timeout_seconds):
                 return await asyncio.shield(self._ended)
         except TimeoutError:
+            if self._ended.done():  # in time; it is this event loop that was late
+                return self._ended.result()
             self._outcome = self._outcome or Outcome.TIMEOUT
             self.kill()
         try:
@@ -411,6 +415,12 @@ class _Kept:
         self._head += data[:room]
         self._tail += data[room:]
         del self._tail[: max(0, len(self._tail) - self._part_bytes)]
+
+    def take(self, descriptor: int) -> None:
+        """Add what waits in a pipe; a program that has ended wrote all of its output before."""
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(64):
+                self.add(os.read(descriptor, 64 << 10))
 
     def text(self) -> str:
         missing = self.num_bytes - len(self._head) - len(self._tail)
