@@ -162,6 +162,24 @@ def test_what_cannot_be_run_is_refused_in_words(small: Path, override: str, phra
     assert "Traceback" not in message
 
 
+def test_pools_and_curricula_belong_to_an_environment_and_are_saved(tmp_path: Path) -> None:
+    path = tmp_path / "pools.toml"
+    path.write_text(
+        SMALL.replace(
+            "[sft]",
+            "solved_reward = 0.5\n[environments.pools]\nretire_after = 2\n[environments.curriculum]\nwindow = 9\n[sft]",
+        )
+    )
+    recipe = load_recipe(path)
+    assert recipe.environments[0].pools is None
+    second = recipe.environments[1]
+    assert second.pools is not None
+    assert second.curriculum is not None
+    assert (second.pools.retire_after, second.pools.hard_to, second.curriculum.window) == (2, 0.25, 9)
+    save_recipe(recipe, tmp_path / "saved.toml")
+    assert load_recipe(tmp_path / "saved.toml") == recipe
+
+
 @pytest.mark.parametrize("section", ["pools", "curriculum"])
 def test_pools_and_curricula_are_for_rl(tmp_path: Path, section: str) -> None:
     path = tmp_path / "sft.toml"

@@ -128,6 +128,14 @@ def test_a_split_by_other_content_keeps_together_what_shares_it():
     assert not {text[0] for text in texts(train)} & {text[0] for text in texts(held_out)}
 
 
+def test_both_sides_of_a_split_go_through_the_source_once():
+    made = []
+    train, held_out = numbers(50, made).split(0.3)
+    assert made == []
+    assert train.count + held_out.count == 50
+    assert made == list(range(50))
+
+
 def test_an_endless_source_is_split_into_two_endless_ones():
     train, held_out = numbers().split(0.3)
     first = texts(itertools.islice(train, 50)) + texts(itertools.islice(held_out, 20))

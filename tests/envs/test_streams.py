@@ -79,6 +79,45 @@ def test_a_resumed_stream_begins_where_it_is_wanted():
     assert begun == [100_000]
 
 
+def breaks_once(numbers, at):
+    """A generator that raises at a task, the first time it comes there."""
+    broken = []
+
+    def generate(start=0):
+        for number in numbers(start):
+            if number == at and not broken:
+                broken.append(number)
+                raise ConnectionError("the line is down")
+            yield task(number)
+
+    return generate
+
+
+def test_a_stream_that_raises_is_not_at_its_end():
+    tasks = endless(breaks_once(lambda start: range(start, 9), 4))
+    assert tasks[3] == task(3)
+    with pytest.raises(ConnectionError):
+        tasks[5]
+    assert [tasks[index] for index in (8, 4, 5, 9)] == [task(8), task(4), task(5), task(0)]
+
+
+def test_a_generator_that_raises_is_not_at_its_end():
+    tasks = generated(breaks_once(lambda start: range(9), 4))
+    with pytest.raises(ConnectionError):
+        tasks[3]
+    assert [tasks[index] for index in (8, 4, 3)] == [task(8), task(4), task(3)]
+    assert tasks.count == 9
+
+
+def test_a_full_disk_costs_no_task(monkeypatch):
+    tasks = generated(lambda: map(task, range(5)))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwrite", lambda descriptor, data, offset: len(data) - 1)
+        with pytest.raises(OSError, match="no space for the tasks of a generator"):
+            tasks[0]
+    assert list(tasks) == [task(index) for index in range(5)]
+
+
 def test_a_stream_of_nothing_is_reported():
     with pytest.raises(TaskSourceError, match="no task at all"):
         endless(lambda start: ())[3]

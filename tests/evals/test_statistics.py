@@ -178,6 +178,11 @@ def test_a_running_mean_says_what_the_mean_of_the_same_values_says(values, binar
         for name in ("mean", "low", "high", "standard_error"):
             ours, theirs = getattr(found, name), getattr(expected, name)
             assert ours == theirs if theirs is None else ours == pytest.approx(theirs, abs=1e-6)
+    for task, value in values[1:]:
+        running.remove(task, float(value > 0) if binary else value)
+    task, value = values[0]
+    left = running.estimate()
+    assert (left.num_tasks, left.mean) == (1, pytest.approx(float(value > 0) if binary else value, abs=1e-6))
 
 
 def test_no_values_have_no_running_mean():

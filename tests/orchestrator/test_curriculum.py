@@ -74,12 +74,27 @@ def test_turns_of_an_empty_pool_go_to_normal_tasks_and_unseen_ones_are_normal():
     assert sorted(one.draw() for _ in range(10)) == list(range(10))
 
 
-def test_a_task_moves_to_the_pool_of_its_latest_group():
-    one = curriculum(4)
-    play(one, 4, lambda index: 0.5)
-    for rate, pool in ((0.75, "easy"), (0.25, "hard"), (0.26, "normal"), (0.0, "hard"), (1.0, "easy")):
-        one.record(Outcome(2, rate))
-        assert one.sizes()[pool] == (4 if pool == "normal" else 1)
+@pytest.mark.parametrize(
+    ("rates", "pool"),
+    [([0.75], "easy"), ([0.25], "hard"), ([0.26], "normal"), ([1.0, 0.0], "hard"), ([0.0, 0.5], "normal")],
+)
+def test_a_task_is_in_the_pool_of_its_latest_group(rates, pool):
+    one = curriculum(1)
+    for rate in rates:
+        play(one, 1, lambda index, rate=rate: rate)
+    assert one.sizes()[pool] == 1
+
+
+def test_no_task_is_drawn_twice_at_once_while_there_are_others():
+    one = curriculum(20)
+    play(one, 40, lambda index: 1.0 if index else 0.5)  # one normal task, all others are retired
+    under_way = [one.draw() for _ in range(20)]
+    assert sorted(under_way) == list(range(20))
+    assert sorted(one.draw() for _ in range(20)) == list(range(20))
+    one = curriculum(20)
+    under_way = [one.draw() for _ in range(20)]
+    one.leave_out(under_way[7])
+    assert one.draw() == under_way[7]
 
 
 def test_a_task_that_is_always_solved_is_retired():
@@ -159,11 +174,13 @@ def test_draws_and_outcomes_alone_say_how_it_goes_on(history, length):
             if dice.random() < 0.9:
                 outcomes.append(Outcome(index, dice.choice([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])))
                 live.record(outcomes[-1])
+            else:
+                live.leave_out(index)
         else:
             drawn.append(live.draw())
             running.append(drawn[-1])
     resumed = curriculum(count, pools, levels)
-    resumed.restore(sorted(drawn), outcomes)
+    resumed.restore(sorted(drawn), sorted(running), outcomes)
     assert resumed.sizes() == live.sizes()
     assert [resumed.draw() for _ in range(30)] == [live.draw() for _ in range(30)]
 
@@ -220,6 +237,8 @@ def end_a_group(dice, ledger, live, running, ready):
     if len(rewards) == 2:
         ledger.fail(number, 2, "tool")
     if end == "drop":
+        if draw.environment in live.curricula:
+            live.curricula[draw.environment].leave_out(draw.index)
         ledger.fail_group(number, "cancelled")
         return
     if draw.environment in live.curricula:
@@ -257,4 +276,4 @@ def test_without_sections_there_is_no_curriculum():
 
 def test_a_ledger_with_tasks_that_are_gone_is_refused():
     with pytest.raises(ValueError, match="train task 5 of an environment that now has 3"):
-        curriculum(3).restore([0, 5], [])
+        curriculum(3).restore([0, 5], [], [])

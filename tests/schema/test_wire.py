@@ -8,15 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.schema import batches, messages, policies, remote, rollouts, sampling, tasks, traces
+from hone.schema import batches, messages, policies, remote, rollouts, sampling, sandboxes, tasks, traces
 from hone.schema.messages import Message, ToolCall, ToolSpec
 from hone.schema.rollouts import Heartbeat, RolloutRequest, RolloutResult, Shutdown
 from hone.schema.sampling import FinishReason, Generate, Generated, SamplingParameters, Turn, VersionRun
+from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, Usage
 from hone.schema.tasks import Task
 from hone.schema.traces import AgentRecord, Failure, FailureClass, Node, Reward, StopReason, Timing, Trace
 from hone.schema.wire import PROTOCOL, Envelope, Wire, WireError, decode, encode
 
-MODULES = [batches, messages, policies, remote, rollouts, sampling, tasks, traces]
+MODULES = [batches, messages, policies, remote, rollouts, sampling, sandboxes, tasks, traces]
 STRUCTS = sorted(
     {
         value
@@ -100,6 +101,15 @@ def resolved(struct: type[msgspec.Struct]) -> st.SearchStrategy[msgspec.Struct]:
         RolloutResult: st.builds(RolloutResult, group=words, attempt=st.integers(0, 9), trace=recorded),
         Generate: st.builds(
             Generate, request_id=words, prompt_token_ids=tokens, sampling=st.just(SamplingParameters(stop=("x",)))
+        ),
+        SandboxSpec: st.builds(SandboxSpec, image=words, cpus=st.floats(0.1, 64), env=st.dictionaries(words, words)),
+        ExecResult: st.builds(
+            ExecResult,
+            outcome=st.sampled_from(Outcome),
+            exit_code=st.integers(-64, 255),
+            stdout=words,
+            stderr=words,
+            usage=st.builds(Usage, numbers, numbers, st.integers(0, 2**40)),
         ),
     }
     if struct in special:

@@ -1,4 +1,4 @@
-"""A recipe or an evaluation file from TOML and --a.b=c, and back to a file; every mistake is a `ConfigError` that says where."""
+"""A recipe or a file of `hone eval` or `hone synth` from TOML and --a.b=c, and back; every mistake is a `ConfigError`."""
 
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from hone.config.evaluation import EvaluationFile
 from hone.config.recipe import Recipe, Section
+from hone.config.synthesis import SynthesisFile
 
 Tree = TypeVar("Tree", bound=Section)
 
@@ -44,13 +45,18 @@ def load_evaluated(path: Path, overrides: Iterable[str] = ()) -> Recipe | Evalua
     )
 
 
+def load_synthesis(path: Path, overrides: Iterable[str] = ()) -> SynthesisFile:
+    """Read a file of `hone synth`, with overrides as for a recipe."""
+    return _validated(SynthesisFile, _read(path, overrides), str(path))
+
+
 def recipe_from(tree: Mapping[str, Any], source: str) -> Recipe:
     """Validate a tree; `source` is named in the error."""
     return _validated(Recipe, tree, source)
 
 
 def save_recipe(recipe: Section, path: Path) -> None:
-    """Write the resolved tree (a recipe, or an evaluation file) so that it can be loaded again."""
+    """Write the resolved tree so that it can be loaded again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))

@@ -1,7 +1,7 @@
 """What an environment is: tasks, a rubric, and how a rollout goes on after each turn of the policy."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hone.envs.failures import failures_as
 from hone.envs.rollout import Elsewhere, Rollout
@@ -11,6 +11,8 @@ from hone.schema.messages import Message, ToolSpec
 from hone.schema.remote import Loaded
 from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, Trace
+
+WrongAnswer = str | Sequence[Message] | None
 
 
 class Environment(ABC):
@@ -23,6 +25,7 @@ class Environment(ABC):
     environment's own. tools: what the policy is told that it can call; `ToolUse` carries the calls out.
     gold: what a perfect policy says to a task, for SFT data and for testing the environment itself.
     difficulty: how hard a train task is, on any scale, for a curriculum; depends on the task alone.
+    wrong: answers to a task, by name, that must not score full marks; `hone env validate` tries them beside its own.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Environment(ABC):
         tools: Sequence[ToolSpec] = (),
         gold: Callable[[Task], Sequence[Message]] | None = None,
         difficulty: Callable[[Task], float] | None = None,
+        wrong: Callable[[Task], Mapping[str, WrongAnswer]] | None = None,
     ) -> None:
         if max_turns is not None and max_turns < 1:
             raise ValueError(f"environment {name!r}: max_turns {max_turns} leaves no turn; use 1 or more, or None")
@@ -56,6 +60,7 @@ class Environment(ABC):
         self._held_out = tasks_from(held_out)
         self._gold = gold
         self._difficulty = difficulty
+        self._wrong = wrong
 
     @property
     def num_train_tasks(self) -> int | None:
@@ -81,6 +86,13 @@ class Environment(ABC):
         None where nobody knows a correct answer.
         """
         return None if self._gold is None else list(self._gold(task))
+
+    def wrong(self, task: Task) -> dict[str, WrongAnswer]:
+        """Answers that must not score full marks, by name: a text is said at every turn, messages one a turn.
+
+        None under the name of one of the generic attacks leaves that attack out, where it would be right.
+        """
+        return {} if self._wrong is None else dict(self._wrong(task))
 
     @property
     def has_gold(self) -> bool:

@@ -53,8 +53,8 @@ def columns(
 ) -> TaskOf:
     """The usual way from a row to a task, by the names of fields.
 
-    prompt: text, which the user says, or a list of messages in the shape of the OpenAI API. reference: text or a number.
-    instructions: a system message before the prompt. info: fields that go into the task's info.
+    prompt: text, which the user says, or a list of messages in the shape of the OpenAI API. reference: text or a
+    number. instructions: a system message before the prompt. info: fields that go into the task's info.
     """
 
     def task_of(row: Row) -> Task:

@@ -73,10 +73,9 @@ class Tasks:
     def where(self, keep: Callable[[Task], bool]) -> "Tasks":
         """The tasks that pass, in the order of the source.
 
-        The source is gone through once, as far as it is needed (for a count: to its end), at 8 bytes for each task kept.
+        The source is gone through once, as far as it is needed (to its end, where it has one), at 8 bytes a task kept.
         """
-        selection = _Selection(self, keep)
-        return Tasks(lambda index: self.make(selection.place(index)), selection.count)
+        return _Pass(self, keep, sides=(True,)).view(True)
 
     def map(self, change: Callable[[Task], Task]) -> "Tasks":
         """Each task changed, for example its prompt; the change must depend on the task alone."""
@@ -105,14 +104,13 @@ class Tasks:
     def split(self, held_out_share: float, by: Callable[[Task], str] = lambda task: task.key) -> "Split":
         """Two parts of which the second gets about `held_out_share` of the tasks, decided by `is_held_out`.
 
-        by: the content that decides, where tasks that differ elsewhere shall not be torn apart.
+        by: the content that decides, where tasks that differ elsewhere shall not be torn apart. The source is gone
+        through once for both, as for `where`.
         """
         if not 0 <= held_out_share <= 1:
             raise ValueError(f"held_out_share {held_out_share} is not between 0 and 1")
-        return Split(
-            train=self.where(lambda task: not is_held_out(by(task), held_out_share)),
-            held_out=self.where(lambda task: is_held_out(by(task), held_out_share)),
-        )
+        both = _Pass(self, lambda task: is_held_out(by(task), held_out_share), sides=(False, True))
+        return Split(train=both.view(False), held_out=both.view(True))
 
     def duplicates(self) -> "list[Duplicate]":
         """The tasks whose content occurs more than once, in the order of their first occurrence."""
@@ -189,38 +187,41 @@ def is_held_out(content: str, share: float) -> bool:
     return derive_seed(0, "held out", content) < share * 2**63
 
 
-class _Selection:
-    """Where the tasks that pass are, found by going through the source once."""
+class _Pass:
+    """Where the tasks are of which a claim is true, or false, found by going through the source once."""
 
-    __slots__ = ("_keep", "_next", "_places", "_source")
+    __slots__ = ("_claim", "_next", "_places", "_source")
 
-    def __init__(self, source: Tasks, keep: Callable[[Task], bool]) -> None:
+    def __init__(self, source: Tasks, claim: Callable[[Task], bool], sides: Sequence[bool]) -> None:
         self._source = source
-        self._keep = keep
-        self._places = array("q")
+        self._claim = claim
+        self._places = {side: array("q") for side in sides}
         self._next = 0
 
-    def place(self, number: int) -> int:
-        """The index in the source of the `number`-th task that passes."""
-        misses = 0
-        while len(self._places) <= number:
-            misses = 0 if self._look() else misses + 1
-            if misses > MAX_MISSES:
-                raise TaskSourceError(f"{misses:,} endless tasks in a row do not pass the filter; correct where(...)")
-        return self._places[number]
+    def view(self, side: bool) -> Tasks:
+        return Tasks(lambda index: self._source.make(self._place(side, index)), lambda: self._count(side))
 
-    def count(self) -> int | None:
+    def _place(self, side: bool, number: int) -> int:
+        """The index in the source of the `number`-th task on this side."""
+        places, misses = self._places[side], 0
+        while len(places) <= number:
+            misses = 0 if self._look() is side else misses + 1
+            if misses > MAX_MISSES:
+                raise TaskSourceError(f"{misses:,} endless tasks in a row do not pass the filter; correct it")
+        return places[number]
+
+    def _count(self, side: bool) -> int | None:
         total = self._source.count
         if total is None:
             return None
         while self._next < total:
             self._look()
-        return len(self._places)
+        return len(self._places[side])
 
     def _look(self) -> bool:
-        """Whether the next task of the source passes."""
-        passes = self._keep(self._source[self._next])
-        if passes:
-            self._places.append(self._next)
+        """On which side the next task of the source is."""
+        side = bool(self._claim(self._source[self._next]))
+        if side in self._places:
+            self._places[side].append(self._next)
         self._next += 1
-        return passes
+        return side

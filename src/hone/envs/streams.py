@@ -1,5 +1,8 @@
-"""Tasks from generators and streams, by index: nothing is kept in memory that grows with the number of tasks but offsets."""
+"""Tasks from generators and streams, by index, without keeping them in memory."""
 
+import errno
+import io
+import itertools
 import os
 import tempfile
 import weakref
@@ -35,8 +38,8 @@ def endless(begin: Callable[[int], Iterable[Task]], *, window: int = 1024) -> Ta
         endless(lambda start: (question(number) for number in itertools.count(start)))
 
     Reading on costs one step of the stream; going back further than `window` tasks, or ahead by more, costs another
-    `begin`. So a run that resumes at task 100,000 pays what `begin(100_000)` costs: a stream that cannot jump goes there
-    step by step (`itertools.islice(generate(), start, None)`). A stream that ends begins anew.
+    `begin`. So a run that resumes at task 100,000 pays what `begin(100_000)` costs: a stream that cannot jump goes
+    there step by step (`itertools.islice(generate(), start, None)`). A stream that ends begins anew.
     """
     if window < 1:
         raise ValueError(f"window {window} keeps no task; use 1 or more")
@@ -49,6 +52,7 @@ class _Spill:
     def __init__(self, generate: Callable[[], Iterable[Task]]) -> None:
         self._generate = generate
         self._iterator: Iterator[Task] | None = None
+        self._file: io.FileIO | None = None
         self._offsets = array("q", [0])
         self._is_complete = False
 
@@ -57,7 +61,7 @@ class _Spill:
             if not self._write_next():
                 raise IndexError(f"task {index} of {len(self._offsets) - 1} tasks")
         start, end = self._offsets[index], self._offsets[index + 1]
-        return _decoder.decode(os.pread(self._file.fileno(), end - start, start))
+        return _decoder.decode(os.pread(self._opened().fileno(), end - start, start))
 
     def count(self) -> int:
         while self._write_next():
@@ -68,17 +72,28 @@ class _Spill:
         if self._is_complete:
             return False
         if self._iterator is None:
-            self._iterator = iter(self._generate())
+            self._iterator = itertools.islice(self._generate(), len(self._offsets) - 1, None)
+        try:
+            task = next(self._iterator, None)
+            if task is not None:
+                self._write(_checked(task, len(self._offsets) - 1))
+        except BaseException:
+            self._iterator = None  # one that has raised seems to be at its end, and a task not written would be missing
+            raise
+        self._is_complete = task is None
+        return not self._is_complete
+
+    def _write(self, task: Task) -> None:
+        data, start = msgspec.msgpack.encode(task), self._offsets[-1]
+        if os.pwrite(self._opened().fileno(), data, start) < len(data):
+            raise OSError(errno.ENOSPC, "no space for the tasks of a generator", tempfile.gettempdir())
+        self._offsets.append(start + len(data))
+
+    def _opened(self) -> io.FileIO:
+        if self._file is None:
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed with this object
             weakref.finalize(self, self._file.close)
-        task = next(self._iterator, None)
-        if task is None:
-            self._is_complete = True
-            return False
-        data = msgspec.msgpack.encode(_checked(task, len(self._offsets) - 1))
-        self._file.write(data)
-        self._offsets.append(self._offsets[-1] + len(data))
-        return True
+        return self._file
 
 
 _decoder = msgspec.msgpack.Decoder(Task)
@@ -91,10 +106,9 @@ class _Stream:
         self._begin = begin
         self._window = window
         self._recent: deque[Task] = deque(maxlen=window)
-        self._iterator: Iterator[Task] = iter(())
+        self._iterator: Iterator[Task] | None = None
         self._next = 0
         self._length: int | None = None
-        self._restart(0)
 
     def task(self, index: int) -> Task:
         if self._length is not None:
@@ -102,24 +116,28 @@ class _Stream:
         if not self._next - len(self._recent) <= index < self._next + self._window:
             self._restart(index)
         while self._next <= index:
-            task = next(self._tasks(), None)
-            if task is None:
+            if not self._read_next():
                 self._length = self._measured()
                 return self.task(index)
-            self._recent.append(_checked(task, self._next))
-            self._next += 1
         return self._recent[index - self._next]
 
     def _restart(self, start: int) -> None:
         self._recent.clear()
         self._next = start
-        self._is_begun = False
+        self._iterator = None
 
-    def _tasks(self) -> Iterator[Task]:
-        if not self._is_begun:
+    def _read_next(self) -> bool:
+        if self._iterator is None:
             self._iterator = iter(self._begin(self._next))
-            self._is_begun = True
-        return self._iterator
+        try:
+            task = next(self._iterator, None)
+            if task is not None:
+                self._recent.append(_checked(task, self._next))
+                self._next += 1
+        except BaseException:
+            self._iterator = None  # one that has raised seems to be at its end
+            raise
+        return task is not None
 
     def _measured(self) -> int:
         """The length of a stream that has ended: where it did, or counted when it was begun behind its end."""

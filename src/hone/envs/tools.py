@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Protocol, get_type_hints, overload, 
 import msgspec
 
 from hone.envs.blocking import call_blocking
-from hone.envs.environment import Environment
+from hone.envs.environment import Environment, WrongAnswer
 from hone.envs.failures import RolloutFailure, deadline, failures_as
 from hone.envs.rollout import Rollout
 from hone.envs.rubric import Rubric
@@ -181,6 +181,7 @@ class ToolUse(Environment):
         max_tool_calls: int | None = None,
         on_error: OnError = "show",
         gold: Callable[[Task], Sequence[Message]] | None = None,
+        wrong: Callable[[Task], Mapping[str, WrongAnswer]] | None = None,
     ) -> None:
         self._toolsets = [given for given in tools if isinstance(given, Toolset)]
         self._tools = by_name(as_tool(given) for given in tools if not isinstance(given, Toolset))
@@ -196,6 +197,7 @@ class ToolUse(Environment):
             max_tool_calls=max_tool_calls,
             tools=[one.spec for one in self._tools.values()],
             gold=gold,
+            wrong=wrong,
         )
 
     async def run(self, rollout: Rollout) -> None:
@@ -221,6 +223,7 @@ class ToolUse(Environment):
             opened = [await stack.enter_async_context(_opened(toolset, rollout)) for toolset in self._toolsets]
             tools = by_name([*self._tools.values(), *(one for toolset in opened for one in toolset)])
         rollout.tools = [one.spec for one in tools.values()]
+        rollout.info["tools"] = msgspec.to_builtins(rollout.tools)  # what the policy saw, which nothing else records
         return tools
 
     async def _answer(

@@ -51,7 +51,7 @@ def estimate_proportion(shares: Sequence[float], num_values: float) -> Estimate:
 
 
 class RunningMean:
-    """What `estimate_mean` says of values that come one by one, at a cost that does not depend on their number."""
+    """What `estimate_mean` says of values that come and go one by one, at a cost that does not depend on their number."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, tuple[float, int]] = {}
@@ -62,12 +62,21 @@ class RunningMean:
 
     def add(self, task: str, value: float) -> None:
         """One more value of a task."""
-        total, count = self._tasks.get(task, (0.0, 0))
+        self._count(task, value, 1)
+
+    def remove(self, task: str, value: float) -> None:
+        """Take back a value that was added."""
+        self._count(task, value, -1)
+
+    def _count(self, task: str, value: float, times: int) -> None:
+        total, count = self._tasks.pop(task, (0.0, 0))
         before = total / count if count else 0.0
-        self._tasks[task] = total + value, count + 1
-        after = (total + value) / (count + 1)
-        self._num_values += 1
-        self._num_other += value not in (0, 1)
+        total, count = total + times * value, count + times
+        after = total / count if count else 0.0
+        if count:
+            self._tasks[task] = total, count
+        self._num_values += times
+        self._num_other += times * (value not in (0, 1))
         self._sum += after - before
         self._sum_of_squares += after**2 - before**2
 

@@ -177,18 +177,11 @@ def read_outcomes(folder: Path) -> list[Outcome]:
             raise ValueError(f"{path} does not hold outcomes of an evaluation: {error}") from error
     latest: dict[tuple[str, int], Outcome] = {}
     for trace in read_traces(folder / TRACES):
-        keep_outcome(latest, outcome_of(trace))
+        outcome = outcome_of(trace)
+        key = outcome.task, outcome.attempt
+        if outcome.failure is None or key not in latest or latest[key].failure is not None:
+            latest[key] = outcome
     return list(latest.values())
-
-
-def keep_outcome(outcomes: dict[tuple[str, int], Outcome], outcome: Outcome) -> bool:
-    """Add an outcome unless its attempt has a valid one, which is final; a later failure replaces an earlier one."""
-    key = outcome.task, outcome.attempt
-    before = outcomes.get(key)
-    if before is not None and before.failure is None:
-        return False
-    outcomes[key] = outcome
-    return True
 
 
 def read_result(folder: Path) -> EvalResult:

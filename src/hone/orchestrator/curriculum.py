@@ -1,4 +1,4 @@
-"""Which task of an environment comes next by what its rollouts have earned: pools by solve rate, levels by difficulty."""
+"""Which task of an environment comes next, by what its rollouts earned: pools by solve rate, levels of difficulty."""
 
 import heapq
 import itertools
@@ -56,8 +56,8 @@ def check_curriculum(section: EnvironmentSection, environment: Levelled) -> None
     for field, wanted in (("pools", section.pools), ("curriculum", section.curriculum)):
         if wanted is not None and environment.num_train_tasks is None:
             raise ConfigError(
-                f"environments.{field} of {section.name!r}: its train tasks are endless, so none comes again and nothing is"
-                f" known of the next; limit their number in environments.arguments, or remove environments.{field}"
+                f"environments.{field} of {section.name!r}: its train tasks are endless, so none comes again and nothing"
+                f" is known of the next; limit their number in environments.arguments, or remove environments.{field}"
             )
     if section.curriculum is not None and not environment.has_difficulty:
         raise ConfigError(
@@ -91,7 +91,7 @@ def _difficulties(name: str, environment: Levelled, count: int) -> list[float]:
             ) from error
         if not isinstance(difficulty, int | float) or not math.isfinite(difficulty):
             raise ConfigError(
-                f"environment {name!r} says that train task {index} has difficulty {difficulty!r}; a finite number is needed"
+                f"environment {name!r} says that train task {index} has difficulty {difficulty!r}; give a finite number"
             )
         found.append(float(difficulty))
     return found
@@ -146,8 +146,9 @@ class Curriculum:
     """Which of the tasks of one environment comes next.
 
     Among the tasks of a pool it is the one that was drawn least often, so every open task comes once before any comes
-    again. Unseen tasks are normal. The choice depends on which tasks were drawn and on the outcomes in their order, and
-    on nothing else: both are in the ledger, so a resumed run chooses what the interrupted one would have.
+    again; unseen tasks are normal, and none is drawn while a group of it is under way, unless all are. The choice
+    depends on which tasks were drawn, which are under way and on the outcomes in their order, and on nothing else: all
+    of it is in the ledger, so a resumed run chooses what the interrupted one would have.
     """
 
     def __init__(self, num_tasks: int, seed: int, pools: PoolsSection | None, levels: Levels | None) -> None:
@@ -157,7 +158,7 @@ class Curriculum:
         self._levels = levels
         self._turns = None if pools is None else Quotas(_shares(pools))
         self._seen: dict[int, _Seen] = {}
-        self._heaps: dict[str, list[tuple[int, int, int]]] = {pool: [] for pool in IN_NEED}
+        self._free: dict[str, list[_Place]] = {pool: [] for pool in IN_NEED}
         self._sizes = dict.fromkeys(IN_NEED, 0)
 
     def sizes(self) -> dict[str, int]:
@@ -169,24 +170,31 @@ class Curriculum:
         }
 
     def draw(self) -> int:
-        """The index of the next task."""
+        """The index of the next task; `record` or `leave_out` says when its group has ended."""
         wanted = NORMAL if self._turns is None else self._turns.take()
-        index = next(found for pool in (wanted, *IN_NEED) if (found := self._least_drawn(pool)) is not None)
-        self._count(index)
+        for pool in (wanted, *IN_NEED):
+            index = self._least_drawn(pool)
+            if index is not None:
+                break
+        else:
+            index = min(self._seen, key=self._order_under_way)
+        self._count(index).num_running += 1
         return index
 
     def record(self, outcome: Outcome) -> None:
-        """A group has ended with a solve rate; groups without a valid outcome say nothing about their task."""
-        if self._levels is not None:
-            self._levels.record(outcome.solve_rate)
-        if self._pools is None:
-            return
-        task = self._seen[outcome.index]
-        task.streak = task.streak + 1 if outcome.solve_rate == 1 else 0
-        self._move(outcome.index, task, _pool(self._pools, outcome.solve_rate, task.streak))
+        """A group has ended with a solve rate."""
+        self._learn(outcome)
+        self.leave_out(outcome.index)
 
-    def restore(self, drawn: Iterable[int], outcomes: Iterable[Outcome]) -> None:
-        """Go on after these draws, in any order, and these outcomes, in the order in which they came."""
+    def leave_out(self, index: int) -> None:
+        """A group of this task is not under way any more; without an outcome it says nothing about the task."""
+        task = self._seen[index]
+        task.num_running -= 1
+        if not task.num_running:
+            self._set_free(index, task)
+
+    def restore(self, drawn: Iterable[int], under_way: Iterable[int], outcomes: Iterable[Outcome]) -> None:
+        """Go on after these draws, in any order, of which some are under way, and these outcomes, as they came."""
         for index in drawn:
             if index >= self._num_tasks:
                 raise ConfigError(
@@ -196,55 +204,70 @@ class Curriculum:
             self._count(index)
             if self._turns is not None:
                 self._turns.take()
+        for index in under_way:
+            self._seen[index].num_running += 1
         for outcome in outcomes:
-            self.record(outcome)
-
-    def _least_drawn(self, pool: str) -> int | None:
-        if pool == NORMAL and len(self._seen) < self._num_open:
-            return self._unseen(len(self._seen))
-        heap = self._heaps[pool]
-        while heap:
-            num_drawn, _, index = heap[0]
-            task = self._seen[index]
-            if task.pool == pool and task.num_drawn == num_drawn:
-                return index
-            heapq.heappop(heap)  # has been drawn, or has moved, since
-        return None
+            self._learn(outcome)
+        for index, task in self._seen.items():
+            if not task.num_running:
+                self._set_free(index, task)
 
     @property
     def _num_open(self) -> int:
         return self._num_tasks if self._levels is None else self._levels.num_open
+
+    def _least_drawn(self, pool: str) -> int | None:
+        if pool == NORMAL and len(self._seen) < self._num_open:
+            return self._unseen(len(self._seen))
+        free = self._free[pool]
+        return heapq.heappop(free)[2] if free else None
 
     def _unseen(self, position: int) -> int:
         if self._levels is not None:
             return self._levels.index(position)
         return permuted(position, self._num_tasks, derive_seed(self._seed, "unseen"))
 
-    def _count(self, index: int) -> None:
+    def _count(self, index: int) -> "_Seen":
         task = self._seen.get(index)
         if task is None:
             task = self._seen[index] = _Seen()
             self._sizes[task.pool] += 1
         task.num_drawn += 1
-        self._push(index, task)
+        return task
 
-    def _move(self, index: int, task: "_Seen", pool: str) -> None:
-        if pool != task.pool:
-            self._sizes[task.pool] -= 1
-            self._sizes[pool] += 1
-            task.pool = pool
-            self._push(index, task)
+    def _learn(self, outcome: Outcome) -> None:
+        if self._levels is not None:
+            self._levels.record(outcome.solve_rate)
+        if self._pools is None:
+            return
+        task = self._seen[outcome.index]
+        task.streak = task.streak + 1 if outcome.solve_rate == 1 else 0
+        self._sizes[task.pool] -= 1
+        task.pool = _pool(self._pools, outcome.solve_rate, task.streak)
+        self._sizes[task.pool] += 1
 
-    def _push(self, index: int, task: "_Seen") -> None:
-        tie = derive_seed(self._seed, "drawn", index, task.num_drawn)
-        heapq.heappush(self._heaps[task.pool], (task.num_drawn, tie, index))
+    def _set_free(self, index: int, task: "_Seen") -> None:
+        heapq.heappush(self._free[task.pool], self._place(index, task))
+
+    def _place(self, index: int, task: "_Seen") -> "_Place":
+        return task.num_drawn, derive_seed(self._seed, "drawn", index, task.num_drawn), index
+
+    def _order_under_way(self, index: int) -> tuple[int, bool, "_Place"]:
+        """Whose turn it is when a group of every task is under way."""
+        task = self._seen[index]
+        return task.num_running, task.pool == RETIRED, self._place(index, task)
+
+
+_Place = tuple[int, int, int]
+"""A task's place in its pool: how often it was drawn, a number derived from the seed, its index."""
 
 
 @dataclass(slots=True)
 class _Seen:
-    """A task that was drawn. streak: groups in a row that every rollout solved."""
+    """A task that was drawn. num_running: its groups under way. streak: groups in a row that every rollout solved."""
 
     num_drawn: int = 0
+    num_running: int = 0
     streak: int = 0
     pool: str = NORMAL
 

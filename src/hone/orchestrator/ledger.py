@@ -328,6 +328,13 @@ class Ledger:
         rows = self._database.execute("SELECT task_index FROM groups WHERE environment = ?", (environment,))
         return [index for (index,) in rows]
 
+    def tasks_under_way(self, environment: str) -> list[int]:
+        """The indices of the tasks of which a group runs, once for each group."""
+        rows = self._database.execute(
+            "SELECT task_index FROM groups WHERE environment = ? AND state = 'running'", (environment,)
+        )
+        return [index for (index,) in rows]
+
     def outcomes(self, environment: str, solved_reward: float) -> list[Outcome]:
         """How the groups of an environment ended that have valid rewards, in the order in which they did."""
         rows = self._database.execute(

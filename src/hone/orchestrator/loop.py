@@ -511,11 +511,11 @@ class Orchestrator:
                 self._tally.given_up[kind] += 1
                 self._ledger.fail(number, attempt, kind)
             case d.FinishGroup(number):
-                self._record_outcome(number)
+                self._tell_curriculum(number, has_outcome=True)
                 self._ledger.finish_group(number)
             case d.FilterGroup(number):
                 self._tally.num_filtered += 1
-                self._record_outcome(number)
+                self._tell_curriculum(number, has_outcome=True)
                 self._ledger.filter_group(number)
                 self._forget(number)
             case d.DropGroup(number, kind):
@@ -563,14 +563,18 @@ class Orchestrator:
         self._ledger.admit(number, draw, "" if task is None else task.key, version, len(attempts))
         self._run_attempts(number, attempts, num_failures=0)
 
-    def _record_outcome(self, number: int) -> None:
-        """Tell the curriculum; the ledger, which is told at the same time, tells it the same after a restart."""
+    def _tell_curriculum(self, number: int, has_outcome: bool) -> None:
+        """A group has ended; the ledger, which is told at the same time, says the same after a restart."""
         draw = self._draws[number]
-        if draw.environment not in self._mixture.curricula:
+        curriculum = self._mixture.curricula.get(draw.environment)
+        if curriculum is None:
+            return
+        if not has_outcome:
+            curriculum.leave_out(draw.index)
             return
         rewards = [trace.reward for trace in self._traces[number].values()]
         rate = solve_rate(rewards, self._reward_of_solved[draw.environment])
-        self._mixture.curricula[draw.environment].record(Outcome(draw.index, rate))
+        curriculum.record(Outcome(draw.index, rate))
 
     def _task_of(self, draw: Draw) -> Task | None:
         """None when the environment does not give it: the group fails, the run goes on."""
@@ -650,6 +654,7 @@ class Orchestrator:
 
     def _drop(self, number: int, reason: str) -> None:
         self._tally.num_dropped += 1
+        self._tell_curriculum(number, has_outcome=False)
         self._ledger.fail_group(number, reason)
         self._forget(number)
 
@@ -660,6 +665,7 @@ class Orchestrator:
         message = self._worker_wire.encode(RolloutCancel(name))
         for identity in self._dispatch.withdraw(name):
             self._after_commit.append(partial(self._tell_worker, identity, [message]))
+        self._tell_curriculum(number, has_outcome=False)
         self._ledger.fail_group(number, FailureClass.CANCELLED)
         self._forget(number)
 

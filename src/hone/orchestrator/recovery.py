@@ -80,7 +80,8 @@ def restore_mixture(mixture: Mixture, ledger: Ledger, reward_of_solved: Mapping[
     """Let a new mixture go on where the ledger says that the run is, after `recover` has had its say in the ledger."""
     mixture.restore(ledger.num_drawn())
     for name, curriculum in mixture.curricula.items():
-        curriculum.restore(ledger.drawn_tasks(name), ledger.outcomes(name, reward_of_solved[name]))
+        outcomes = ledger.outcomes(name, reward_of_solved[name])
+        curriculum.restore(ledger.drawn_tasks(name), ledger.tasks_under_way(name), outcomes)
 
 
 def read_group_traces(ledger: Ledger, folder: RunFolder, numbers: Iterable[int]) -> dict[int, dict[int, Trace]]:
