@@ -1,6 +1,8 @@
 """Code tests: right programs pass, wrong ones do not, and a program that knows how it is tested gains nothing."""
 
 import asyncio
+import os
+import signal
 
 import pytest
 from hypothesis import given, settings
@@ -210,7 +212,7 @@ async def test_a_sandbox_that_dies_in_the_middle_is_a_failure_and_no_verdict():
     class Dying(LocalProcesses):
         async def create(self, spec):
             sandbox = await super().create(spec)
-            asyncio.get_running_loop().call_later(0.5, sandbox._guardian.kill)
+            asyncio.get_running_loop().call_later(0.5, os.kill, sandbox._guardian, signal.SIGKILL)
             return sandbox
 
     with pytest.raises(RolloutFailure) as failure:
@@ -382,6 +384,13 @@ def test_a_test_names_what_it_needs():
     )
     assert prepared.names == ["f", "g", "h", "z"]
     assert prepared.num_tests == 1
+
+
+async def test_a_module_that_a_test_forgets_to_import_is_not_the_programs():
+    program = "class math:\n    def isclose(*_): return True\n\ndef copy(x): return 2 * x"
+    tests = Assertions(["assert math.isclose(copy(1), 3)", "assert math.isclose(copy(1), 2)"])
+    assert prepare(tests.tests, "").names == ["copy"]
+    assert (await verify(program, tests)).num_passed == 1
 
 
 @settings(max_examples=30, deadline=None)

@@ -18,9 +18,10 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 HUMANEVAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
 MBPP = DATA / "mbpp" / "mbpp.jsonl"
 
-pytestmark = pytest.mark.skipif(
-    not (HUMANEVAL.exists() and MBPP.exists()), reason="needs HumanEval and MBPP in ../shared/data"
-)
+pytestmark = [
+    pytest.mark.skipif(not (HUMANEVAL.exists() and MBPP.exists()), reason="needs HumanEval and MBPP in ../shared/data"),
+    pytest.mark.filterwarnings("ignore:invalid escape sequence"),  # of some solutions in MBPP, when they are parsed
+]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ async def test_no_empty_answer_and_no_stub_passes():
     assert await passed({one.name: (stub(one.solution, "return None"), one.tests) for one in solved}) == set()
 
 
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    *("HumanEval/95", "HumanEval/154"),
+    *("MBPP/159", "MBPP/217", "MBPP/225", "MBPP/380", "MBPP/660", "MBPP/799"),
+}
 """Tasks in which no change of a single number makes the canonical solution fail its tests."""
 
 PLAIN_PYTHON = """

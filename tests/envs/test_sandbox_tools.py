@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 
 import pytest
 
@@ -135,7 +137,7 @@ async def test_a_sandbox_that_is_gone_is_a_failure_of_class_sandbox():
     inner = await LocalProcesses().create(SandboxSpec())
     session = PythonSession(inner)
     await session.run("1")
-    inner._guardian.kill()
+    os.kill(inner._guardian, signal.SIGKILL)
     with pytest.raises(RolloutFailure) as failure:
         await session.run("import time; time.sleep(60)")
     assert failure.value.failure.kind is FailureClass.SANDBOX

@@ -2,13 +2,18 @@
 
 import ast
 import builtins
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedTests:
-    """Test code whose assertions report their numbers. names: what it uses and neither it nor Python defines."""
+    """Test code whose assertions report their numbers.
+
+    setup: with imports of the standard library's modules that the code uses and forgets to import, as it would get them
+    from the program otherwise. names: what it uses and neither it nor Python defines.
+    """
 
     setup: str
     tests: list[str]
@@ -25,10 +30,17 @@ def prepare(tests: Sequence[str], setup: str) -> PreparedTests:
     try:
         trees = [ast.parse(test) for test in tests]
         needed = _free_names([ast.parse(setup), *trees])
+        modules = sorted(needed & _used_as_modules(trees))
     except SyntaxError as error:
         raise ValueError(f"these tests are not Python: {error}") from error
     numbering = _Numbering()
-    return PreparedTests(setup, [numbering.apply(tree) for tree in trees], sorted(needed), numbering.num_tests)
+    imports = "".join(f"import {module}\n" for module in modules)
+    return PreparedTests(
+        setup=imports + setup,
+        tests=[numbering.apply(tree) for tree in trees],
+        names=sorted(needed.difference(modules)),
+        num_tests=numbering.num_tests,
+    )
 
 
 class _Numbering(ast.NodeTransformer):
@@ -81,3 +93,17 @@ def _free_names(trees: Iterable[ast.Module]) -> set[str]:
             case ast.alias(name=name, asname=alias):
                 bound.add((alias or name).partition(".")[0])
     return used - bound
+
+
+def _used_as_modules(trees: Iterable[ast.Module]) -> set[str]:
+    """Names of the standard library's modules of which only attributes are used; a call `copy(x)` is the program's."""
+    bases: list[ast.expr] = []
+    names: list[ast.Name] = []
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Attribute):
+            bases.append(node.value)
+        elif isinstance(node, ast.Name):
+            names.append(node)
+    as_base = {id(base) for base in bases}
+    otherwise = {name.id for name in names if id(name) not in as_base}
+    return {name.id for name in names if name.id in sys.stdlib_module_names} - otherwise

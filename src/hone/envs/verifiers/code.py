@@ -28,6 +28,10 @@ from hone.schema.sandboxes import Outcome, SandboxSpec
 from hone.schema.traces import FailureClass
 
 START_SECONDS = 60.0
+CHECK_SECONDS = 30.0
+"""For the tests' own work between two questions; only a program's answer, such as a huge range, makes it take long."""
+
+EMPTY = "an empty program"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +117,8 @@ class CodeVerifier:
         async def tests_pass(answer, info):
             return (await verifier.verify(code_of(answer), Assertions(info["tests"]))).is_right
 
-    timeout_seconds: what the program has for all assertions and calls, or for each of its inputs. It begins when the
-    sandbox is ready. Trouble with a sandbox is a `RolloutFailure` of class sandbox; tests that cannot be run are a
+    timeout_seconds: what the program has for all assertions and calls, or for each of its inputs, by the clock on the
+    wall: leave it room on a busy machine. It begins when the program's process is ready. Trouble with a sandbox is a `RolloutFailure` of class sandbox; tests that cannot be run are a
     `ValueError`.
     """
 
@@ -132,28 +136,29 @@ class CodeVerifier:
         """Run the tests against a Python program."""
         if not len(tests):
             raise ValueError("no tests; every program would pass")
-        if not program.strip():
-            return CodeVerdict(0, len(tests), "an empty program")
         if isinstance(tests, InputsOutputs):
             return await self._feed(program, tests)
-        return await self._check(program, tests)
+        return await self._check(program, await asyncio.to_thread(_job, tests))
 
-    async def _check(self, program: str, tests: Assertions | Calls) -> CodeVerdict:
+    async def _check(self, program: str, job: Mapping[str, Any]) -> CodeVerdict:
+        if not program.strip():
+            return CodeVerdict(0, job["num_tests"], EMPTY)
         async with (
-            LazySandbox(self._sandboxes, self._spec) as around_candidate,
             LazySandbox(self._sandboxes, self._spec) as around_checker,
+            LazySandbox(self._sandboxes, self._spec) as around_candidate,
         ):
+            checker = MessageStream(await around_checker.start(guest_command("checker")))
             candidate = _Candidate(around_candidate, self._timeout_seconds)
-            job, _, checker = await asyncio.gather(
-                asyncio.to_thread(_job, tests), candidate.load(program), around_checker.start(guest_command("checker"))
-            )
             try:
-                return await _relay(candidate, MessageStream(checker), job, self._timeout_seconds)
+                await candidate.load(program)
+                return await _relay(candidate, checker, job)
             finally:
                 await candidate.close()
-                await checker.close()
+                await checker.process.close()
 
     async def _feed(self, program: str, tests: InputsOutputs) -> CodeVerdict:
+        if not program.strip():
+            return CodeVerdict(0, len(tests), EMPTY)
         num_passed, problem = 0, ""
         async with LazySandbox(self._sandboxes, self._spec) as sandbox:
             await sandbox.write("main.py", program.encode(errors="replace"))
@@ -174,9 +179,7 @@ class CodeVerifier:
         return CodeVerdict(num_passed, len(tests.cases), problem)
 
 
-async def _relay(
-    candidate: "_Candidate", checker: MessageStream, job: Mapping[str, Any], timeout_seconds: float
-) -> CodeVerdict:
+async def _relay(candidate: "_Candidate", checker: MessageStream, job: Mapping[str, Any]) -> CodeVerdict:
     """Carry the checker's questions to the candidate and the answers back, until there is a verdict."""
     await checker.send(encode(job, _refuse))
     message = await _first(checker)
@@ -189,7 +192,7 @@ async def _relay(
             raise ValueError(f"these tests cannot be run: {content.decode()}")
         await checker.send(await candidate.ask(content))
         try:
-            async with asyncio.timeout(timeout_seconds):
+            async with asyncio.timeout(CHECK_SECONDS):
                 message = _said(await checker.receive())
         except TimeoutError:
             return CodeVerdict(0, job["num_tests"], "the tests do not come to an end with the program's answers")
