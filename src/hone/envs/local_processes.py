@@ -63,6 +63,8 @@ class LocalProcesses:
 
     async def create(self, spec: SandboxSpec) -> "LocalSandbox":
         """A sandbox of this machine that is ready; raises a `RolloutFailure` of class sandbox."""
+        if sys.platform != "linux":
+            raise _failure("create", f"local processes need Linux, this is {sys.platform}; use another provider")
         if spec.image != "python":
             raise _failure("create", f"image {spec.image!r}: local processes have this machine's Python only")
         sandbox = LocalSandbox(spec)
@@ -117,9 +119,9 @@ class LocalSandbox:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._control = ours
+        asyncio.get_running_loop().add_reader(ours, self._receive)
         with theirs:
             spawn(theirs)
-        asyncio.get_running_loop().add_reader(ours, self._receive)
         ours.send(marshal.dumps(self._options(use_namespaces, use_landlock)))
         self.protections = await self._ready
 
@@ -219,9 +221,7 @@ class LocalSandbox:
             "HOME": str(self._work),
             "TMPDIR": str(self._folder / "tmp"),
             "LANG": "C.UTF-8",
-            "OMP_NUM_THREADS": str(
-                math.ceil(self.spec.cpus)
-            ),  # or libraries start a thread for each of the host's cores
+            "OMP_NUM_THREADS": str(math.ceil(self.spec.cpus)),  # libraries would count the host's cores
             **self.spec.env,
         }
 
