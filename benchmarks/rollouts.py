@@ -21,6 +21,9 @@ import harness
 
 HERE = Path(__file__).parent
 PEER = "verifiers==0.3.1"
+PEER_RUNS = 1
+PEER_SHARE = 0.2
+"""It takes ten times as long, and no longer for a rollout when there are fewer of them."""
 LATENCY_SECONDS = 0.05
 MEMORY_LATENCY_SECONDS = 3.0
 TICK_SECONDS = 0.005
@@ -49,19 +52,20 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one(json.loads(arguments.one))))
         return
-    sides = {"hone": measure([sys.executable, __file__, "--one"], arguments)}
+    sides = {"hone": measure([sys.executable, __file__, "--one"], arguments.runs, arguments.share)}
     if arguments.peer:
-        sides["verifiers"] = measure([str(peer_python()), str(HERE / "rollouts_verifiers.py")], arguments)
+        command = [str(peer_python()), str(HERE / "rollouts_verifiers.py")]
+        sides["verifiers"] = measure(command, PEER_RUNS, PEER_SHARE * arguments.share)
     report(sides)
 
 
-def measure(command: list[str], arguments: argparse.Namespace) -> dict[str, dict[str, object]]:
+def measure(command: list[str], runs: int, share: float) -> dict[str, dict[str, object]]:
     """Every setting in fresh processes, `runs` times; medians with least and greatest."""
     figures: dict[str, dict[str, object]] = {}
     for name, setting in SETTINGS.items():
-        wanted = {**setting, "rollouts": max(setting["concurrent"], int(setting["rollouts"] * arguments.share))}
+        wanted = {**setting, "rollouts": max(setting["concurrent"], int(setting["rollouts"] * share))}
         with chat_server(LATENCY_SECONDS) as url:
-            found = [run([*command, json.dumps({**wanted, "url": url})]) for _ in range(arguments.runs)]
+            found = [run([*command, json.dumps({**wanted, "url": url})]) for _ in range(runs)]
         figures[name] = {key: harness.summary([run[key] for run in found]) for key in found[0]}
     with chat_server(MEMORY_LATENCY_SECONDS) as url:
         setting = {"concurrent": 2048, "rollouts": 2048, "turns": 1, "url": url}
@@ -93,7 +97,7 @@ def one(setting: dict[str, object]) -> dict[str, float]:
 
 
 async def rollouts(setting: dict[str, object]) -> dict[str, float]:
-    from hone.envs import Limits, MultiTurn, Rubric, Task, Tasks, reward, user
+    from hone.envs import Limits, MultiTurn, Rubric, Task, reward, user
     from hone.envs.pacing import spare_collector
     from hone.evals.evaluate import evaluate
     from hone.inference.client import ChatSampler
@@ -108,7 +112,10 @@ async def rollouts(setting: dict[str, object]) -> dict[str, float]:
             return None if rollout.num_turns == setting["turns"] else [user("Are you sure? Answer again.")]
 
     count = setting["rollouts"]
-    tasks = Tasks(lambda index: Task(prompt=(user(f"What is {index} times 6?"),), reference="42"), count)
+    tasks = [Task(prompt=(user(f"What is {index} times 6?"),), reference="42") for index in range(count)]
+    assert (
+        len({task.key for task in tasks}) == count
+    )  # hashed before the clock starts, as the peer's data set is loaded
     environment = Chat(name="chat", rubric=Rubric([exact]), train=[], held_out=tasks)
     async with ChatSampler(setting["url"], "mock") as sampler:
         # A first rollout pays for imports; then what the worker and `hone eval` do before the others.
@@ -163,7 +170,7 @@ def resident_bytes() -> int:
 
 def peer_python() -> Path:
     """The interpreter of the peer's virtual environment: its dependencies do not go with ours."""
-    folder = harness.RESULTS / "peers" / "verifiers"
+    folder = HERE / "peers" / "verifiers"
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)

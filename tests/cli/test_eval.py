@@ -115,7 +115,7 @@ def hone(*arguments: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"TEST_KEY": "secret", "COLUMNS": "220"},
+        env=os.environ | {"TEST_KEY": "secret"},
     )
 
 

@@ -92,3 +92,9 @@ def test_what_means_nothing_is_refused(tmp_path: Path, text: str, phrase: str) -
     with pytest.raises(ConfigError) as refused:
         load(tmp_path, text)
     assert phrase in str(refused.value)
+
+
+def test_the_file_in_the_guide_is_one(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "evaluate.md").read_text()
+    tree = load(tmp_path, guide.partition("```toml\n")[2].partition("```")[0])
+    assert [model.name for model in tree.models] == ["ours", "base", "theirs"]

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 
+from mcp import MCPError
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
@@ -41,6 +42,19 @@ def sleep(seconds: float) -> str:
     """Sleep."""
     time.sleep(seconds)
     return "slept"
+
+
+@server.tool()
+async def hang() -> str:
+    """Block the whole server, without ending it."""
+    time.sleep(60)
+    return "continued"
+
+
+@server.tool()
+def refuse() -> str:
+    """Raise an error of the protocol."""
+    raise MCPError(-32603, "no more today")
 
 
 @server.tool()

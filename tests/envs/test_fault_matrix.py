@@ -19,7 +19,8 @@ import zmq.asyncio
 import hone.envs.worker
 from fakes import ScriptedSampler
 from hone.config.load import recipe_from
-from hone.envs import FailureClass, Limits, Rollout, Rubric, Task, ToolUse, failures_as, reward, stalls, tool, user
+from hone.envs import FailureClass, Limits, Rollout, Rubric, Task, ToolUse, reward, stalls, tool, user
+from hone.envs.judges import Judge, choice_verdict
 from hone.envs.local_processes import LocalProcesses
 from hone.envs.worker import Worker
 from hone.orchestrator.advantages import advantages
@@ -48,12 +49,12 @@ class Matrix(ToolUse):
         async def at(here, attempt):
             return await fault(here) if here in place and attempt == GUILTY else None
 
-        @tool(timeout_seconds=0.2, on_error="show" if place == "shown tool" else "fail")
+        @tool(timeout_seconds=0.5, on_error="show" if place == "shown tool" else "fail")
         async def look(rollout: Rollout):
             """Look around."""
             return await at("tool", rollout.attempt)
 
-        @reward(deadline_seconds=0.2)
+        @reward(deadline_seconds=0.5)
         async def own_number(trace):
             found = await at("reward", trace.attempt)
             return float(trace.attempt) if found is None else found
@@ -112,8 +113,8 @@ async def is_cancelled(place):
 
 
 async def finds_its_judge_dead(place):
-    with failures_as(FailureClass.JUDGE, "ask the judge"):
-        raise ConnectionRefusedError("no judge here")
+    nobody = "http://127.0.0.1:9/v1"
+    await Judge(nobody, "judge", "{answer}", choice_verdict("yes", "no"), deadline_seconds=0.1).ask(answer=place)
 
 
 async def finds_its_sandbox_dead(sandbox, place):
@@ -161,7 +162,7 @@ async def orchestrator():
         yield socket, expect
 
 
-async def traces_of(environment):
+async def traces_of(environment, max_stall_seconds):
     """The traces of a group of four, by attempt, as a worker sends them."""
     async with orchestrator() as (socket, expect):
         worker = Worker(
@@ -169,8 +170,8 @@ async def traces_of(environment):
             socket.getsockopt_string(zmq.LAST_ENDPOINT),
             {"matrix": environment},
             ScriptedSampler(policy),
-            limits=Limits(deadline_seconds=2.0, teardown_seconds=0.2),
-            max_stall_seconds=0.2,
+            limits=Limits(deadline_seconds=2.0, teardown_seconds=0.5),
+            max_stall_seconds=max_stall_seconds,
         )
         async with worker:
             running = asyncio.create_task(worker.run())
@@ -191,7 +192,7 @@ async def test_every_fault_at_every_place(fault, place, entry, monkeypatch):
     async with contextlib.AsyncExitStack() as stack:
         if fault is finds_its_sandbox_dead:
             fault = functools.partial(fault, await dead_sandbox(stack))
-        traces = await traces_of(Matrix(place, fault))
+        traces = await traces_of(Matrix(place, fault), 0.2 if fault is blocks else 20.0)
     guilty = traces[GUILTY]
     siblings = [trace for trace in traces if trace is not guilty]
     assert [(trace.failure, trace.reward) for trace in siblings] == [(None, 0.0), (None, 2.0), (None, 3.0)]
@@ -202,7 +203,7 @@ async def test_every_fault_at_every_place(fault, place, entry, monkeypatch):
         assert guilty.failure is not None
         assert guilty.failure.kind is entry, guilty.failure
         assert (guilty.rewards, guilty.metrics, guilty.stop_reason) == ({}, {}, None)
-        with pytest.raises(ValueError, match="failed trace has no reward|nothing to train"):
+        with pytest.raises(ValueError, match=r"failed trace has no reward|nothing to train"):
             check_trainable(guilty)
     assert_only_valid_rollouts_train(traces)
 

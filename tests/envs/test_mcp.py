@@ -105,6 +105,26 @@ async def test_a_late_tool_is_an_error_of_the_tool_and_leaves_the_connection():
     await server.close()
 
 
+@pytest.mark.slow  # a process that is stopped takes seconds to be given up and ended
+async def test_a_server_that_hangs_is_a_failure_even_where_errors_are_shown():
+    server = McpServer.stdio(SERVER, timeout_seconds=0.2)
+    env = environment(server)
+    found = await failure(env, [("hang", {})])
+    assert (found.kind, found.where) == (FailureClass.TOOL, "MCP hang")
+    assert await results(env, [("add", {"left": 1})]) == ["2"]
+    await server.close()
+
+
+async def test_an_error_of_the_protocol_fails_its_rollout_and_leaves_the_connection():
+    server = McpServer.stdio(SERVER)
+    env = environment(server)
+    assert await results(env, [("note", {"text": "a"})]) == ["a"]
+    found = await failure(env, [("refuse", {})])
+    assert (found.kind, "no more today" in found.message) == (FailureClass.TOOL, True)
+    assert await results(env, [("note", {"text": "b"})]) == ["a, b"]
+    await server.close()
+
+
 async def test_a_cancelled_rollout_leaves_the_shared_connection_to_the_others():
     server = McpServer.stdio(SERVER)
     env = environment(server)

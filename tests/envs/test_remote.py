@@ -1,5 +1,6 @@
 """Environments in other Pythons: two real virtual environments with packages that cannot be in one."""
 
+import asyncio
 import contextlib
 import subprocess
 import sys
@@ -8,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from fakes import ScriptedSampler
 from hone.config.load import recipe_from
 from hone.config.recipe import EnvironmentSection
-from hone.envs import EnvironmentLoadError, assistant, load_environment, user
+from hone.envs import EnvironmentLoadError, FailureClass, assistant, load_environment, run_group, run_rollout, user
 from hone.envs.remote import RemoteEnvironment, environment_of, interpreter
+from hone.evals.evaluate import evaluate
 from hone.launch.plan import plan_rl
 from hone.schema import wire
+from hone.schema.sampling import SamplingParameters
 from hone.schema.traces import Reward, Trace
 
 ENVIRONMENT = '''
@@ -125,6 +129,44 @@ def test_a_process_that_dies_over_a_question_is_started_again_and_named_when_it_
     assert environment.train_task(1).reference == "light"
     environment._remote._process.kill()
     assert environment.train_task(1).reference == "light"
+
+
+@pytest.mark.slow
+async def test_rollouts_run_there_and_are_sampled_here(environments):
+    light, dark = environments("light"), environments("dark")
+    sampler = ScriptedSampler(["light"], seconds=0.01, version=3)
+    for environment, rewards in ((light, [1.0] * 4), (dark, [0.0] * 4)):
+        task = environment.train_task(0)
+        traces = await run_group(environment, task, range(4), sampler, SamplingParameters(max_tokens=9), 7, group="g")
+        assert [trace.reward for trace in traces] == rewards
+        assert [(trace.environment, trace.group, trace.min_version) for trace in traces] == [
+            (environment.name, "g", 3)
+        ] * 4
+    result = await evaluate(light, sampler, num_tasks=1, attempts=3, sampling=SamplingParameters(max_tokens=9))
+    assert (result.num_rollouts, result.reward.mean) == (3, 1.0)
+    refused = await run_rollout(
+        light, light.train_task(0), 0, ScriptedSampler([ConnectionError("no route")]), SamplingParameters(), 0
+    )
+    assert refused.failure.kind is FailureClass.MODEL
+    assert "no route" in refused.failure.message
+    await light.aclose()
+    await dark.aclose()
+
+
+@pytest.mark.slow
+async def test_rollouts_of_a_process_that_dies_are_failures_of_a_worker_and_the_next_ones_run(environments):
+    environment = environments("light")
+    task = environment.train_task(0)
+    slow = ScriptedSampler(["light"], seconds=60)
+    waiting = asyncio.create_task(run_rollout(environment, task, 0, slow, SamplingParameters(), 0))
+    while not slow.num_waiting:
+        await asyncio.sleep(0.01)
+    environment._relay._channel._process.kill()
+    trace = await asyncio.wait_for(waiting, 10)
+    assert (trace.failure.kind, trace.task) == (FailureClass.WORKER, task)
+    trace = await run_rollout(environment, task, 0, ScriptedSampler(["light"]), SamplingParameters(), 0)
+    assert trace.reward == 1.0
+    await environment.aclose()
 
 
 @pytest.mark.slow

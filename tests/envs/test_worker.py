@@ -12,9 +12,10 @@ import zmq
 import zmq.asyncio
 
 from fakes import ScriptedSampler
-from hone.envs import Rubric, SingleTurn, Task, reward, user
+from hone.config.recipe import Recipe
+from hone.envs import Limits, Rubric, SingleTurn, Task, reward, user
 from hone.envs.stalls import STALLED
-from hone.envs.worker import Worker
+from hone.envs.worker import Worker, limits_from
 from hone.schema.rollouts import (
     WORKER_CHANNEL,
     Farewell,
@@ -37,6 +38,15 @@ TASK = Task(prompt=(user("say yes"),), reference="yes")
 @reward
 def exact(answer, reference):
     return answer == reference
+
+
+def test_a_recipe_sets_the_budgets_and_the_deadline_of_rollouts():
+    budgets = {"max_turns": 3, "max_tool_calls": 5, "rollout_timeout_seconds": 7}
+    recipe = Recipe.model_validate(
+        {"model": {"path": "somewhere"}, "environments": [{"name": "single"}], "rl": budgets}
+    )
+    assert limits_from(recipe) == Limits(max_turns=3, max_tool_calls=5, deadline_seconds=7)
+    assert limits_from(recipe.model_copy(update={"rl": None})) == Limits()
 
 
 ENVIRONMENT = SingleTurn(name="single", rubric=Rubric([exact]), train=[TASK])

@@ -20,7 +20,7 @@ from hone.envs import (
     reward,
     user,
 )
-from hone.evals.evaluate import Cell, Pending, Plan, complete, evaluate
+from hone.evals.evaluate import MIN_OUTAGE, Cell, Pending, Plan, complete, evaluate
 from hone.evals.report import UNFINISHED, comparison_table, result_table
 from hone.evals.results import Prices
 from hone.evals.storage import Settings, read_outcomes, read_result, read_traces
@@ -368,6 +368,25 @@ async def test_the_cells_of_a_model_share_its_places():
     assert sampler.max_waiting == 4
     assert (one.progress.num_done, other.progress.num_done) == (6, 6)
     assert seen[:2] == [True, True]
+
+
+async def test_nothing_more_begins_during_an_outage_of_the_model(tmp_path):
+    gone = ScriptedSampler([ConnectionError("gone")])
+    result = await run(gone, environment_of(100), num_tasks=100, attempts=1, max_concurrent=4, folder=tmp_path)
+    assert MIN_OUTAGE <= len(gone.calls) < MIN_OUTAGE + 4
+    assert result.shortcoming == f"{100 - len(gone.calls)} of 100 rollouts are missing"
+    again = await run(
+        ScriptedSampler(answer_even_ones), environment_of(100), num_tasks=100, attempts=1, folder=tmp_path
+    )
+    assert (again.shortcoming, again.reward.mean) == (None, 0.5)
+
+
+async def test_failures_among_answers_are_no_outage():
+    def answer(branch):
+        return "no" if branch[-1].message.content.endswith("0") else ConnectionError("gone")
+
+    result = await run(ScriptedSampler(answer), environment_of(100), num_tasks=100, attempts=1, max_concurrent=4)
+    assert (result.num_rollouts, result.num_failed) == (100, 90)
 
 
 async def test_an_environment_that_cannot_tell_what_is_solved_costs_the_rollout_only():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hone.evals.statistics import (
+    RunningMean,
     estimate_mean,
     estimate_pass_all,
     estimate_pass_at,
@@ -158,6 +159,34 @@ def test_the_interval_of_pass_at_k_covers_the_truth():
         estimate = estimate_pass_at(4, tasks)
         covered += estimate.low <= fmean(1 - (1 - chance) ** 4 for chance in (0.05, 0.5)) <= estimate.high
     assert 0.92 <= covered / 300 <= 0.995
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcdef"), st.sampled_from([0.0, 1.0]) | st.floats(-3, 3)), min_size=1, max_size=40
+    ),
+    st.booleans(),
+)
+def test_a_running_mean_says_what_the_mean_of_the_same_values_says(values, binary):
+    running, tasks = RunningMean(), {}
+    for task, value in values:
+        value = float(value > 0) if binary else value
+        running.add(task, value)
+        tasks.setdefault(task, []).append(value)
+        found, expected = running.estimate(), estimate_mean(tasks)
+        assert found.num_tasks == expected.num_tasks
+        for name in ("mean", "low", "high", "standard_error"):
+            ours, theirs = getattr(found, name), getattr(expected, name)
+            assert ours == theirs if theirs is None else ours == pytest.approx(theirs, abs=1e-6)
+    for task, value in values[1:]:
+        running.remove(task, float(value > 0) if binary else value)
+    task, value = values[0]
+    left = running.estimate()
+    assert (left.num_tasks, left.mean) == (1, pytest.approx(float(value > 0) if binary else value, abs=1e-6))
+
+
+def test_no_values_have_no_running_mean():
+    assert RunningMean().estimate() is None
 
 
 def test_one_task_alone_tells_no_interval_of_a_mean():

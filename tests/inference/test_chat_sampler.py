@@ -83,7 +83,7 @@ async def test_lasting_trouble_is_given_up_as_a_lost_engine(trouble):
 
 
 async def test_an_endpoint_that_is_busy_is_asked_until_the_deadline():
-    endpoint = Endpoint(*[429] * 20, "ok")
+    endpoint = Endpoint(*[429] * (MAX_TRIES + 2), "ok")
     assert (await sample(endpoint)).message.content == "hi"
     busy = Endpoint(429)
     with pytest.raises(EngineLost, match="answered 429: trouble 429"):

@@ -205,7 +205,7 @@ class World:
         state = d.State(self.limits)
         for number in [*(number for number in self.groups if number not in self.complete), *self.complete]:
             group = self.groups[number]
-            copy = d.Group(group.version, dict(group.pending), dict(group.rewards), group.min_version)
+            copy = d.Group(group.version, dict(group.pending), dict(group.rewards), min_version=group.min_version)
             state.restore_group(number, copy)
         state.next_group = len(self.groups) + len(self.outcomes)
         state.num_batches = len(self.batches)

@@ -188,9 +188,9 @@ def test_attempts_that_are_scored_together_are_one_request():
     assert first.attempts == [0, 1, 2]
     assert under_way.environment_of((first.group, 2)) == "e"
     under_way.finish((first.group, 0), trace(first, 1.0))
-    assert under_way.fail((first.group, 1), FailureClass.JUDGE, is_final=True) is None
+    assert under_way.fail((first.group, 1), FailureClass.TOOL, is_final=True) is None
     assert [request.attempts for request in under_way.start()] == [[0, 1, 2]]
-    again = under_way.fail((first.group, 2), FailureClass.JUDGE)
+    again = under_way.fail((first.group, 2), FailureClass.TOOL)
     assert again.attempts == [2]
     assert under_way.waits_for((first.group, 2))
 

@@ -1,6 +1,7 @@
 """`hone eval`: run evaluations; compare and report what they found."""
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -130,8 +131,9 @@ def compare(
     from hone.evals.comparison import compare as compare_outcomes
     from hone.evals.folders import find_cells, shared_environments, two_models
     from hone.evals.report import difference_table, flip_table
+    from hone.launch.board import WIDTH
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if second is None:
         first, second = two_models(first)
     names = _told_apart(first, second)

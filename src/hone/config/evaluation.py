@@ -64,6 +64,8 @@ class LimitsSection(Section):
 
     max_turns: Positive | None = None
     """Truncate after this many turns; default: the environment's own limit."""
+    max_tool_calls: Positive | None = None
+    """Truncate when more tools than this were called; default: the environment's own limit."""
     max_tokens: Positive | None = None
     """Truncate after this many sampled tokens over all turns; default: no limit."""
     budget_seconds: PositiveFloat | None = None

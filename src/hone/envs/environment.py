@@ -4,10 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 from hone.envs.failures import failures_as
-from hone.envs.rollout import Rollout
+from hone.envs.rollout import Elsewhere, Rollout
 from hone.envs.rubric import Rubric
 from hone.envs.sources import Tasks, tasks_from
 from hone.schema.messages import Message, ToolSpec
+from hone.schema.remote import Loaded
 from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, Trace
 
@@ -54,6 +55,7 @@ class Environment(ABC):
         self.max_turns = max_turns
         self.max_tool_calls = max_tool_calls
         self.tools = tuple(tools)
+        self.elsewhere: Elsewhere | None = None
         self._train = tasks_from(train)
         self._held_out = tasks_from(held_out)
         self._gold = gold
@@ -158,3 +160,17 @@ class MultiTurn(Environment):
     @abstractmethod
     async def reply(self, rollout: Rollout) -> Sequence[Message] | None:
         """What the environment says to the policy's latest turn (`rollout.answer`); None ends the rollout."""
+
+
+def description(environment: Environment) -> Loaded:
+    """What another Python is told of an environment."""
+    return Loaded(
+        name=environment.name,
+        version=environment.version,
+        num_train_tasks=environment.num_train_tasks,
+        num_held_out_tasks=environment.num_held_out_tasks,
+        has_gold=environment.has_gold,
+        has_difficulty=environment.has_difficulty,
+        scores_groups=environment.scores_groups,
+        group_seconds=environment.rubric.group_seconds,
+    )

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -21,9 +21,21 @@ if TYPE_CHECKING:  # the package takes half a second and comes with an extra
 
 CONNECT_SECONDS = 30.0
 CLOSE_SECONDS = 15.0
-LATE_SECONDS = 5.0
+PROBE_SECONDS = 5.0
 
 MakeClient = Callable[[], AbstractAsyncContextManager["mcp.Client"]]
+
+
+class Settings(TypedDict, total=False):
+    """What `McpServer` takes however the server is reached."""
+
+    per_rollout: bool
+    only: Sequence[str] | None
+    prefix: str
+    connect_seconds: float
+    timeout_seconds: float
+    on_error: OnError | None
+    max_characters: int
 
 
 class McpServer:
@@ -37,10 +49,12 @@ class McpServer:
     The rollouts of a process share one connection, which is made by the first of them. A server that keeps what belongs
     to one conversation needs a connection, and over stdio a process, for each rollout: per_rollout=True.
 
-    What the server reports as an error of a tool is one (`ToolError`). A server that does not start, dies, or breaks
-    the connection is a failure of class tool for the rollouts under way; the next rollout connects anew.
+    What the server reports as an error of a tool is one (`ToolError`), and a call that takes longer than
+    `timeout_seconds` is late (`TimeoutError`). A server that does not come up within `connect_seconds`, hangs, dies, or
+    breaks the connection is a failure of class tool for the rollouts under way; the next rollout connects anew.
 
     only: the names of the tools to show, all by default. prefix: put before their names, to tell servers apart.
+    on_error, max_characters: of each tool, as in `tool`.
     """
 
     def __init__(
@@ -76,7 +90,7 @@ class McpServer:
         *,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
-        **settings: Any,
+        **settings: Unpack["Settings"],
     ) -> Self:
         """A server that is started as a process and spoken to over its standard input and output.
 
@@ -91,7 +105,7 @@ class McpServer:
         return cls(" ".join(command), lambda: mcp.Client(parameters), **settings)
 
     @classmethod
-    def http(cls, url: str, *, headers: Mapping[str, str] | None = None, **settings: Any) -> Self:
+    def http(cls, url: str, *, headers: Mapping[str, str] | None = None, **settings: Unpack["Settings"]) -> Self:
         """A server that is reached over streamable HTTP. headers: sent with every request."""
         _package()
         return cls(url, lambda: _http_client(url, dict(headers or {})), **settings)
@@ -112,14 +126,15 @@ class McpServer:
     async def close(self) -> None:
         """End the connection that the rollouts of this event loop share; the next rollout makes another."""
         connection = self._shared.pop(asyncio.get_running_loop(), None)
-        if connection is not None:
+        while connection is not None:
             await connection.close()
+            connection = connection.before
 
     async def _shared_connection(self) -> "_Connection":
         loop = asyncio.get_running_loop()
         connection = self._shared.get(loop)
         if connection is None or connection.is_broken:
-            connection = self._shared[loop] = _Connection(self.name, self._make_client)
+            connection = self._shared[loop] = _Connection(self.name, self._make_client, before=connection)
         await connection.ready(self._connect_seconds)
         return connection
 
@@ -160,11 +175,13 @@ class _Call:
 class _Connection:
     """One session with a server, owned by a task of its own, whose troubles cannot cancel a rollout.
 
-    specs: the server's tools by the names it gives them, once it is ready.
+    specs: the server's tools by the names it gives them, once it is ready. before: the broken connection that this one
+    takes the place of, as long as it is being closed.
     """
 
     server: str
     make_client: MakeClient
+    before: "_Connection | None" = None
     specs: dict[str, ToolSpec] = field(default_factory=dict)
     is_broken: bool = False
     _client: "mcp.Client | None" = None
@@ -174,6 +191,8 @@ class _Connection:
     _owner: asyncio.Task[None] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.before is not None and self.before._owner.done():
+            self.before = self.before.before
         self._owner = asyncio.create_task(self._own(), name=f"MCP server {self.server}")
 
     async def ready(self, seconds: float) -> None:
@@ -189,29 +208,37 @@ class _Connection:
     async def call(self, name: str, arguments: dict[str, Any], seconds: float) -> str:
         """What the server answers; `ToolError` for a tool's error, `TimeoutError` for a late one."""
         import mcp  # see TYPE_CHECKING
-        from mcp_types import INTERNAL_ERROR, INVALID_PARAMS, REQUEST_TIMEOUT
+        from mcp_types import CONNECTION_CLOSED, INVALID_PARAMS, INVALID_REQUEST, REQUEST_TIMEOUT
 
         if self.is_broken or self._client is None:
             raise self._failure(name)
         try:
-            async with deadline(seconds + LATE_SECONDS):
+            async with deadline(seconds + PROBE_SECONDS):
                 result = await self._client.call_tool(name, arguments, read_timeout_seconds=seconds)
         except mcp.MCPError as error:
-            if error.code == REQUEST_TIMEOUT:
-                raise TimeoutError(f"took longer than {seconds:g} s") from error
-            if error.code in (INVALID_PARAMS, INTERNAL_ERROR):
+            if error.code == INVALID_PARAMS:
                 raise ToolError(error.message) from error
+            if error.code == REQUEST_TIMEOUT and await self._answers(self._client):
+                raise TimeoutError(f"took longer than {seconds:g} s") from error
+            if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST, REQUEST_TIMEOUT):  # of this call alone
+                raise RolloutFailure(FailureClass.TOOL, f"MCP {name}", f"server {self.server}: {error}") from error
             self._give_up(error)
             raise self._failure(name) from error
-        except TimeoutError:
-            raise
-        except Exception as error:  # streams of anyio, HTTP clients: none of them is the tool's
+        except Exception as error:  # of streams and HTTP clients: none of it is the tool's
             self._give_up(error)
             raise self._failure(name) from error
-        text = _text(result)
         if result.is_error:
-            raise ToolError(text)
-        return text
+            raise ToolError(_text(result))
+        return _text(result)
+
+    async def _answers(self, client: "mcp.Client") -> bool:
+        """Whether the server does anything at all: a tool may be late, a server that hangs is no word on the policy."""
+        try:
+            async with deadline(PROBE_SECONDS):
+                await client.list_tools(cache_mode="refresh")
+        except Exception:  # whatever it is, the server gave no answer
+            return False
+        return True
 
     async def close(self) -> None:
         """End the session, and the process if there is one; both are bounded."""

@@ -2,7 +2,7 @@
 
 `RemoteEnvironment` asks a process of that Python for tasks, gold answers and what counts as solved, over its standard
 input and output: each message is its length in four bytes and a typed envelope. Its rollouts run in env workers that
-are started with that Python. The process is `python -m hone.envs.remote`; it ends with its input.
+are started with that Python or, in an evaluation, through `hone.envs.relay`. The process is `python -m hone.envs.remote`; it ends with its input.
 """
 
 import contextlib
@@ -20,9 +20,10 @@ from typing import IO, Any, TypeVar
 import msgspec
 
 from hone.config.recipe import EnvironmentSection
-from hone.envs.environment import Environment
-from hone.envs.failures import RolloutFailure, describe
+from hone.envs.environment import Environment, description
+from hone.envs.failures import describe
 from hone.envs.registry import EnvironmentLoadError, load_environment
+from hone.envs.relay import RolloutRelay
 from hone.envs.rollout import Rollout
 from hone.envs.rubric import Rubric, reward
 from hone.envs.sources import Tasks
@@ -43,7 +44,7 @@ from hone.schema.remote import (
     TaskWanted,
 )
 from hone.schema.tasks import Task
-from hone.schema.traces import FailureClass, Trace
+from hone.schema.traces import Trace
 from hone.schema.wire import Wire, WireError
 
 LOAD_SECONDS = 600.0
@@ -75,7 +76,7 @@ def environment_of(section: EnvironmentSection) -> Environment:
 
 
 class RemoteEnvironment(Environment):
-    """The tasks of an environment in another Python. Its rollouts run in env workers, not here.
+    """The tasks of an environment in another Python, and rollouts there.
 
     Raises `EnvironmentLoadError` when that Python has no hone, another version of it, or not this environment.
     """
@@ -92,7 +93,7 @@ class RemoteEnvironment(Environment):
             gold=self._ask_gold if loaded.has_gold else None,
             difficulty=self._ask_difficulty if loaded.has_difficulty else None,
         )
-        self._python = python
+        self.elsewhere = self._relay = RolloutRelay(Load(name, dict(arguments)), python, loaded.group_seconds)
         # Not to be waited for when the environment is no longer used: it would never end by itself.
         self._closing = weakref.finalize(self, self._remote.close)
 
@@ -101,16 +102,18 @@ class RemoteEnvironment(Environment):
         return self._remote.ask(IsSolved(trace), Solved).is_solved
 
     async def run(self, rollout: Rollout) -> None:
-        """Rollouts need the environment's code."""
-        raise RolloutFailure(
-            FailureClass.ENVIRONMENT,
-            "run",
-            f"environment {self.name!r} is installed in {self._python} and runs in env workers only",
-        )
+        """Never called: `elsewhere` runs whole rollouts."""
+        raise AssertionError(f"environment {self.name!r} runs elsewhere")
 
     def close(self) -> None:
-        """End the other process; it is started again when it is asked."""
+        """End the other processes; they are started again when they are needed."""
         self._remote.close()
+        self._relay.close()
+
+    async def aclose(self) -> None:
+        """As `close`, within the event loop that rollouts ran in; waits until they have ended."""
+        self._remote.close()
+        await self._relay.aclose()
 
     def _task(self, index: int, *, is_held_out: bool) -> Task:
         return self._remote.ask(TaskWanted(index, is_held_out), TaskGiven).task
@@ -304,16 +307,7 @@ class _Server:
     def _load(self, question: Load) -> Loaded:
         _check_worker()
         environment = self._environment = load_environment(question.name, **question.arguments)
-        return Loaded(
-            name=environment.name,
-            version=environment.version,
-            num_train_tasks=environment.num_train_tasks,
-            num_held_out_tasks=environment.num_held_out_tasks,
-            has_gold=environment.has_gold,
-            has_difficulty=environment.has_difficulty,
-            scores_groups=environment.scores_groups,
-            group_seconds=environment.rubric.group_seconds,
-        )
+        return description(environment)
 
 
 def _check_worker() -> None:

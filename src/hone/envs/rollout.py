@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import msgspec
 
@@ -291,6 +291,24 @@ class Underway:
 underway: ContextVar[Underway | None] = ContextVar("underway", default=None)
 
 
+class Elsewhere(Protocol):
+    """Where the rollouts of an environment run that is installed in another Python."""
+
+    async def attempt(
+        self,
+        task: Task,
+        attempts: Sequence[int],
+        sampler: Sampler,
+        sampling: SamplingParameters,
+        seed: int,
+        limits: Limits,
+        group: str,
+        as_group: bool,
+    ) -> list[Trace]:
+        """As `run_group`, or as `run_rollout` of the one attempt."""
+        ...
+
+
 class Stopped(Exception):
     """Ends a rollout from inside `turn`, `count_tool_calls` or `stop`; environment code lets it pass."""
 
@@ -313,6 +331,10 @@ async def run_rollout(
     calling task passes, after the environment's teardown. is_alone: the rollout is its whole group; if not, its trace
     lacks the group's rewards, which `Rubric.score_group` adds.
     """
+    if environment.elsewhere is not None:
+        traces = await environment.elsewhere.attempt(task, [attempt], sampler, sampling, seed, limits, group, False)
+        return traces[0]
+    await take_turn()
     started_at, stopwatch = time.time(), _Stopwatch()
     rollout = Rollout(
         task,
@@ -331,7 +353,6 @@ async def run_rollout(
     before = underway.set(Underway(environment.name, group, rollout))
     try:
         async with asyncio.timeout(limits.deadline_seconds):
-            await take_turn()
             with failures_as(FailureClass.ENVIRONMENT, "setup"):
                 await environment.setup(rollout)
             stopwatch.enter("run")
@@ -382,6 +403,8 @@ async def run_group(
     group: str = "",
 ) -> list[Trace]:
     """Attempt `task` once for each of `attempts`, at the same time; the traces come in the order of `attempts`."""
+    if environment.elsewhere is not None:
+        return await environment.elsewhere.attempt(task, attempts, sampler, sampling, seed, limits, group, True)
     async with asyncio.TaskGroup() as tasks:
         running = [
             tasks.create_task(

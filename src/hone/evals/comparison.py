@@ -85,13 +85,14 @@ def paired_difference(first: Mapping[str, Sequence[float]], second: Mapping[str,
         return None
     means = [(fmean(first[task]), fmean(second[task])) for task in shared]
     differences = [theirs - ours for ours, theirs in means]
-    low, high = student_interval(differences)
+    mean, error = fmean(differences), clustered_error(differences)
+    low, high = student_interval(mean, error, len(differences))
     return Difference(
         num_tasks=len(shared),
         first=fmean(ours for ours, _ in means),
         second=fmean(theirs for _, theirs in means),
-        mean=fmean(differences),
-        standard_error=clustered_error(differences),
+        mean=mean,
+        standard_error=error,
         low=low,
         high=high,
         p_value=sign_flip_p_value(differences),

@@ -16,14 +16,18 @@ from hone.envs.rollout import Limits, run_group, run_rollout
 from hone.envs.sampler import Sampler
 from hone.evals.asked import held_out_tasks
 from hone.evals.results import MAX_FAILED_SHARE, EvalResult, Outcome, Prices, Usage, outcome_of, summarise
-from hone.evals.statistics import Estimate, estimate_mean
-from hone.evals.storage import EvalFolder, Settings, replace_outcome
+from hone.evals.statistics import Estimate, RunningMean
+from hone.evals.storage import EvalFolder, Settings
 from hone.schema.sampling import SamplingParameters
 from hone.schema.tasks import Task
-from hone.schema.traces import Trace
+from hone.schema.traces import FailureClass, Trace
 
 DEADLINES = ("deadline_seconds", "teardown_seconds")
 """Limits that fail a rollout rather than change its score: another one continues the same evaluation."""
+
+
+MIN_OUTAGE = 32
+"""So many rollouts in a row that the model did not answer, or as many as run at once, are an outage of the model."""
 
 
 class Pending(StrEnum):
@@ -100,8 +104,8 @@ class Progress:
 class Cell:
     """One model on one environment: what is asked, what is there, what is still to run. Use as a context.
 
-    Entering reads what an earlier process has left in the plan's folder. Leaving it by an error (an interruption, say) writes
-    down the outcomes so far.
+    Entering reads what an earlier process has left in the plan's folder. Leaving by an error (an interruption, say)
+    writes down the outcomes so far.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -111,6 +115,7 @@ class Cell:
         self._settings = plan.settings
         self._files = None if plan.folder is None else EvalFolder(plan.folder, self._settings)
         self._outcomes: dict[tuple[str, int], Outcome] = {}
+        self._rewards = RunningMean()
         self._messages: dict[tuple[str, int], str] = {}
         self._num_groups: Counter[str] = Counter()
         self._began: float | None = None
@@ -150,13 +155,11 @@ class Cell:
         tasks = {task.key: task for task, _ in pending}
         return [(task, list(range(self.plan.attempts))) for task in tasks.values()]
 
-    async def run(self, task: Task, attempts: list[int], sampler: Sampler) -> None:
+    async def run(self, task: Task, attempts: list[int], sampler: Sampler) -> list[Outcome]:
         """Run one of the `units` and keep what became of it."""
         if self.plan.environment.scores_groups:
-            await self._run_group(task, attempts, sampler)
-        else:
-            for attempt in attempts:
-                await self.attempt(task, attempt, sampler)
+            return await self._run_group(task, attempts, sampler)
+        return [await self.attempt(task, attempt, sampler) for attempt in attempts]
 
     async def attempt(self, task: Task, attempt: int, sampler: Sampler) -> Outcome:
         """Run one rollout and keep what became of it."""
@@ -183,11 +186,7 @@ class Cell:
 
     def reward(self) -> Estimate | None:
         """The mean reward so far."""
-        tasks: dict[str, list[float]] = {}
-        for outcome in self._outcomes.values():
-            if outcome.failure is None:
-                tasks.setdefault(outcome.task, []).append(outcome.reward)
-        return estimate_mean(tasks)
+        return self._rewards.estimate()
 
     def failure_messages(self) -> list[str]:
         """What was said of each attempt that failed, and did not succeed since."""
@@ -229,7 +228,7 @@ class Cell:
             return which is not Pending.FAILED
         return outcome.failure is not None and which is not Pending.MISSING
 
-    async def _run_group(self, task: Task, attempts: list[int], sampler: Sampler) -> None:
+    async def _run_group(self, task: Task, attempts: list[int], sampler: Sampler) -> list[Outcome]:
         plan, began = self.plan, self._begin()
         # A name for each time that the group runs: traces of different times must not be mixed when they are read again.
         group = f"{self._settings.group_of(task)}-{self._num_groups[task.key]}"
@@ -239,8 +238,9 @@ class Cell:
         )
         for trace in traces:
             self._record(trace)
-        self._take_group(traces)
+        outcomes = self._take_group(traces)
         self._seconds = time.perf_counter() - began
+        return outcomes
 
     def _begin(self) -> float:
         if self._began is None:
@@ -261,34 +261,41 @@ class Cell:
             if len(group) == self.plan.attempts:  # one whose end is missing runs again
                 self._take_group(group)
 
-    def _take_group(self, traces: list[Trace]) -> None:
+    def _take_group(self, traces: list[Trace]) -> list[Outcome]:
         """Keep a group as a whole, if it has as many valid rollouts as what is there: rewards of two do not mix."""
-        before = [self._outcomes.get((trace.task.key, trace.attempt)) for trace in traces]
-        num_valid_before = sum(outcome is not None and outcome.failure is None for outcome in before)
-        if sum(trace.failure is None for trace in traces) < num_valid_before:
+        keys = [(trace.task.key, trace.attempt) for trace in traces]
+        before = [self._outcomes[key] for key in keys if key in self._outcomes]
+        if sum(trace.failure is None for trace in traces) < sum(outcome.failure is None for outcome in before):
             for trace in traces:
                 self.usage.add(trace)
-            return
-        for trace in traces:
-            outcome = self._outcomes.pop((trace.task.key, trace.attempt), None)
-            if outcome is not None:
-                self.progress.count(outcome, -1)
-        for trace in traces:
-            self._take(trace)
+            return [outcome_of(trace, self.plan.environment.is_solved) for trace in traces]
+        for key in keys:
+            self._forget(key)
+        return [self._take(trace) for trace in traces]
 
     def _take(self, trace: Trace) -> Outcome:
+        self.usage.add(trace)
         outcome = outcome_of(trace, self.plan.environment.is_solved)
         key = outcome.task, outcome.attempt
-        before = self._outcomes.get(key)
-        replace_outcome(self._outcomes, outcome)
-        if before is not None:
-            self.progress.count(before, -1)
-        self.progress.count(self._outcomes[key])
-        self._messages.pop(key, None)
-        if trace.failure is not None and self._outcomes[key].failure is not None:
+        if outcome.failure is not None and key in self._outcomes and self._outcomes[key].failure is None:
+            return outcome  # a failure is never kept instead of a valid one
+        self._forget(key)
+        self._outcomes[key] = outcome
+        self.progress.count(outcome)
+        if outcome.failure is None:
+            self._rewards.add(outcome.task, outcome.reward)
+        elif trace.failure is not None:
             self._messages[key] = f"{trace.failure.kind}: {trace.failure.where}: {trace.failure.message}"
-        self.usage.add(trace)
         return outcome
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        outcome = self._outcomes.pop(key, None)
+        if outcome is None:
+            return
+        self.progress.count(outcome, -1)
+        self._messages.pop(key, None)
+        if outcome.failure is None:
+            self._rewards.remove(outcome.task, outcome.reward)
 
 
 async def complete(
@@ -299,22 +306,40 @@ async def complete(
     pending: Pending = Pending.BOTH,
     progress: Callable[[Cell], None] | None = None,
 ) -> None:
-    """Run what is pending in the cells of one model, a bounded number at once: the cells in turn, without a pause between."""
+    """Run what is pending in the cells of one model, a bounded number at once: the cells in turn, without a pause between.
+
+    During an outage of the model nothing more begins: what has not run stays missing, instead of failing one by one.
+    """
     if max_concurrent < 1:
         raise ValueError(f"max_concurrent {max_concurrent} must be positive")
     work = [(cell, task, attempts) for cell in cells for task, attempts in cell.units(pending)]
     largest = max((len(attempts) for _, _, attempts in work), default=1)
-    remaining = iter(work)
+    remaining = _Remaining(iter(work), max(MIN_OUTAGE, max_concurrent))
     async with asyncio.TaskGroup() as running:
         for _ in range(min(max(1, max_concurrent // largest), len(work))):
             running.create_task(_work(remaining, sampler, progress))
 
 
-async def _work(
-    remaining: Iterator[tuple[Cell, Task, list[int]]], sampler: Sampler, progress: Callable[[Cell], None] | None
-) -> None:
+@dataclass(slots=True)
+class _Remaining:
+    """What has not begun, until `outage` rollouts in a row were not answered."""
+
+    work: Iterator[tuple[Cell, Task, list[int]]]
+    outage: int
+    num_unanswered: int = 0
+
+    def __iter__(self) -> Iterator[tuple[Cell, Task, list[int]]]:
+        while self.num_unanswered < self.outage and (following := next(self.work, None)) is not None:
+            yield following
+
+    def note(self, outcome: Outcome) -> None:
+        self.num_unanswered = self.num_unanswered + 1 if outcome.failure is FailureClass.MODEL else 0
+
+
+async def _work(remaining: _Remaining, sampler: Sampler, progress: Callable[[Cell], None] | None) -> None:
     for cell, task, attempts in remaining:
-        await cell.run(task, attempts, sampler)
+        for outcome in await cell.run(task, attempts, sampler):
+            remaining.note(outcome)
         if progress is not None:
             progress(cell)
 

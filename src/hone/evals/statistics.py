@@ -42,15 +42,55 @@ def estimate_mean(values_of_tasks: Mapping[str, Sequence[float]]) -> Estimate | 
     means = [fmean(values) for values in values_of_tasks.values()]
     if all(value in (0, 1) for values in values_of_tasks.values() for value in values):
         return estimate_proportion(means, num_values=sum(map(len, values_of_tasks.values())))
-    low, high = student_interval(means)
-    return Estimate(fmean(means), low, high, len(means), clustered_error(means))
+    return _mean_estimate(fmean(means), clustered_error(means), len(means))
 
 
 def estimate_proportion(shares: Sequence[float], num_values: float) -> Estimate:
     """The mean of one share in [0, 1] for each task; num_values: independent trials behind them at most."""
-    mean = fmean(shares)
-    low, high = _wilson_interval(mean, _effective_size(shares, mean, num_values))
-    return Estimate(mean, low, high, len(shares), clustered_error(shares))
+    return _proportion_estimate(fmean(shares), clustered_error(shares), len(shares), num_values)
+
+
+class RunningMean:
+    """What `estimate_mean` says of values that come and go one by one, at a cost that does not depend on their number."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, tuple[float, int]] = {}
+        self._num_values = 0
+        self._num_other = 0
+        self._sum = 0.0
+        self._sum_of_squares = 0.0
+
+    def add(self, task: str, value: float) -> None:
+        """One more value of a task."""
+        self._count(task, value, 1)
+
+    def remove(self, task: str, value: float) -> None:
+        """Take back a value that was added."""
+        self._count(task, value, -1)
+
+    def _count(self, task: str, value: float, times: int) -> None:
+        total, count = self._tasks.pop(task, (0.0, 0))
+        before = total / count if count else 0.0
+        total, count = total + times * value, count + times
+        after = total / count if count else 0.0
+        if count:
+            self._tasks[task] = total, count
+        self._num_values += times
+        self._num_other += times * (value not in (0, 1))
+        self._sum += after - before
+        self._sum_of_squares += after**2 - before**2
+
+    def estimate(self) -> Estimate | None:
+        """Over the values so far; None without any."""
+        num_tasks = len(self._tasks)
+        if not num_tasks:
+            return None
+        mean = self._sum / num_tasks
+        spread = max(0.0, self._sum_of_squares - num_tasks * mean**2)
+        error = math.sqrt(spread / (num_tasks - 1) / num_tasks) if num_tasks > 1 else None
+        if self._num_other:
+            return _mean_estimate(mean, error, num_tasks)
+        return _proportion_estimate(min(1.0, max(0.0, round(mean, 12))), error, num_tasks, self._num_values)
 
 
 def estimate_pass_at(k: int, solved_of_tasks: Iterable[Sequence[bool]]) -> Estimate | None:
@@ -99,13 +139,12 @@ def clustered_error(means: Sequence[float]) -> float | None:
     return stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
 
-def student_interval(means: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """Student's 95 % interval of the mean of independent task means; no bounds for fewer than two."""
-    error = clustered_error(means)
+def student_interval(mean: float, error: float | None, num_tasks: int) -> tuple[float, float] | tuple[None, None]:
+    """Student's 95 % interval of a mean of independent task means; error: their `clustered_error`."""
     if error is None:
         return None, None
-    reach = student_t(len(means) - 1) * error
-    return fmean(means) - reach, fmean(means) + reach
+    reach = student_t(num_tasks - 1) * error
+    return mean - reach, mean + reach
 
 
 def _estimate_of_k(
@@ -118,12 +157,21 @@ def _estimate_of_k(
     return estimate_proportion(shares, num_values=sum(len(solved) for solved in tasks) / k)
 
 
-def _effective_size(shares: Sequence[float], mean: float, num_values: float) -> float:
-    if len(shares) < 2 or num_values <= len(shares) or mean in (0, 1):
-        return len(shares)
-    variance = stdev(shares) ** 2 / len(shares)
-    size = mean * (1 - mean) / variance if variance else num_values
-    return min(size, num_values) * (Z / student_t(len(shares) - 1)) ** 2
+def _mean_estimate(mean: float, error: float | None, num_tasks: int) -> Estimate:
+    low, high = student_interval(mean, error, num_tasks)
+    return Estimate(mean, low, high, num_tasks, error)
+
+
+def _proportion_estimate(mean: float, error: float | None, num_tasks: int, num_values: float) -> Estimate:
+    low, high = _wilson_interval(mean, _effective_size(mean, error, num_tasks, num_values))
+    return Estimate(mean, low, high, num_tasks, error)
+
+
+def _effective_size(mean: float, error: float | None, num_tasks: int, num_values: float) -> float:
+    if error is None or num_values <= num_tasks or mean in (0, 1):
+        return num_tasks
+    size = mean * (1 - mean) / error**2 if error else num_values
+    return min(size, num_values) * (Z / student_t(num_tasks - 1)) ** 2
 
 
 def _wilson_interval(mean: float, size: float) -> tuple[float, float]:

@@ -178,16 +178,10 @@ def read_outcomes(folder: Path) -> list[Outcome]:
     latest: dict[tuple[str, int], Outcome] = {}
     for trace in read_traces(folder / TRACES):
         outcome = outcome_of(trace)
-        replace_outcome(latest, outcome)
+        key = outcome.task, outcome.attempt
+        if outcome.failure is None or key not in latest or latest[key].failure is not None:
+            latest[key] = outcome
     return list(latest.values())
-
-
-def replace_outcome(outcomes: dict[tuple[str, int], Outcome], outcome: Outcome) -> None:
-    """Keep the latest outcome of an attempt, but never a failure instead of a valid one."""
-    key = outcome.task, outcome.attempt
-    before = outcomes.get(key)
-    if outcome.failure is None or before is None or before.failure is not None:
-        outcomes[key] = outcome
 
 
 def read_result(folder: Path) -> EvalResult:

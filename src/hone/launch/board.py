@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from rich.text import Text
 from hone.evals.evaluate import Cell
 from hone.evals.report import shown_estimate
 
+WIDTH = 160
+"""Of tables in a file, where no terminal says how much there is room for."""
 REFRESH_SECONDS = 0.5
 QUIET_SECONDS = 60.0
 """Between two lines about everything, where the table cannot be shown."""
@@ -37,7 +40,7 @@ class Board:
     """Shows the cells while a body of code works on them; what it costs does not depend on the number of rollouts."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)

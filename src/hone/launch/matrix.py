@@ -48,11 +48,10 @@ async def evaluate_file(tree: EvaluationFile, board: Board, pending: Pending) ->
     # Everything that can be known to be wrong is found before the first rollout.
     sources = {model.name: _source(model, tree, board) for model in tree.models}
     plans = {Place(*names): plan for names, plan in _plans(tree, sources)}
-    folder = tree.folder
-    save_recipe(tree, folder / CONFIG)
-    save_machine(folder / "machine.json")
     with contextlib.ExitStack() as held:
         cells = {place: held.enter_context(Cell(plan)) for place, plan in plans.items()}
+        save_recipe(tree, tree.folder / CONFIG)
+        save_machine(tree.folder / "machine.json")
         async with board.showing(cells), asyncio.TaskGroup() as running:
             served = [model for model in tree.models if sources[model.name].is_served]
             for model in tree.models:
@@ -108,6 +107,7 @@ def limits_of(environment: EvaluatedEnvironment) -> Limits:
     section = environment.limits
     return Limits(
         max_turns=section.max_turns,
+        max_tool_calls=section.max_tool_calls,
         max_tokens=section.max_tokens,
         budget_seconds=section.budget_seconds,
         deadline_seconds=section.deadline_seconds,

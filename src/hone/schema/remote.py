@@ -4,9 +4,10 @@ from typing import Any
 
 import msgspec
 
-from hone.schema.messages import Message
+from hone.schema.messages import Message, ToolSpec
+from hone.schema.sampling import SamplingParameters, Turn
 from hone.schema.tasks import Task
-from hone.schema.traces import Trace
+from hone.schema.traces import Node, Trace
 
 
 class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,6 +85,62 @@ class Raised(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: str
     message: str
 
+
+class AttemptWanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Run rollouts of one task; answered by `Attempted`, after a `TurnWanted` for each turn.
+
+    as_group: score them together; else there is one. limits: the fields of `hone.envs.Limits`.
+    """
+
+    number: int
+    task: Task
+    attempts: list[int]
+    as_group: bool
+    sampling: SamplingParameters
+    seed: int
+    limits: dict[str, float | None]
+    group: str
+
+
+class Attempted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The traces, in the order of the attempts."""
+
+    number: int
+    traces: list[Trace]
+
+
+class Abandoned(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Nobody waits for these rollouts any more."""
+
+    number: int
+
+
+class TurnWanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A rollout wants the policy to continue; answered by `TurnGiven` or `TurnRefused`."""
+
+    request: int
+    number: int
+    branch: list[Node]
+    tools: list[ToolSpec]
+    sampling: SamplingParameters
+
+
+class TurnGiven(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the policy said."""
+
+    request: int
+    turn: Turn
+
+
+class TurnRefused(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why the policy did not answer."""
+
+    request: int
+    reason: str
+
+
+TO_ROLLOUTS = (Load, AttemptWanted, Abandoned, TurnGiven, TurnRefused)
+FROM_ROLLOUTS = (Loaded, Raised, Attempted, TurnWanted)
 
 QUESTIONS = (Load, TaskWanted, GoldWanted, DifficultyWanted, IsSolved)
 ANSWERS = (Loaded, TaskGiven, GoldGiven, DifficultyGiven, Solved, Raised)

@@ -16,6 +16,7 @@ CHUNK_TRACES = 64
 """Traces that are compressed together: attempts at one task lie side by side, and their prompts cost nothing twice."""
 MAX_CHARACTERS = 20_000
 """Characters of one message that are embedded."""
+FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,6 @@ class Row:
     attempt: int
     outcome: str
     is_truncated: bool
-    tokens: int
     reward: str
     title: str
 
@@ -48,18 +48,10 @@ class Browser:
 
 def browser_of(cells: Sequence[FoundCell], max_traces: int) -> Browser:
     """The traces of all cells, each cell's share of `max_traces` at most: the first tasks with all their attempts."""
-    rows: list[Row] = []
-    packed: list[str] = []
-    num_left_out = 0
     shares = fair_shares([len(cell.outcomes) for cell in cells], max_traces)
-    for index, (cell, most) in enumerate(zip(cells, shares, strict=True)):
-        solved = {(o.task, o.attempt): o.is_solved for o in cell.outcomes}
-        entries = _entries(cell)
-        num_left_out += max(0, len(entries) - most)
-        for trace, text in entries[:most]:
-            rows.append(_row(index, trace, solved.get((trace.task.key, trace.attempt), False)))
-            packed.append(text)
-    return Browser(rows, list(_chunks(packed)), num_left_out)
+    entries = [entry for index, share in enumerate(shares) for entry in _entries(index, cells[index], share)]
+    num_left_out = sum(len(cell.outcomes) for cell in cells) - len(entries)
+    return Browser([row for row, _ in entries], list(_chunks([text for _, text in entries])), num_left_out)
 
 
 def fair_shares(counts: Sequence[int], total: int) -> list[int]:
@@ -73,33 +65,18 @@ def fair_shares(counts: Sequence[int], total: int) -> list[int]:
     return shares
 
 
-def _entries(cell: FoundCell) -> list[tuple[Trace, str]]:
+def _entries(index: int, cell: FoundCell, most: int) -> list[tuple[Row, str]]:
     """One trace for each attempt, a valid one where there is any, tasks in the order in which they were first seen."""
-    latest: dict[tuple[str, int], tuple[Trace, str]] = {}
+    solved = {(outcome.task, outcome.attempt) for outcome in cell.outcomes if outcome.is_solved}
+    kept: dict[tuple[str, int], tuple[Row, str]] = {}
     places: dict[str, int] = {}
     for trace in read_traces(cell.folder / TRACES):
         key = trace.task.key, trace.attempt
-        places.setdefault(trace.task.key, len(places))
-        if trace.failure is None or key not in latest or latest[key][0].failure is not None:
-            latest[key] = _without_tokens(trace), _packed(trace)
-    return [latest[key] for key in sorted(latest, key=lambda key: (places[key[0]], key[1]))]
-
-
-def _without_tokens(trace: Trace) -> Trace:
-    """What the index needs: thousands of traces with their messages would not fit into memory."""
-    return Trace(
-        environment=trace.environment,
-        task=trace.task,
-        attempt=trace.attempt,
-        rewards=trace.rewards,
-        stop_reason=trace.stop_reason,
-        failure=trace.failure,
-        info={"tokens": trace.num_completion_tokens, "title": _title(trace)},
-    )
-
-
-def _title(trace: Trace) -> str:
-    return view(trace, 0).title.partition(" · ")[2]
+        place = places.setdefault(trace.task.key, len(places))
+        is_better = trace.failure is None or key not in kept or kept[key][0].outcome == FAILED
+        if is_better and place < most:  # each task before it has a trace: a later one cannot be among the first
+            kept[key] = _row(index, trace, key in solved), _packed(trace)
+    return [kept[key] for key in sorted(kept, key=lambda key: (places[key[0]], key[1]))][:most]
 
 
 def _row(cell: int, trace: Trace, is_solved: bool) -> Row:
@@ -108,11 +85,10 @@ def _row(cell: int, trace: Trace, is_solved: bool) -> Row:
         cell=cell,
         task=trace.task.key,
         attempt=trace.attempt,
-        outcome="failed" if failed else "solved" if is_solved else "unsolved",
+        outcome=FAILED if failed else "solved" if is_solved else "unsolved",
         is_truncated=trace.is_truncated,
-        tokens=trace.info["tokens"],
         reward="" if failed else f"{trace.reward:.3g}",
-        title=trace.info["title"],
+        title=view(trace, 0).title.partition(" · ")[2],
     )
 
 
