@@ -267,6 +267,16 @@ async def test_a_sandbox_that_cannot_be_created_fails_the_rollout_that_uses_it()
     assert trace.failure.kind is FailureClass.SANDBOX
 
 
+async def test_rollouts_leave_no_descriptor_open():
+    work = environment()
+    turn = calls(("python", {"code": "1"}), ("shell", {"command": "true"}))
+    await play(work, TASK, turn, "done")
+    before = sorted(os.listdir("/proc/self/fd"))
+    for answers in ((turn, "done"), (turn,), ("done",)):
+        await play(work, TASK, *answers)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
 async def test_a_sandbox_is_closed_whatever_happens():
     provider = Slow()
     provider.gate.set()

@@ -174,6 +174,7 @@ class LocalSandbox:
                 asyncio.get_running_loop().remove_reader(self._control)
                 self._control.close()
                 self._control = None
+            self._processes.clear()
             if self._folder.exists():  # its guardian was killed, or never came
                 await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
@@ -391,6 +392,12 @@ class LocalProcess:
     def let_go(self) -> None:
         """Close the pipes."""
         self._sandbox.forget(self._identity)
+        self._close_pipes()
+
+    def __del__(self) -> None:  # of a process that its owner forgot to close when the sandbox went
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
         for descriptor in {self._stdin, self._stdout, self._stderr} - {-1}:
             os.close(descriptor)
         self._stdin = self._stdout = self._stderr = -1
