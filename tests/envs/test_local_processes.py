@@ -311,6 +311,14 @@ async def test_a_folder_goes_whatever_a_program_did_to_it(sandbox):
     assert not sandbox._folder.exists()
 
 
+async def test_a_guardian_that_cannot_start_is_a_failure(monkeypatch):
+    provider = LocalProcesses()
+    monkeypatch.setattr(provider, "_spawn", lambda control: (_ for _ in ()).throw(OSError("no room for a process")))
+    with pytest.raises(RolloutFailure, match="no room for a process") as failure:
+        await provider.create(SandboxSpec())
+    assert failure.value.failure.kind is FailureClass.SANDBOX
+
+
 async def test_a_spawner_that_died_is_replaced():
     provider = LocalProcesses()
     await (await provider.create(SandboxSpec())).close()

@@ -63,6 +63,8 @@ class LocalProcesses:
 
     async def create(self, spec: SandboxSpec) -> "LocalSandbox":
         """A sandbox of this machine that is ready; raises a `RolloutFailure` of class sandbox."""
+        if sys.platform != "linux":
+            raise _failure("create", f"local processes need Linux, this is {sys.platform}; use another provider")
         if spec.image != "python":
             raise _failure("create", f"image {spec.image!r}: local processes have this machine's Python only")
         sandbox = LocalSandbox(spec)
@@ -117,9 +119,9 @@ class LocalSandbox:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._control = ours
+        asyncio.get_running_loop().add_reader(ours, self._receive)
         with theirs:
             spawn(theirs)
-        asyncio.get_running_loop().add_reader(ours, self._receive)
         ours.send(marshal.dumps(self._options(use_namespaces, use_landlock)))
         self.protections = await self._ready
 
@@ -172,6 +174,7 @@ class LocalSandbox:
                 asyncio.get_running_loop().remove_reader(self._control)
                 self._control.close()
                 self._control = None
+            self._processes.clear()
             if self._folder.exists():  # its guardian was killed, or never came
                 await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
@@ -219,9 +222,7 @@ class LocalSandbox:
             "HOME": str(self._work),
             "TMPDIR": str(self._folder / "tmp"),
             "LANG": "C.UTF-8",
-            "OMP_NUM_THREADS": str(
-                math.ceil(self.spec.cpus)
-            ),  # or libraries start a thread for each of the host's cores
+            "OMP_NUM_THREADS": str(math.ceil(self.spec.cpus)),  # libraries would count the host's cores
             **self.spec.env,
         }
 
@@ -391,6 +392,12 @@ class LocalProcess:
     def let_go(self) -> None:
         """Close the pipes."""
         self._sandbox.forget(self._identity)
+        self._close_pipes()
+
+    def __del__(self) -> None:  # of a process that its owner forgot to close when the sandbox went
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
         for descriptor in {self._stdin, self._stdout, self._stderr} - {-1}:
             os.close(descriptor)
         self._stdin = self._stdout = self._stderr = -1

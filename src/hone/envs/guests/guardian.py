@@ -72,6 +72,7 @@ def main() -> None:
     os.closerange(1, 4096)
     requests = Socket(AF_UNIX, SOCK_SEQPACKET, 0, 0)
     nothing = [os.open(os.devnull, os.O_RDWR) for _ in (1, 2)]
+    are_granted = are_namespaces_granted()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for guardians
     while True:
         data, ancillary, _, _ = requests.recvmsg(1, CMSG_SPACE(4))
@@ -82,11 +83,28 @@ def main() -> None:
             if not os.fork():
                 os.dup2(nothing[0], 0)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                guard(Socket(AF_UNIX, SOCK_SEQPACKET, 0, control))
+                guard(Socket(AF_UNIX, SOCK_SEQPACKET, 0, control), are_granted)
         os.close(control)
 
 
-def guard(control: Socket) -> None:
+def are_namespaces_granted() -> bool:
+    """Whether a guardian can enter namespaces and make more; tried out in a process that ends, for there is no way back.
+
+    Some systems let everybody enter a user namespace and refuse what makes it useful.
+    """
+    child = os.fork()
+    if not child:
+        with suppress(OSError):
+            if enter_namespaces("none"):
+                inner = os.fork()
+                if not inner:
+                    os._exit(1 if libc.unshare(CLONE_NEWPID) else 0)
+                os._exit(os.waitpid(inner, 0)[1] != 0)
+        os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def guard(control: Socket, are_granted: bool) -> None:
     """Be the guardian of one sandbox. Never returns."""
     has_namespaces = False
     options: dict[str, Any] = {}
@@ -97,7 +115,7 @@ def guard(control: Socket) -> None:
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         with suppress(OSError):
             os.sched_setaffinity(0, options["cores"])
-        has_namespaces = options["namespaces"] and enter_namespaces(options["network"])
+        has_namespaces = are_granted and options["namespaces"] and enter_namespaces(options["network"])
         if has_namespaces:
             inner = os.fork()
             if inner:
