@@ -1,6 +1,5 @@
 """`hone eval`: run evaluations; compare and report what they found."""
 
-import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from hone.cli.arguments import EXTRA, overrides
+from hone.cli.running import run_rollouts
 
 if TYPE_CHECKING:
     from hone.config.evaluation import EvaluationFile
@@ -95,7 +95,7 @@ def _evaluate_recipe(
     preflight(recipe)
     with claim(recipe) as folder:
         logs.configure("launcher", folder, console=False)
-        results = asyncio.run(
+        results = run_rollouts(
             evaluate_target(
                 recipe, folder, StageConsole(), target, name=name, model=model, api_key=api_key, pending=pending
             )
@@ -112,7 +112,7 @@ def _evaluate_file(tree: "EvaluationFile", pending: "Pending") -> bool:
     tree.folder.mkdir(parents=True, exist_ok=True)
     logs.configure("evaluation", tree.folder, console=False)
     board = Board()
-    results = asyncio.run(evaluate_file(tree, board, pending))
+    results = run_rollouts(evaluate_file(tree, board, pending))
     show_matrix({(place.model, place.environment): result for place, result in results.items()}, tree.folder, board)
     return all(result.shortcoming is None for result in results.values())
 

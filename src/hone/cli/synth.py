@@ -1,6 +1,5 @@
 """`hone synth`: training data from the rollouts of a teacher."""
 
-import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hone.cli.arguments import EXTRA, overrides
+from hone.cli.running import run_rollouts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +40,7 @@ def synth(
 
     settings = load_synthesis(file, overrides(context))
     console = StageConsole()
-    made = asyncio.run(_synthesise(settings, console))
+    made = run_rollouts(_synthesise(settings, console))
     console.table(_table(made))
     for path in made.files:
         typer.echo(path)
