@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -223,7 +224,7 @@ async def dead_sandbox(stack):
     """A sandbox whose guardian was killed."""
     sandbox = await LocalProcesses().create(SandboxSpec())
     stack.push_async_callback(sandbox.close)
-    sandbox._guardian.kill()
+    os.kill(sandbox._guardian, signal.SIGKILL)
     return sandbox
 
 
