@@ -81,7 +81,9 @@ async def test_models_from_a_folder_a_recipe_and_an_address_are_evaluated(server
     tree = load_evaluated(path)
     results = await evaluate_file(tree, quiet(), Pending.MISSING)
     assert set(results) == {Place(name, "reverse_text") for name in ("folder", "recipe", "address")}
-    assert all((result.num_rollouts, result.failures) == (6, {}) for result in results.values())
+    assert {place: (result.num_rollouts, result.failures) for place, result in results.items()} == {
+        place: (6, {}) for place in results
+    }
 
     def settings(name: str) -> object:
         return read_settings(tmp_path / "served" / name / "reverse_text")

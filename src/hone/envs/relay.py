@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import msgspec
 
@@ -58,7 +59,7 @@ class RolloutRelay:
         self._group_seconds = group_seconds
         self._numbers = itertools.count()
         self._channel: _Channel | None = None
-        self._starting = asyncio.Lock()
+        self._starting: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
     async def attempt(
         self,
@@ -100,8 +101,8 @@ class RolloutRelay:
             await channel.gone()
 
     async def _open(self) -> "_Channel":
-        async with self._starting:
-            loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        async with self._starting.setdefault(loop, asyncio.Lock()):
             if self._channel is None or self._channel.is_over or self._channel.loop is not loop:
                 self.close()
                 self._channel = await _Channel.start(self._load, self._python)

@@ -125,8 +125,8 @@ function drawLengths() {
 
 function drawEndings() {
   const endings = [...new Set(report.cells.flatMap((cell) => Object.keys(cell.endings)))];
-  const shades = { completed: "--c2", max_tokens: "--c1", max_turns: "--c6", timeout: "--c7" };
-  const failures = ["--bad", "--c3", "--c5", "--c0"];
+  const shades = { completed: "--c2", max_tokens: "--c1", max_turns: "--c6", max_tool_calls: "--c5", timeout: "--c7" };
+  const failures = ["--bad", "--c3", "--c0", "--soft"];
   const traces = endings.map((ending) => ({
     type: "bar", orientation: "h", name: escaped(ending), y: report.cells.map((cell) => escaped(`${cell.model} · ${cell.environment}`)),
     x: report.cells.map((cell) => cell.endings[ending] || 0),
