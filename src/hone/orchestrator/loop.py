@@ -37,6 +37,7 @@ from hone.observability.logs import fields
 from hone.observability.metrics import Metrics
 from hone.observability.spans import Spans
 from hone.orchestrator import decide as d
+from hone.orchestrator import events as e
 from hone.orchestrator.audit import group_name
 from hone.orchestrator.batching import Tally, make_batch
 from hone.orchestrator.curriculum import Outcome, curriculum_of, solve_rate
@@ -233,7 +234,7 @@ class Orchestrator:
         self._scored_together = {name for name, environment in environments.items() if environment.scores_groups}
         self._held_back: dict[str, dict[int, tuple[bytes, RolloutResult]]] = {}
         self._gathered: dict[str, tuple[RolloutRequest, int]] = {}
-        self._events: deque[d.Event] = deque()
+        self._events: deque[e.Event] = deque()
         self._reward_of_solved = {e.name: e.reward_of_solved for e in recipe.environments}
         self._draws: dict[int, Draw] = {}
         self._tasks: dict[int, tuple[str, Task | None]] = {}
@@ -303,11 +304,11 @@ class Orchestrator:
         self._send_requests()
         self._commit()
 
-    def _post(self, event: d.Event) -> None:
+    def _post(self, event: e.Event) -> None:
         self._events.append(event)
         self._wake.set()
 
-    def _decide(self, *events: d.Event) -> None:
+    def _decide(self, *events: e.Event) -> None:
         self._state, commands = d.decide(self._state, *events)
         if commands:
             self._moved_at = time.monotonic()
@@ -429,14 +430,14 @@ class Orchestrator:
         self._traces.setdefault(number, {})[attempt] = trace
         self._tally.add(self._tasks[number][0], trace, reward)
         self._ledger.finish(number, attempt, reward, version, location)
-        self._events.append(d.RolloutFinished(number, attempt, reward, version, agent_rewards))
+        self._events.append(e.RolloutFinished(number, attempt, reward, version, agent_rewards))
 
     def _fail(self, key: Key, kind: FailureClass, *, is_final: bool = False) -> None:
         group, attempt = key
         self._held_back.pop(group, None)
         if not group.startswith(PREFIX):
             self._tally.failures[kind] += 1
-            self._events.append(d.RolloutFailed(int(group), attempt, kind, is_final))
+            self._events.append(e.RolloutFailed(int(group), attempt, kind, is_final))
         elif self._evaluation is not None and self._evaluation.waits_for(key):
             request = self._evaluation.fail(key, kind, is_final=is_final)
             if request is not None:
@@ -498,60 +499,60 @@ class Orchestrator:
 
     # What was decided.
 
-    def _perform(self, command: d.Command) -> None:
+    def _perform(self, command: e.Command) -> None:
         match command:
-            case d.StartGroup(number, version):
+            case e.StartGroup(number, version):
                 self._start_group(number, version)
-            case d.RunAgain(number, attempt, failures):
+            case e.RunAgain(number, attempt, failures):
                 if failures:
                     self._ledger.retry(number, attempt, failures)
                 self._tally.num_again += 1
                 self._run_attempts(number, [attempt], total(failures))
-            case d.GiveUpAttempt(number, attempt, kind):
+            case e.GiveUpAttempt(number, attempt, kind):
                 self._tally.given_up[kind] += 1
                 self._ledger.fail(number, attempt, kind)
-            case d.FinishGroup(number):
+            case e.FinishGroup(number):
                 self._tell_curriculum(number, has_outcome=True)
                 self._ledger.finish_group(number)
-            case d.FilterGroup(number):
+            case e.FilterGroup(number):
                 self._tally.num_filtered += 1
                 self._tell_curriculum(number, has_outcome=True)
                 self._ledger.filter_group(number)
                 self._forget(number)
-            case d.DropGroup(number, kind):
+            case e.DropGroup(number, kind):
                 self._drop(number, str(kind))
-            case d.DropStaleGroup(number):
+            case e.DropStaleGroup(number):
                 self._tally.num_stale += 1
                 self._drop(number, "stale")
-            case d.CancelGroup(number):
+            case e.CancelGroup(number):
                 self._cancel(number)
-            case d.FormBatch(step, groups):
+            case e.FormBatch(step, groups):
                 self._form_batch(step, groups)
-            case d.OfferBatch(step):
+            case e.OfferBatch(step):
                 self._offer_batch(step)
-            case d.MarkTrained(step):
+            case e.MarkTrained(step):
                 self._ledger.train(step)
-            case d.ForgetBatches(step):
+            case e.ForgetBatches(step):
                 self._ledger.checkpoint(step)
                 self._after_commit.append(partial(self._delete_batches, step))
-            case d.LoadWeights(version):
+            case e.LoadWeights(version):
                 self._after_commit.append(partial(self._engine.want, version))
-            case d.StartEvaluation(version):
+            case e.StartEvaluation(version):
                 self._start_evaluation(version)
-            case d.EndEarly(last_step, reason):
+            case e.EndEarly(last_step, reason):
                 logger.warning("training ends early", extra=fields(last_step=last_step, reason=reason))
                 self._ledger.end_early(last_step)
-            case d.EndTraining(last_step):
+            case e.EndTraining(last_step):
                 self._tell_trainer(self._askers[last_step + 1], NoMoreBatches(last_step))
-            case d.GiveUpRun(num_filtered, num_failed, kind):
+            case e.GiveUpRun(num_filtered, num_failed, kind):
                 raise self._hopeless(num_filtered, num_failed, kind)
-            case d.GiveUpCollapsed(num_filtered, reward, trained_reward):
+            case e.GiveUpCollapsed(num_filtered, reward, trained_reward):
                 raise HopelessError(
                     f"policy collapsed: the last {num_filtered} groups had equal rewards of {reward:.4g} on average, below"
                     f" the {trained_reward:.4g} of the last batch; the checkpoints are kept: lower the learning rate, raise"
                     f" rl.loss.reference_kl or rl.group_size, and start a new run"
                 )
-            case d.EndRun():
+            case e.EndRun():
                 logger.info("all is trained and evaluated", extra=fields(step=self._state.last_step))
 
     def _start_group(self, number: int, version: int) -> None:
@@ -763,7 +764,7 @@ class Orchestrator:
         self._metrics.write(evaluation.metrics() | {"eval/duration_seconds": seconds}, evaluation.version)
         self._spans.record("evaluate", self._evaluation_began, seconds, version=evaluation.version)
         logger.info("evaluated", extra=fields(version=evaluation.version, reward=evaluation.reward))
-        self._events.append(d.EvaluationFinished(evaluation.version, evaluation.reward))
+        self._events.append(e.EvaluationFinished(evaluation.version, evaluation.reward))
 
     # Beginning and end.
 
@@ -781,7 +782,7 @@ class Orchestrator:
         for step in found.broken:
             self._make_again(step)
         self._restore_evaluations()
-        self._decide(d.Resumed())
+        self._decide(e.Resumed())
         for location, result in found.orphans:
             self._take_result(result, location)
         self._ledger.note_traces(self._writer.end)
@@ -821,7 +822,7 @@ class Orchestrator:
         for path in sorted(self._folder.evals.glob("v*.json")):
             report = json.loads(path.read_text())
             reward = report["reward_mean"]
-            self._events.append(d.EvaluationFinished(report["version"], -math.inf if reward is None else reward))
+            self._events.append(e.EvaluationFinished(report["version"], -math.inf if reward is None else reward))
             self._state.evaluated = max(self._state.evaluated, report["version"])
 
     def _recipe_token(self) -> str | None:
