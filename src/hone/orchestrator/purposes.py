@@ -1,4 +1,4 @@
-"""What rollouts are run for, training or an evaluation, as the ways of requests and results see it."""
+"""What rollouts are run for, training or an evaluation: all that requests and results need to know of either."""
 
 from collections.abc import Callable
 from typing import Protocol
