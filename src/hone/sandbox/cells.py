@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, ProgramCgroup
+from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, ProgramCgroup, sweep
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
 from hone.sandbox.native.build import build
@@ -71,6 +71,7 @@ class Cells:
     async def __aenter__(self) -> Self:
         self._require()
         self._nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        sweep(self.host.cgroups)
         self._cgroups = Cgroups(self.host.cgroups)
         return self
 
@@ -155,10 +156,11 @@ class Cells:
         )
 
     async def _spawner(self, *, shares_host_network: bool) -> "_Spawner":
-        if shares_host_network not in self._spawners:
-            spawner = self._spawners[shares_host_network] = _Spawner()
-            await spawner.start(self.host, own_network=not shares_host_network)
-        spawner = self._spawners[shares_host_network]
+        spawner = self._spawners.get(shares_host_network)
+        if spawner is None or spawner.is_lost:
+            if spawner is not None:
+                await spawner.close()
+            spawner = self._spawners[shares_host_network] = _Spawner(self.host, own_network=not shares_host_network)
         await spawner.until_started()
         return spawner
 
@@ -299,17 +301,21 @@ class Cell:
             what = str(operations[step]) if step < len(operations) else "the plan"
             raise SandboxError(f"{self.name} cannot be made: {what}: {os.strerror(number)}") from error
 
+    def require_alive(self) -> None:
+        """Raises why nothing can be asked of it any more, if so."""
+        if self._control is None:
+            raise self._loss()
+
     def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Ask the agent for something."""
-        if self._control is None:
-            raise self.loss()
+        self.require_alive()
+        assert self._control is not None
         try:
             socket.send_fds(self._control, [data], descriptors)
         except OSError as error:
             raise SandboxError(f"{self.name}: its agent does not listen ({error})") from error
 
-    def loss(self) -> SandboxError:
-        """Why nothing can be asked of it any more."""
+    def _loss(self) -> SandboxError:
         return SandboxError(f"{self.name}: {self._over or 'it was never opened'}")
 
     def register(self, identity: int, program: "Process") -> None:
@@ -371,10 +377,10 @@ class Cell:
             self._control.close()
             self._control = None
         if not self._ready.done():
-            self._ready.set_exception(self.loss())
+            self._ready.set_exception(self._loss())
             self._ready.exception()  # nobody waits for it when the creation was cancelled
         for program in list(self._programs.values()):
-            program.lose(self.loss())
+            program.lose(self._loss())
 
     async def _destroy(self) -> None:
         self._lose("it is destroyed")
@@ -406,8 +412,7 @@ class Cell:
     async def _freeze(self, frozen: bool) -> None:
         if self.cgroup is None or not self.cgroup.can_freeze:
             raise Unsupported("a cell can be paused where there is cgroup v2 only")
-        if self._control is None:
-            raise self.loss()
+        self.require_alive()
         self.cgroup.freeze(frozen)
         deadline = time.monotonic() + KILL_SECONDS
         while self.cgroup.is_frozen() != frozen:
@@ -443,6 +448,7 @@ class Process:
         terminal: tuple[int, int] | None = None,
     ) -> None:
         """Make its streams and let the agent start it; called once, by the cell."""
+        self._cell.require_alive()
         request = self._request(argv, env, cwd, has_terminal=terminal is not None)
         theirs: list[int] = []
         try:
@@ -535,7 +541,7 @@ class Process:
         ]
         late = self._loop.call_later(timeout_seconds, self._expire)
         try:
-            ending = await self._ended
+            ending = await asyncio.shield(self._ended)
             for output in outputs:
                 output.take()
             if not all(output.is_over for output in outputs):  # something in the background holds them open
@@ -684,16 +690,17 @@ class _Born:
 class _Spawner:
     """The helper process that clones cells."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host, *, own_network: bool) -> None:
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[_Born]] = {}
-        self._started: asyncio.Future[None] = self._loop.create_future()
         self._sending = asyncio.Lock()
+        self.is_lost = False
+        self._started = self._loop.create_task(self._start(host, own_network=own_network))
 
-    async def start(self, host: Host, *, own_network: bool) -> None:
-        """Start it and let it take its place; `until_started` says when it can be used."""
+    async def _start(self, host: Host, *, own_network: bool) -> None:
+        """Start it and let it take its place."""
         programs = await asyncio.to_thread(build)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -723,9 +730,7 @@ class _Spawner:
         self._waiting.pop(0)
         if born.pid != len(prelude):
             problem = f"{prelude[born.pid]}: {os.strerror(-born.pidfd)}"
-            self._started.set_exception(Unsupported(f"this machine does not let cells be made: {problem}"))
-        else:
-            self._started.set_result(None)
+            raise Unsupported(f"this machine does not let cells be made: {problem}")
 
     async def until_started(self) -> None:
         """Wait until it can make cells; raises what stands in the way."""
@@ -741,6 +746,8 @@ class _Spawner:
 
     async def close(self) -> None:
         """End it, and with it what is left of its cells."""
+        self._started.cancel()
+        await asyncio.wait([self._started])
         self._lose()
         if self._process is not None:
             process, self._process = self._process, None
@@ -784,6 +791,7 @@ class _Spawner:
             waiting.set_exception(OSError(error, f"the kernel does not clone a cell: {os.strerror(error)}"))
 
     def _lose(self) -> None:
+        self.is_lost = True
         if self._socket is not None:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
