@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import itertools
 import math
@@ -215,6 +216,7 @@ class Cell:
         self._programs: dict[int, Process] = {}
         self._numbers = itertools.count(1)
         self._counters = Counters()
+        self._hits: dict[Outcome, float] = {}
         self._destruction: asyncio.Task[None] | None = None
 
     async def exec(
@@ -326,10 +328,15 @@ class Cell:
         """Nobody waits for this program any more."""
         self._programs.pop(identity, None)
 
-    def hits(self) -> Counters:
-        """How often its limits were hit since the last time somebody asked."""
+    def limits_hit_since(self, when: float) -> frozenset[Outcome]:
+        """Which limits were hit after a moment of `time.perf_counter`, or after the last time somebody asked."""
         before, self._counters = self._counters, self.cgroup.counters() if self.cgroup else Counters()
-        return Counters(self._counters.memory - before.memory, self._counters.processes - before.processes)
+        now = time.perf_counter()
+        if self._counters.memory > before.memory:
+            self._hits[Outcome.OUT_OF_MEMORY] = now
+        if self._counters.processes > before.processes:
+            self._hits[Outcome.PIDS_LIMIT] = now
+        return frozenset(outcome for outcome, moment in self._hits.items() if moment > when)
 
     def is_disk_full(self) -> bool:
         """Whether there is no room for another file, or for more in one."""
@@ -558,7 +565,7 @@ class Process:
             self._kept[1].add(f"{os.strerror(ending.error)}: the program could not be started\n".encode())
         usage = Usage(time.perf_counter() - started, ending.cpu_seconds, ending.peak_memory_bytes)
         stdout, stderr = (kept.text() for kept in self._kept)
-        return ExecResult(self._own_outcome(ending), ending.code, stdout, stderr, usage)
+        return ExecResult(self._own_outcome(ending, started), ending.code, stdout, stderr, usage)
 
     def end(self, ending: "_Ending") -> None:
         """The agent says how it ended."""
@@ -640,17 +647,17 @@ class Process:
             KILL_SECONDS, self.lose, SandboxError(f"{self._cell.name}: a program does not die")
         )
 
-    def _own_outcome(self, ending: "_Ending") -> Outcome:
+    def _own_outcome(self, ending: "_Ending", started: float) -> Outcome:
         """How it ended; one that failed when a limit was hit failed at that limit."""
         if self._outcome is not None:
             return self._outcome
         if ending.code == 0:
             return Outcome.EXITED
-        hits = self._cell.hits()
+        hits = self._cell.limits_hit_since(started)
         memory_bytes = self._cell.spec.memory_mb << 20
-        if hits.memory or ending.peak_memory_bytes > 0.8 * memory_bytes:
+        if Outcome.OUT_OF_MEMORY in hits or ending.peak_memory_bytes > 0.8 * memory_bytes:
             return Outcome.OUT_OF_MEMORY
-        if hits.processes:
+        if Outcome.PIDS_LIMIT in hits or ending.error == errno.EAGAIN:
             return Outcome.PIDS_LIMIT
         if self._cell.is_disk_full():
             return Outcome.DISK_FULL
@@ -696,7 +703,7 @@ class _Spawner:
         self._socket: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[_Born]] = {}
         self._sending = asyncio.Lock()
-        self.is_lost = False
+        self._is_lost = False
         self._started = self._loop.create_task(self._start(host, own_network=own_network))
 
     async def _start(self, host: Host, *, own_network: bool) -> None:
@@ -725,12 +732,17 @@ class _Spawner:
             is_unprivileged=not host.has_id_ranges, uid=host.uid, gid=host.gid, own_network=own_network
         )
         self._waiting[0] = self._loop.create_future()
-        await self._send(SPAWN.pack(0, 0, -1, 0, 0, len(prelude)) + encode_operations(prelude), [])
+        await self._send(SPAWN.pack(0, 0, -1, 0, 0, 0, 0, len(prelude)) + encode_operations(prelude), [])
         born = await self._waiting[0]
         self._waiting.pop(0)
         if born.pid != len(prelude):
             problem = f"{prelude[born.pid]}: {os.strerror(-born.pidfd)}"
             raise Unsupported(f"this machine does not let cells be made: {problem}")
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it is dead."""
+        return self._is_lost or (self._process is not None and self._process.poll() is not None)
 
     async def until_started(self) -> None:
         """Wait until it can make cells; raises what stands in the way."""
@@ -791,7 +803,7 @@ class _Spawner:
             waiting.set_exception(OSError(error, f"the kernel does not clone a cell: {os.strerror(error)}"))
 
     def _lose(self) -> None:
-        self.is_lost = True
+        self._is_lost = True
         if self._socket is not None:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
