@@ -15,7 +15,7 @@ import subprocess
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,7 +24,7 @@ from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, ProgramCgroup, s
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
 from hone.sandbox.native.build import build
-from hone.sandbox.plan import Bind, Grants, Image, Operation, encode_operations, plan_cell, plan_spawner, SPAWN
+from hone.sandbox.plan import Bind, Grants, Image, Operation, Plan, encode_operations, id_maps, plan_cell, plan_spawner, SPAWN
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, Usage
 
 CREATE_SECONDS = 30.0
@@ -36,6 +36,7 @@ MAX_STRINGS = 32 << 10
 NUM_IDS = 1 << 16
 FIRST_ID, LAST_ID = 1 << 20, 1 << 31
 READ_BYTES = 1 << 16
+MAX_PLANS = 256
 
 SPAWNED = struct.Struct("=Qii")
 REQUEST = struct.Struct("=IIIIII")
@@ -67,6 +68,7 @@ class Cells:
         self._cells: set[Cell] = set()
         self._numbers = itertools.count(1)
         self._ids: set[int] = set()
+        self._plans: dict[tuple[object, ...], _KnownPlan] = {}
         self._nothing = -1
 
     async def __aenter__(self) -> Self:
@@ -127,8 +129,7 @@ class Cells:
                 descriptors = [theirs.fileno(), *tasks]
                 if unified is not None:
                     descriptors.append(unified)
-                grants = self._grants(cell, spawner, num_tasks=len(tasks))
-                plan = plan_cell(cell.spec, cell.image, grants, binds)
+                plan = self._plan(cell, binds, num_tasks=len(tasks))
                 order = plan.encode(number, cgroup=-1 if unified is None else len(descriptors) - 1)
                 born = await spawner.order(number, order, descriptors)
         finally:
@@ -136,7 +137,19 @@ class Cells:
         cell.adopt(await born)
         await cell.until_ready(plan.operations)
 
-    def _grants(self, cell: "Cell", spawner: "_Spawner", num_tasks: int) -> Grants:
+    def _plan(self, cell: "Cell", binds: Sequence[Bind], num_tasks: int) -> Plan:
+        """Its plan. Many cells are alike in all but their ids."""
+        grants = self._grants(cell, num_tasks)
+        spec = cell.spec
+        key = (id(cell.image), *binds, replace(grants, uid=0, gid=0), spec.memory_mb, spec.disk_mb, spec.max_processes)
+        known = self._plans.get(key)
+        if known is None or known.image is not cell.image:
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            known = self._plans[key] = _KnownPlan(cell.image, plan_cell(spec, cell.image, grants, binds))
+        return replace(known.plan, **id_maps(grants))
+
+    def _grants(self, cell: "Cell", num_tasks: int) -> Grants:
         assert self._cgroups is not None
         network = cell.spec.network
         can_share = self.host.landlock >= LANDLOCK_ABSTRACT_SOCKETS
@@ -686,6 +699,12 @@ class _Ending:
     @property
     def code(self) -> int:
         return 126 if self.error else os.waitstatus_to_exitcode(self.status)
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownPlan:
+    image: Image
+    plan: Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,7 @@
-"""Cgroups of cells: limits by v2 or v1 controllers, kill and freeze by v2, in trees of which this process owns a part."""
+"""Cgroups of cells: limits by v2 or v1 controllers, kill and freeze by v2, in trees of which this process owns a part.
+
+Paths are plain strings where every creation and every program passes: pathlib would be half of what those cost.
+"""
 
 import collections
 import contextlib
@@ -44,8 +47,8 @@ class Cgroups:
         """A cell's folders with its limits. uid: who may put processes into those of its programs."""
         cgroup = CellCgroup(
             name,
-            self.unified / name if self.unified else None,
-            {controller: folder / name for controller, folder in self.controllers.items()},
+            f"{self.unified}/{name}" if self.unified else None,
+            {controller: f"{folder}/{name}" for controller, folder in self.controllers.items()},
             self.unified_controllers,
             uid,
         )
@@ -77,8 +80,8 @@ class CellCgroup:
     def __init__(
         self,
         name: str,
-        unified: Path | None,
-        v1: dict[str, Path],
+        unified: str | None,
+        v1: dict[str, str],
         unified_controllers: frozenset[str],
         uid: int,
     ) -> None:
@@ -102,24 +105,24 @@ class CellCgroup:
         processes = spec.max_processes + RESERVED_PROCESSES
         quota = max(1000, round(spec.cpus * PERIOD_MICROSECONDS))
         if self._unified is not None:
-            self._unified.mkdir()
+            os.mkdir(self._unified)
             _hand_over(self._unified, self._uid)
             if "memory" in self._unified_controllers:
-                _write(self._unified / "memory.max", str(memory))
-                _write(self._unified / "memory.swap.max", "0", is_optional=True)
+                _write(f"{self._unified}/memory.max", str(memory))
+                _write(f"{self._unified}/memory.swap.max", "0", is_optional=True)
             if "pids" in self._unified_controllers:
-                _write(self._unified / "pids.max", str(processes))
+                _write(f"{self._unified}/pids.max", str(processes))
             if "cpu" in self._unified_controllers:
-                _write(self._unified / "cpu.max", f"{quota} {PERIOD_MICROSECONDS}")
+                _write(f"{self._unified}/cpu.max", f"{quota} {PERIOD_MICROSECONDS}")
         for controller, folder in self._v1.items():
-            folder.mkdir()
+            os.mkdir(folder)
             if controller == "memory":
-                _write(folder / "memory.limit_in_bytes", str(memory))
-                _write(folder / "memory.memsw.limit_in_bytes", str(memory), is_optional=True)
+                _write(f"{folder}/memory.limit_in_bytes", str(memory))
+                _write(f"{folder}/memory.memsw.limit_in_bytes", str(memory), is_optional=True)
             elif controller == "pids":
-                _write(folder / "pids.max", str(processes))
+                _write(f"{folder}/pids.max", str(processes))
             elif controller == "cpu":
-                _write(folder / "cpu.cfs_quota_us", str(quota))
+                _write(f"{folder}/cpu.cfs_quota_us", str(quota))
 
     @contextlib.contextmanager
     def entrances(self) -> Iterator[tuple[int | None, list[int]]]:
@@ -134,7 +137,7 @@ class CellCgroup:
                 stack.callback(os.close, unified)
             tasks = []
             for folder in self._v1.values():
-                tasks.append(os.open(folder / "tasks", os.O_WRONLY | os.O_CLOEXEC))
+                tasks.append(os.open(f"{folder}/tasks", os.O_WRONLY | os.O_CLOEXEC))
                 stack.callback(os.close, tasks[-1])
             yield unified, tasks
 
@@ -145,11 +148,11 @@ class CellCgroup:
         number = self._find_empty()
         if number is None:
             number = next(self._numbers)
-            folder = self._unified / str(number)
-            folder.mkdir()
+            folder = f"{self._unified}/{number}"
+            os.mkdir(folder)
             self._made.add(number)
             _hand_over(folder, self._uid)
-        return ProgramCgroup(self, number, self._unified / str(number))
+        return ProgramCgroup(self, number, f"{self._unified}/{number}")
 
     def take_back(self, number: int, *, is_killed: bool) -> None:
         """The program of this folder is over; once what it left behind is, too, another program gets it.
@@ -158,54 +161,49 @@ class CellCgroup:
         """
         if not is_killed:
             self._left.append(number)
-        elif self._unified is not None and _remove(self._unified / str(number)):
+        elif self._unified is not None and _remove(f"{self._unified}/{number}"):
             self._made.discard(number)
 
     def counters(self) -> Counters:
         """How often the limits were hit, as far as they are counted."""
         memory = processes = 0
         if "memory" in self._unified_controllers and self._unified is not None:
-            memory = _field(self._unified / "memory.events", "oom_kill")
+            memory = _field(f"{self._unified}/memory.events", "oom_kill")
         elif "memory" in self._v1:
-            memory = _field(self._v1["memory"] / "memory.oom_control", "oom_kill")
+            memory = _field(f"{self._v1['memory']}/memory.oom_control", "oom_kill")
         if "pids" in self._unified_controllers and self._unified is not None:
-            processes = _field(self._unified / "pids.events", "max")
+            processes = _field(f"{self._unified}/pids.events", "max")
         elif "pids" in self._v1:
-            processes = _field(self._v1["pids"] / "pids.events", "max")
+            processes = _field(f"{self._v1['pids']}/pids.events", "max")
         return Counters(memory, processes)
 
     def memory_bytes(self) -> int | None:
         """What it uses now, files included; None where nobody counts."""
-        for path in (
-            self._unified / "memory.current" if self._unified and "memory" in self._unified_controllers else None,
-            self._v1["memory"] / "memory.usage_in_bytes" if "memory" in self._v1 else None,
-        ):
-            if path is not None:
-                with contextlib.suppress(OSError, ValueError):
-                    return int(path.read_text())
-        return None
+        if self._unified is not None and "memory" in self._unified_controllers:
+            return _number(f"{self._unified}/memory.current")
+        return _number(f"{self._v1['memory']}/memory.usage_in_bytes") if "memory" in self._v1 else None
 
     def kill(self) -> None:
         """Kill everything in it, where there is v2."""
         if self._unified is not None:
             with contextlib.suppress(FileNotFoundError):
-                _write(self._unified / "cgroup.kill", "1")
+                _write(f"{self._unified}/cgroup.kill", "1")
 
     def freeze(self, frozen: bool) -> None:
         """Ask the kernel to stop, or to go on with, everything in it."""
         assert self._unified is not None
-        _write(self._unified / "cgroup.freeze", "1" if frozen else "0")
+        _write(f"{self._unified}/cgroup.freeze", "1" if frozen else "0")
 
     def is_frozen(self) -> bool:
         """Whether everything in it has stopped."""
         assert self._unified is not None
-        return _field(self._unified / "cgroup.events", "frozen") == 1
+        return _field(f"{self._unified}/cgroup.events", "frozen") == 1
 
     def _find_empty(self) -> int | None:
         assert self._unified is not None
         for _ in range(min(MAX_LOOKED_AT, len(self._left))):
             number = self._left.popleft()
-            if _field(self._unified / str(number) / "cgroup.events", "populated") == 0:
+            if _field(f"{self._unified}/{number}/cgroup.events", "populated") == 0:
                 return number
             self._left.append(number)
         return None
@@ -215,7 +213,7 @@ class CellCgroup:
         is_gone = True
         if self._unified is not None:
             for number in self._made:
-                is_gone = _remove(self._unified / str(number)) and is_gone
+                is_gone = _remove(f"{self._unified}/{number}") and is_gone
             is_gone = _remove(self._unified) and is_gone
         for folder in self._v1.values():
             is_gone = _remove(folder) and is_gone
@@ -225,7 +223,7 @@ class CellCgroup:
 class ProgramCgroup:
     """The v2 folder of one program in a cell and all that it starts."""
 
-    def __init__(self, cell: CellCgroup, number: int, folder: Path) -> None:
+    def __init__(self, cell: CellCgroup, number: int, folder: str) -> None:
         self._cell = cell
         self._number = number
         self._folder = folder
@@ -239,7 +237,7 @@ class ProgramCgroup:
         """Kill the program and everything it started, daemons included."""
         self._is_killed = True
         with contextlib.suppress(FileNotFoundError):
-            _write(self._folder / "cgroup.kill", "1")
+            _write(f"{self._folder}/cgroup.kill", "1")
 
     def leave(self) -> None:
         """The program is over."""
@@ -309,9 +307,9 @@ def _make(folder: Path) -> Path | None:
     return folder
 
 
-def _remove(folder: Path) -> bool:
+def _remove(folder: Path | str) -> bool:
     try:
-        folder.rmdir()
+        os.rmdir(folder)
     except FileNotFoundError:
         return True
     except OSError:
@@ -319,12 +317,12 @@ def _remove(folder: Path) -> bool:
     return True
 
 
-def _hand_over(folder: Path, uid: int) -> None:
+def _hand_over(folder: str, uid: int) -> None:
     if uid != os.geteuid():
-        os.chown(folder / "cgroup.procs", uid, -1)
+        os.chown(f"{folder}/cgroup.procs", uid, -1)
 
 
-def _write(path: Path, text: str, *, is_optional: bool = False) -> None:
+def _write(path: Path | str, text: str, *, is_optional: bool = False) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -337,11 +335,29 @@ def _write(path: Path, text: str, *, is_optional: bool = False) -> None:
         os.close(descriptor)
 
 
-def _field(path: Path, name: str) -> int:
+def _field(path: str, name: str) -> int:
     """A number in a file of lines "name number"; 0 where there is none."""
-    with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
-            key, _, value = line.partition(" ")
-            if key == name:
-                return int(value)
+    for line in _text(path).splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
     return 0
+
+
+def _number(path: str) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _text(path: str) -> str:
+    """What is in a file of the kernel's; nothing where there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return os.read(descriptor, 4096).decode()
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
