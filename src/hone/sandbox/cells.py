@@ -317,7 +317,7 @@ class Cell:
     def adopt(self, born: "_Born") -> None:
         """It has a first process; called once, by `Cells`."""
         if self.cgroup is not None:
-            self._counters = self.cgroup.counters()
+            self._counters = self.cgroup.before
         self.pid, self._pidfd = born.pid, born.pidfd
 
     async def until_ready(self, operations: Sequence[Operation]) -> None:
@@ -789,8 +789,7 @@ class _Spawner:
         self._lose()
         if self._process is not None:
             process, self._process = self._process, None
-            process.kill()
-            await asyncio.to_thread(process.wait)
+            await asyncio.to_thread(_end, process)
 
     async def _send(self, data: bytes, descriptors: Sequence[int]) -> None:
         async with self._sending:
@@ -927,6 +926,15 @@ def _sealed(name: str, content: bytes) -> int:
     seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return descriptor
+
+
+def _end(spawner: subprocess.Popen[bytes]) -> None:
+    """It leaves when its socket closes, in good order."""
+    try:
+        spawner.wait(KILL_SECONDS)
+    except subprocess.TimeoutExpired:
+        spawner.kill()
+        spawner.wait()
 
 
 async def _first_of(outputs: Sequence[_Output], seconds: float) -> None:

@@ -123,6 +123,7 @@ class CellCgroup:
         self._made: set[int] = set()
         self._left: collections.deque[int] = collections.deque()
         self._is_killed = False
+        self.before = Counters()  # what earlier cells in these folders hit
 
     @property
     def can_freeze(self) -> bool:
@@ -243,6 +244,7 @@ class CellCgroup:
         if self._is_killed or (self._unified is not None and _field(f"{self._unified}/cgroup.events", "populated")):
             return False
         self._left = collections.deque(sorted(self._made))
+        self.before = self.counters()
         return True
 
     def remove(self) -> bool:

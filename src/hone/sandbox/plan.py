@@ -35,6 +35,7 @@ MASKED = ("kcore", "keys", "key-users", "kmsg", "sysrq-trigger", "timer_list", "
 HOSTNAME = "sandbox"
 WORK = "/work"
 INODES_PER_MB = 256
+NUM_NETWORKS = 16  # kept ready; an empty one costs the kernel about 100 KB
 MAX_OPEN_FILES = 4096
 SPAWN = struct.Struct("=QQiIIIII")
 OPERATION = struct.Struct("=IIQQ")
@@ -52,7 +53,7 @@ class Code(IntEnum):
     KEEP = 7
     PIVOT = 8
     HOSTNAME = 9
-    LOOPBACK = 10
+    NETWORKS = 10
     LIMIT = 11
     FILTER = 12
     DROP_POWERS = 13
@@ -161,7 +162,6 @@ def plan_cell(spec: SandboxSpec, image: Image, grants: Grants, binds: Sequence[B
         *(Operation(Code.JOIN, a=index) for index in grants.join),
         *_root(spec, image, (*image.binds, *binds), grants),
         Operation(Code.HOSTNAME, HOSTNAME.encode()),
-        *((Operation(Code.LOOPBACK),) if grants.own_network else ()),
         *_confine(spec, grants),
         Operation(Code.BECOME_AGENT),
     )
@@ -185,7 +185,7 @@ def id_maps(grants: Grants) -> dict[Literal["uid_map", "gid_map"], bytes]:
 def plan_spawner(*, is_unprivileged: bool, uid: int, gid: int, own_network: bool) -> tuple[Operation, ...]:
     """What the spawner does to itself first: a view of mounts that nothing of the host's changes any more.
 
-    own_network: an empty network, which all its cells without one of their own share.
+    own_network: an empty network, which all its cells without one of their own share, and a few for those that get one.
     """
     namespaces = NEW_MOUNTS | (NEW_NETWORK if own_network else 0) | (NEW_USERS if is_unprivileged else 0)
     identity = (
@@ -202,6 +202,7 @@ def plan_spawner(*, is_unprivileged: bool, uid: int, gid: int, own_network: bool
         _mount("tmpfs", STAGE, "tmpfs", NO_SETUID, "size=1m,nr_inodes=64,mode=755"),
         _folder(f"{STAGE}/nothing", 0o555),
         *_devices(f"{STAGE}/devices"),
+        *((Operation(Code.NETWORKS, a=NUM_NETWORKS),) if own_network else ()),
     )
 
 
