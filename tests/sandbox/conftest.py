@@ -46,4 +46,3 @@ def leftovers() -> set[str]:
     own = f"{PREFIX}{os.getpid()}-*"
     folders = {str(path) for depth in range(5) for path in Path("/sys/fs/cgroup").glob(f"{'*/' * depth}{own}")}
     return children | folders
-

@@ -422,7 +422,9 @@ async def test_without_any_network_only_local_sockets_are_left(cells: Cells) -> 
     one, other = await asyncio.gather(cells.create(spec), cells.create(spec))
     code = "import socket\ntry: socket.socket()\nexcept OSError as error: print(error.errno)"
     assert (await python(one, code)).stdout == f"{errno.EAFNOSUPPORT}\n"
-    listen = "import socket, time\ns = socket.socket(socket.AF_UNIX); s.bind('\\0name'); s.listen(); print('on', flush=True)"
+    listen = (
+        "import socket, time\ns = socket.socket(socket.AF_UNIX); s.bind('\\0name'); s.listen(); print('on', flush=True)"
+    )
     server = await one.spawn(["python3", "-c", f"{listen}; time.sleep(60)"])
     assert await server.read() == b"on\n"
     knock = "import socket\ns = socket.socket(socket.AF_UNIX)\ntry: s.connect('\\0name')\nexcept OSError as e: print(e.errno)"

@@ -17,7 +17,9 @@ from hone.sandbox.plan import (
 )
 from hone.schema.sandboxes import SandboxSpec
 
-GRANTS = Grants(uid=1 << 20, gid=1 << 20, num_ids=1 << 16, cores=frozenset({1}), has_memory_limit=True, has_process_limit=True)
+GRANTS = Grants(
+    uid=1 << 20, gid=1 << 20, num_ids=1 << 16, cores=frozenset({1}), has_memory_limit=True, has_process_limit=True
+)
 IMAGE = Image(binds=(Bind("/usr", "/usr"),), links=(("/bin", "usr/bin"),))
 
 
@@ -65,7 +67,12 @@ def test_an_order_can_be_read_back() -> None:
     for operation in plan.operations:
         code, size, a, b = OPERATION.unpack_from(order, position)
         position += OPERATION.size
-        assert (code, order[position : position + size], a, b) == (operation.code, operation.data, operation.a, operation.b)
+        assert (code, order[position : position + size], a, b) == (
+            operation.code,
+            operation.data,
+            operation.a,
+            operation.b,
+        )
         position += size + -size % 8
     assert position == len(order)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import PurePosixPath
-from typing import Literal
 
 from hone.sandbox import seccomp
 from hone.schema.sandboxes import SandboxSpec
@@ -165,21 +164,20 @@ def plan_cell(spec: SandboxSpec, image: Image, grants: Grants, binds: Sequence[B
         *_confine(spec, grants),
         Operation(Code.BECOME_AGENT),
     )
+    uid_map, gid_map = id_maps(grants)
     return Plan(
         namespaces=namespaces,
-        **id_maps(grants),
+        uid_map=uid_map,
+        gid_map=gid_map,
         layers=image.layers if grants.num_ids > 1 else (),
         steps=encode_operations(operations),
         operations=operations,
     )
 
 
-def id_maps(grants: Grants) -> dict[Literal["uid_map", "gid_map"], bytes]:
-    """The ids inside and outside, as the kernel wants them."""
-    return {
-        "uid_map": f"0 {grants.uid} {grants.num_ids}\n".encode(),
-        "gid_map": f"0 {grants.gid} {grants.num_ids}\n".encode(),
-    }
+def id_maps(grants: Grants) -> tuple[bytes, bytes]:
+    """The user and group ids inside and outside, as the kernel wants them."""
+    return f"0 {grants.uid} {grants.num_ids}\n".encode(), f"0 {grants.gid} {grants.num_ids}\n".encode()
 
 
 def plan_spawner(*, is_unprivileged: bool, uid: int, gid: int, own_network: bool) -> tuple[Operation, ...]:
@@ -311,9 +309,7 @@ def _confine(spec: SandboxSpec, grants: Grants) -> Iterator[Operation]:
     yield Operation(Code.DROP_POWERS)
     if grants.scopes_abstract_sockets:
         yield Operation(Code.LANDLOCK, struct.pack("=QQQ", 0, 0, 1), a=24)
-    yield Operation(
-        Code.FILTER, seccomp.instructions(has_network=grants.has_sockets, allow_clone3=grants.allow_clone3)
-    )
+    yield Operation(Code.FILTER, seccomp.instructions(has_network=grants.has_sockets, allow_clone3=grants.allow_clone3))
 
 
 class _Tree:
