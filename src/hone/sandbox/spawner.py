@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import Host
-from hone.sandbox.native.build import build
+from hone.sandbox.native.build import BuildError, build
 from hone.sandbox.plan import SPAWN, encode_operations, plan_spawner
 from hone.sandbox.readiness import until_ready
 
@@ -41,7 +41,10 @@ class Spawner:
 
     async def _start(self, host: Host, *, own_network: bool) -> None:
         """Start it and let it take its place."""
-        programs = await asyncio.to_thread(build)
+        try:
+            programs = await asyncio.to_thread(build)
+        except BuildError as error:
+            raise Unsupported(f"cells need spawner and agent compiled once: {error}") from error
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._socket = ours
