@@ -117,6 +117,7 @@ def resolved(struct: type[msgspec.Struct]) -> st.SearchStrategy[msgspec.Struct]:
         list[int]: tokens,
         list[float]: st.lists(numbers, max_size=4),
         list[str]: st.lists(words, max_size=3),
+        tuple[str, ...]: st.lists(words, max_size=3).map(tuple),
         list[VersionRun]: st.lists(st.builds(VersionRun, st.integers(0, 9), st.integers(1, 9)), max_size=2),
     }
     fields = {}
