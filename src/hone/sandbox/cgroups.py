@@ -1,0 +1,296 @@
+"""Cgroups of cells: limits by v2 or v1 controllers, kill and freeze by v2, in trees of which this process owns a part."""
+
+import contextlib
+import itertools
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hone.sandbox.host import CgroupFolders
+from hone.schema.sandboxes import SandboxSpec
+
+PREFIX = "hone-"
+PERIOD_MICROSECONDS = 100_000
+RESERVED_PROCESSES = 1  # the agent
+
+
+class Cgroups:
+    """A folder of this process's own in each tree, and cells' folders below. `close` when all cells are gone."""
+
+    def __init__(self, folders: CgroupFolders) -> None:
+        self.name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+        self.unified: Path | None = None
+        self.controllers: dict[str, Path] = {}
+        self.unified_controllers: frozenset[str] = frozenset()
+        if folders.unified is not None:
+            self.unified = _make(folders.unified / self.name)
+        if self.unified is not None and folders.unified is not None:
+            self.unified_controllers = _enable(folders.unified, self.unified, folders.unified_controllers)
+        for controller, folder in folders.v1.items():
+            if (made := _make(folder / self.name)) is not None:
+                self.controllers[controller] = made
+
+    def has(self, controller: str) -> bool:
+        """Whether cells' use of memory, pids or cpu is limited."""
+        return controller in self.controllers or controller in self.unified_controllers
+
+    def create(self, name: str, spec: SandboxSpec, uid: int) -> "CellCgroup":
+        """A cell's folders with its limits. uid: who may put processes into those of its programs."""
+        cgroup = CellCgroup(
+            name,
+            self.unified / name if self.unified else None,
+            {controller: folder / name for controller, folder in self.controllers.items()},
+            self.unified_controllers,
+            uid,
+        )
+        try:
+            cgroup.make(spec)
+        except BaseException:
+            cgroup.remove()
+            raise
+        return cgroup
+
+    def close(self) -> None:
+        """Remove the folders of this process; those of cells have to be gone."""
+        for folder in (self.unified, *self.controllers.values()):
+            if folder is not None:
+                _remove(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """How often a cell hit its limits so far."""
+
+    memory: int = 0
+    processes: int = 0
+
+
+class CellCgroup:
+    """The folders of one cell."""
+
+    def __init__(
+        self,
+        name: str,
+        unified: Path | None,
+        v1: dict[str, Path],
+        unified_controllers: frozenset[str],
+        uid: int,
+    ) -> None:
+        self.name = name
+        self._unified = unified
+        self._v1 = v1
+        self._unified_controllers = unified_controllers
+        self._uid = uid
+        self._numbers = itertools.count()
+        self._free: list[int] = []
+
+    @property
+    def can_freeze(self) -> bool:
+        """Whether there is a v2 folder: the cell can be paused, and programs be killed with all they started."""
+        return self._unified is not None
+
+    def make(self, spec: SandboxSpec) -> None:
+        """Make the folders and write the limits. Files count: a cell has its memory and its disk on top of it."""
+        memory = (spec.memory_mb + spec.disk_mb) << 20
+        processes = spec.max_processes + RESERVED_PROCESSES
+        quota = max(1000, round(spec.cpus * PERIOD_MICROSECONDS))
+        if self._unified is not None:
+            self._unified.mkdir()
+            _hand_over(self._unified, self._uid)
+            if "memory" in self._unified_controllers:
+                _write(self._unified / "memory.max", str(memory))
+                _write(self._unified / "memory.swap.max", "0", is_optional=True)
+            if "pids" in self._unified_controllers:
+                _write(self._unified / "pids.max", str(processes))
+            if "cpu" in self._unified_controllers:
+                _write(self._unified / "cpu.max", f"{quota} {PERIOD_MICROSECONDS}")
+        for controller, folder in self._v1.items():
+            folder.mkdir()
+            if controller == "memory":
+                _write(folder / "memory.limit_in_bytes", str(memory))
+                _write(folder / "memory.memsw.limit_in_bytes", str(memory), is_optional=True)
+            elif controller == "pids":
+                _write(folder / "pids.max", str(processes))
+            elif controller == "cpu":
+                _write(folder / "cpu.cfs_quota_us", str(quota))
+
+    @contextlib.contextmanager
+    def entrances(self) -> Iterator[tuple[int | None, list[int]]]:
+        """Descriptors for a cell that is being born: of its v2 folder, and of the v1 files it enters by itself.
+
+        A thread that enters a v1 cgroup by itself takes no lock that stops the machine's other forks and exits.
+        """
+        with contextlib.ExitStack() as stack:
+            unified = None
+            if self._unified is not None:
+                unified = os.open(self._unified, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, unified)
+            tasks = []
+            for folder in self._v1.values():
+                tasks.append(os.open(folder / "tasks", os.O_WRONLY | os.O_CLOEXEC))
+                stack.callback(os.close, tasks[-1])
+            yield unified, tasks
+
+    def enter(self) -> "ProgramCgroup | None":
+        """A v2 folder for one program and all it starts; None without v2."""
+        if self._unified is None:
+            return None
+        if self._free:
+            number = self._free.pop()
+        else:
+            number = next(self._numbers)
+            folder = self._unified / str(number)
+            folder.mkdir()
+            _hand_over(folder, self._uid)
+        return ProgramCgroup(self, number, self._unified / str(number))
+
+    def take_back(self, number: int) -> None:
+        """A program's folder is empty again; the next program gets it."""
+        self._free.append(number)
+
+    def counters(self) -> Counters:
+        """How often the limits were hit, as far as they are counted."""
+        memory = processes = 0
+        if "memory" in self._unified_controllers and self._unified is not None:
+            memory = _field(self._unified / "memory.events", "oom_kill")
+        elif "memory" in self._v1:
+            memory = _field(self._v1["memory"] / "memory.oom_control", "oom_kill")
+        if "pids" in self._unified_controllers and self._unified is not None:
+            processes = _field(self._unified / "pids.events", "max")
+        elif "pids" in self._v1:
+            processes = _field(self._v1["pids"] / "pids.events", "max")
+        return Counters(memory, processes)
+
+    def memory_bytes(self) -> int | None:
+        """What it uses now, files included; None where nobody counts."""
+        for path in (
+            self._unified / "memory.current" if self._unified and "memory" in self._unified_controllers else None,
+            self._v1["memory"] / "memory.usage_in_bytes" if "memory" in self._v1 else None,
+        ):
+            if path is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    return int(path.read_text())
+        return None
+
+    def kill(self) -> None:
+        """Kill everything in it, where there is v2."""
+        if self._unified is not None:
+            with contextlib.suppress(FileNotFoundError):
+                _write(self._unified / "cgroup.kill", "1")
+
+    def freeze(self, frozen: bool) -> None:
+        """Ask the kernel to stop, or to go on with, everything in it."""
+        assert self._unified is not None
+        _write(self._unified / "cgroup.freeze", "1" if frozen else "0")
+
+    def is_frozen(self) -> bool:
+        """Whether everything in it has stopped."""
+        assert self._unified is not None
+        return _field(self._unified / "cgroup.events", "frozen") == 1
+
+    def remove(self) -> bool:
+        """Remove the folders; False while something in them is not quite dead yet."""
+        is_gone = True
+        if self._unified is not None:
+            for number in itertools.takewhile(lambda n: (self._unified / str(n)).exists(), itertools.count()):
+                is_gone = _remove(self._unified / str(number)) and is_gone
+            is_gone = _remove(self._unified) and is_gone
+        for folder in self._v1.values():
+            is_gone = _remove(folder) and is_gone
+        return is_gone
+
+
+class ProgramCgroup:
+    """The v2 folder of one program in a cell and all that it starts."""
+
+    def __init__(self, cell: CellCgroup, number: int, folder: Path) -> None:
+        self._cell = cell
+        self._number = number
+        self._folder = folder
+
+    def open(self) -> int:
+        """A descriptor to be born by; the caller closes it."""
+        return os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def kill(self) -> None:
+        """Kill the program and everything it started, daemons included."""
+        with contextlib.suppress(FileNotFoundError):
+            _write(self._folder / "cgroup.kill", "1")
+
+    def leave(self) -> None:
+        """The program is over. What it left behind keeps the folder; an empty one is used again."""
+        if _field(self._folder / "cgroup.events", "populated") == 0:
+            self._cell.take_back(self._number)
+
+
+def _enable(parent: Path, own: Path, wanted: frozenset[str]) -> frozenset[str]:
+    """Let cells below `own` be limited: controllers go down from `parent`, which may then hold no processes itself.
+
+    A parent that this process has to itself, as in a systemd service with Delegate=yes, is left for a folder beside.
+    """
+    if not wanted:
+        return frozenset()
+    order = " ".join(f"+{controller}" for controller in sorted(wanted))
+    try:
+        try:
+            _write(parent / "cgroup.subtree_control", order)
+        except OSError:
+            members = (parent / "cgroup.procs").read_text().split()
+            if members != [str(os.getpid())]:
+                return frozenset()
+            leaf = parent / f"{own.name}-owner"
+            leaf.mkdir()
+            _write(leaf / "cgroup.procs", str(os.getpid()))
+            _write(parent / "cgroup.subtree_control", order)
+        _write(own / "cgroup.subtree_control", order)
+    except OSError:
+        return frozenset()
+    return wanted
+
+
+def _make(folder: Path) -> Path | None:
+    try:
+        folder.mkdir()
+    except OSError:
+        return None
+    return folder
+
+
+def _remove(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _hand_over(folder: Path, uid: int) -> None:
+    if uid != os.geteuid():
+        os.chown(folder / "cgroup.procs", uid, -1)
+
+
+def _write(path: Path, text: str, *, is_optional: bool = False) -> None:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if is_optional:
+            return
+        raise
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+
+
+def _field(path: Path, name: str) -> int:
+    """A number in a file of lines "name number"; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            key, _, value = line.partition(" ")
+            if key == name:
+                return int(value)
+    return 0
