@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import itertools
 import math
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, ProgramCgroup
+from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, ProgramCgroup, sweep
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
 from hone.sandbox.native.build import build
@@ -71,6 +72,7 @@ class Cells:
     async def __aenter__(self) -> Self:
         self._require()
         self._nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        sweep(self.host.cgroups)
         self._cgroups = Cgroups(self.host.cgroups)
         return self
 
@@ -155,10 +157,11 @@ class Cells:
         )
 
     async def _spawner(self, *, shares_host_network: bool) -> "_Spawner":
-        if shares_host_network not in self._spawners:
-            spawner = self._spawners[shares_host_network] = _Spawner()
-            await spawner.start(self.host, own_network=not shares_host_network)
-        spawner = self._spawners[shares_host_network]
+        spawner = self._spawners.get(shares_host_network)
+        if spawner is None or spawner.is_lost:
+            if spawner is not None:
+                await spawner.close()
+            spawner = self._spawners[shares_host_network] = _Spawner(self.host, own_network=not shares_host_network)
         await spawner.until_started()
         return spawner
 
@@ -213,6 +216,7 @@ class Cell:
         self._programs: dict[int, Process] = {}
         self._numbers = itertools.count(1)
         self._counters = Counters()
+        self._hits: dict[Outcome, float] = {}
         self._destruction: asyncio.Task[None] | None = None
 
     async def exec(
@@ -299,17 +303,21 @@ class Cell:
             what = str(operations[step]) if step < len(operations) else "the plan"
             raise SandboxError(f"{self.name} cannot be made: {what}: {os.strerror(number)}") from error
 
+    def require_alive(self) -> None:
+        """Raises why nothing can be asked of it any more, if so."""
+        if self._control is None:
+            raise self._loss()
+
     def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Ask the agent for something."""
-        if self._control is None:
-            raise self.loss()
+        self.require_alive()
+        assert self._control is not None
         try:
             socket.send_fds(self._control, [data], descriptors)
         except OSError as error:
             raise SandboxError(f"{self.name}: its agent does not listen ({error})") from error
 
-    def loss(self) -> SandboxError:
-        """Why nothing can be asked of it any more."""
+    def _loss(self) -> SandboxError:
         return SandboxError(f"{self.name}: {self._over or 'it was never opened'}")
 
     def register(self, identity: int, program: "Process") -> None:
@@ -320,10 +328,15 @@ class Cell:
         """Nobody waits for this program any more."""
         self._programs.pop(identity, None)
 
-    def hits(self) -> Counters:
-        """How often its limits were hit since the last time somebody asked."""
+    def limits_hit_since(self, when: float) -> frozenset[Outcome]:
+        """Which limits were hit after a moment of `time.perf_counter`, or after the last time somebody asked."""
         before, self._counters = self._counters, self.cgroup.counters() if self.cgroup else Counters()
-        return Counters(self._counters.memory - before.memory, self._counters.processes - before.processes)
+        now = time.perf_counter()
+        if self._counters.memory > before.memory:
+            self._hits[Outcome.OUT_OF_MEMORY] = now
+        if self._counters.processes > before.processes:
+            self._hits[Outcome.PIDS_LIMIT] = now
+        return frozenset(outcome for outcome, moment in self._hits.items() if moment > when)
 
     def is_disk_full(self) -> bool:
         """Whether there is no room for another file, or for more in one."""
@@ -371,10 +384,10 @@ class Cell:
             self._control.close()
             self._control = None
         if not self._ready.done():
-            self._ready.set_exception(self.loss())
+            self._ready.set_exception(self._loss())
             self._ready.exception()  # nobody waits for it when the creation was cancelled
         for program in list(self._programs.values()):
-            program.lose(self.loss())
+            program.lose(self._loss())
 
     async def _destroy(self) -> None:
         self._lose("it is destroyed")
@@ -406,8 +419,7 @@ class Cell:
     async def _freeze(self, frozen: bool) -> None:
         if self.cgroup is None or not self.cgroup.can_freeze:
             raise Unsupported("a cell can be paused where there is cgroup v2 only")
-        if self._control is None:
-            raise self.loss()
+        self.require_alive()
         self.cgroup.freeze(frozen)
         deadline = time.monotonic() + KILL_SECONDS
         while self.cgroup.is_frozen() != frozen:
@@ -443,6 +455,7 @@ class Process:
         terminal: tuple[int, int] | None = None,
     ) -> None:
         """Make its streams and let the agent start it; called once, by the cell."""
+        self._cell.require_alive()
         request = self._request(argv, env, cwd, has_terminal=terminal is not None)
         theirs: list[int] = []
         try:
@@ -535,7 +548,7 @@ class Process:
         ]
         late = self._loop.call_later(timeout_seconds, self._expire)
         try:
-            ending = await self._ended
+            ending = await asyncio.shield(self._ended)
             for output in outputs:
                 output.take()
             if not all(output.is_over for output in outputs):  # something in the background holds them open
@@ -552,7 +565,7 @@ class Process:
             self._kept[1].add(f"{os.strerror(ending.error)}: the program could not be started\n".encode())
         usage = Usage(time.perf_counter() - started, ending.cpu_seconds, ending.peak_memory_bytes)
         stdout, stderr = (kept.text() for kept in self._kept)
-        return ExecResult(self._own_outcome(ending), ending.code, stdout, stderr, usage)
+        return ExecResult(self._own_outcome(ending, started), ending.code, stdout, stderr, usage)
 
     def end(self, ending: "_Ending") -> None:
         """The agent says how it ended."""
@@ -634,17 +647,17 @@ class Process:
             KILL_SECONDS, self.lose, SandboxError(f"{self._cell.name}: a program does not die")
         )
 
-    def _own_outcome(self, ending: "_Ending") -> Outcome:
+    def _own_outcome(self, ending: "_Ending", started: float) -> Outcome:
         """How it ended; one that failed when a limit was hit failed at that limit."""
         if self._outcome is not None:
             return self._outcome
         if ending.code == 0:
             return Outcome.EXITED
-        hits = self._cell.hits()
+        hits = self._cell.limits_hit_since(started)
         memory_bytes = self._cell.spec.memory_mb << 20
-        if hits.memory or ending.peak_memory_bytes > 0.8 * memory_bytes:
+        if Outcome.OUT_OF_MEMORY in hits or ending.peak_memory_bytes > 0.8 * memory_bytes:
             return Outcome.OUT_OF_MEMORY
-        if hits.processes:
+        if Outcome.PIDS_LIMIT in hits or ending.error == errno.EAGAIN:
             return Outcome.PIDS_LIMIT
         if self._cell.is_disk_full():
             return Outcome.DISK_FULL
@@ -684,16 +697,17 @@ class _Born:
 class _Spawner:
     """The helper process that clones cells."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host, *, own_network: bool) -> None:
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[_Born]] = {}
-        self._started: asyncio.Future[None] = self._loop.create_future()
         self._sending = asyncio.Lock()
+        self._is_lost = False
+        self._started = self._loop.create_task(self._start(host, own_network=own_network))
 
-    async def start(self, host: Host, *, own_network: bool) -> None:
-        """Start it and let it take its place; `until_started` says when it can be used."""
+    async def _start(self, host: Host, *, own_network: bool) -> None:
+        """Start it and let it take its place."""
         programs = await asyncio.to_thread(build)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -718,14 +732,17 @@ class _Spawner:
             is_unprivileged=not host.has_id_ranges, uid=host.uid, gid=host.gid, own_network=own_network
         )
         self._waiting[0] = self._loop.create_future()
-        await self._send(SPAWN.pack(0, 0, -1, 0, 0, len(prelude)) + encode_operations(prelude), [])
+        await self._send(SPAWN.pack(0, 0, -1, 0, 0, 0, 0, len(prelude)) + encode_operations(prelude), [])
         born = await self._waiting[0]
         self._waiting.pop(0)
         if born.pid != len(prelude):
             problem = f"{prelude[born.pid]}: {os.strerror(-born.pidfd)}"
-            self._started.set_exception(Unsupported(f"this machine does not let cells be made: {problem}"))
-        else:
-            self._started.set_result(None)
+            raise Unsupported(f"this machine does not let cells be made: {problem}")
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it is dead."""
+        return self._is_lost or (self._process is not None and self._process.poll() is not None)
 
     async def until_started(self) -> None:
         """Wait until it can make cells; raises what stands in the way."""
@@ -741,6 +758,8 @@ class _Spawner:
 
     async def close(self) -> None:
         """End it, and with it what is left of its cells."""
+        self._started.cancel()
+        await asyncio.wait([self._started])
         self._lose()
         if self._process is not None:
             process, self._process = self._process, None
@@ -784,6 +803,7 @@ class _Spawner:
             waiting.set_exception(OSError(error, f"the kernel does not clone a cell: {os.strerror(error)}"))
 
     def _lose(self) -> None:
+        self._is_lost = True
         if self._socket is not None:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()

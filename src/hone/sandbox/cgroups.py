@@ -1,9 +1,10 @@
 """Cgroups of cells: limits by v2 or v1 controllers, kill and freeze by v2, in trees of which this process owns a part."""
 
+import collections
 import contextlib
 import itertools
 import os
-import secrets
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,19 @@ from pathlib import Path
 from hone.sandbox.host import CgroupFolders
 from hone.schema.sandboxes import SandboxSpec
 
-PREFIX = "hone-"
+PREFIX = "hone-cells-"
 PERIOD_MICROSECONDS = 100_000
 RESERVED_PROCESSES = 1  # the agent
+MAX_LOOKED_AT = 4  # folders of ended programs, when the next one needs a folder
+
+_NUMBERS = itertools.count()
 
 
 class Cgroups:
     """A folder of this process's own in each tree, and cells' folders below. `close` when all cells are gone."""
 
     def __init__(self, folders: CgroupFolders) -> None:
-        self.name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+        self.name = f"{PREFIX}{os.getpid()}-{_start_time(os.getpid())}-{next(_NUMBERS)}"
         self.unified: Path | None = None
         self.controllers: dict[str, Path] = {}
         self.unified_controllers: frozenset[str] = frozenset()
@@ -84,7 +88,8 @@ class CellCgroup:
         self._unified_controllers = unified_controllers
         self._uid = uid
         self._numbers = itertools.count()
-        self._free: list[int] = []
+        self._made: set[int] = set()
+        self._left: collections.deque[int] = collections.deque()
 
     @property
     def can_freeze(self) -> bool:
@@ -137,18 +142,24 @@ class CellCgroup:
         """A v2 folder for one program and all it starts; None without v2."""
         if self._unified is None:
             return None
-        if self._free:
-            number = self._free.pop()
-        else:
+        number = self._find_empty()
+        if number is None:
             number = next(self._numbers)
             folder = self._unified / str(number)
             folder.mkdir()
+            self._made.add(number)
             _hand_over(folder, self._uid)
         return ProgramCgroup(self, number, self._unified / str(number))
 
-    def take_back(self, number: int) -> None:
-        """A program's folder is empty again; the next program gets it."""
-        self._free.append(number)
+    def take_back(self, number: int, *, is_killed: bool) -> None:
+        """The program of this folder is over; once what it left behind is, too, another program gets it.
+
+        A folder that was killed is not used again: Linux 6.18 kills whatever is born into it from outside ever after.
+        """
+        if not is_killed:
+            self._left.append(number)
+        elif self._unified is not None and _remove(self._unified / str(number)):
+            self._made.discard(number)
 
     def counters(self) -> Counters:
         """How often the limits were hit, as far as they are counted."""
@@ -190,11 +201,20 @@ class CellCgroup:
         assert self._unified is not None
         return _field(self._unified / "cgroup.events", "frozen") == 1
 
+    def _find_empty(self) -> int | None:
+        assert self._unified is not None
+        for _ in range(min(MAX_LOOKED_AT, len(self._left))):
+            number = self._left.popleft()
+            if _field(self._unified / str(number) / "cgroup.events", "populated") == 0:
+                return number
+            self._left.append(number)
+        return None
+
     def remove(self) -> bool:
         """Remove the folders; False while something in them is not quite dead yet."""
         is_gone = True
         if self._unified is not None:
-            for number in itertools.takewhile(lambda n: (self._unified / str(n)).exists(), itertools.count()):
+            for number in self._made:
                 is_gone = _remove(self._unified / str(number)) and is_gone
             is_gone = _remove(self._unified) and is_gone
         for folder in self._v1.values():
@@ -209,6 +229,7 @@ class ProgramCgroup:
         self._cell = cell
         self._number = number
         self._folder = folder
+        self._is_killed = False
 
     def open(self) -> int:
         """A descriptor to be born by; the caller closes it."""
@@ -216,13 +237,43 @@ class ProgramCgroup:
 
     def kill(self) -> None:
         """Kill the program and everything it started, daemons included."""
+        self._is_killed = True
         with contextlib.suppress(FileNotFoundError):
             _write(self._folder / "cgroup.kill", "1")
 
     def leave(self) -> None:
-        """The program is over. What it left behind keeps the folder; an empty one is used again."""
-        if _field(self._folder / "cgroup.events", "populated") == 0:
-            self._cell.take_back(self._number)
+        """The program is over."""
+        self._cell.take_back(self._number, is_killed=self._is_killed)
+
+
+def sweep(folders: CgroupFolders) -> int:
+    """Kill and remove what processes that are no more left behind; how many cells that were."""
+    num_cells = 0
+    for parent in (folders.unified, *folders.v1.values()):
+        for own in parent.glob(f"{PREFIX}*") if parent is not None else ():
+            if not _is_orphan(own.name):
+                continue
+            with contextlib.suppress(OSError):
+                _write(own / "cgroup.kill", "1")
+            for folder in sorted(own.rglob("*/"), reverse=True):
+                if _remove(folder) and folder.parent == own and parent == folders.unified:
+                    num_cells += 1
+            _remove(own)
+    return num_cells
+
+
+def _is_orphan(name: str) -> bool:
+    """Whether the process that a folder is named after is gone, also where another one has its number."""
+    match = re.fullmatch(rf"{PREFIX}(\d+)-(\d+)-\d+(-owner)?", name)
+    return match is not None and _start_time(int(match[1])) != int(match[2])
+
+
+def _start_time(pid: int) -> int:
+    """In the kernel's ticks since its start; 0 if there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError):
+        return 0
 
 
 def _enable(parent: Path, own: Path, wanted: frozenset[str]) -> frozenset[str]:

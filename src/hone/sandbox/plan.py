@@ -13,11 +13,13 @@ from hone.schema.sandboxes import SandboxSpec
 
 NEW_MOUNTS, NEW_UTS, NEW_IPC = 0x00020000, 0x04000000, 0x08000000
 NEW_USERS, NEW_PIDS, NEW_NETWORK = 0x10000000, 0x20000000, 0x40000000
-NO_SETUID, NO_DEVICES, NO_PROGRAMS, RECURSIVE, PRIVATE = 2, 4, 8, 0x4000, 0x40000  # of mount(2)
+READ_ONLY, NO_SETUID, NO_DEVICES, NO_PROGRAMS = 1, 2, 4, 8  # flags of mount(2)
+RECURSIVE, PRIVATE = 0x4000, 0x40000
 ATTRIBUTE_READ_ONLY, ATTRIBUTE_NO_SETUID, ATTRIBUTE_NO_DEVICES, ATTRIBUTE_NO_PROGRAMS = 1, 2, 4, 8
 
 STAGE = "/sys"  # a folder that every machine has and no cell needs: in the cell's own view, its root is put together here
-MASK, DEVICE_FOLDER, FIRST_BIND = 6, 7, 8  # slots of trees; the first are the devices
+MASK, DEVICE_FOLDER, FIRST_BIND, FIRST_LAYER = 6, 7, 8, 64  # slots of trees; the first are the devices
+MAX_BINDS, MAX_LAYERS = 56, 64
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 DEVICE_LINKS = {
     "fd": "/proc/self/fd",
@@ -31,7 +33,7 @@ HOSTNAME = "sandbox"
 WORK = "/work"
 INODES_PER_MB = 256
 MAX_OPEN_FILES = 4096
-SPAWN = struct.Struct("=QQiIII")
+SPAWN = struct.Struct("=QQiIIIII")
 OPERATION = struct.Struct("=IIQQ")
 
 
@@ -76,19 +78,20 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a cell comes to be: the namespaces it is cloned into, its ids, and its steps."""
+    """How a cell comes to be: the namespaces it is cloned into, its ids, layers made to belong to them, its steps."""
 
     namespaces: int
     uid_map: bytes
     gid_map: bytes
+    layers: tuple[str, ...]
     operations: tuple[Operation, ...]
 
     def encode(self, identity: int, cgroup: int = -1) -> bytes:
         """The order to the spawner. cgroup: which of the descriptors sent with it is the cgroup to be born in."""
-        head = SPAWN.pack(
-            identity, self.namespaces, cgroup, len(self.uid_map), len(self.gid_map), len(self.operations)
-        )
-        return head + self.uid_map + self.gid_map + encode_operations(self.operations)
+        layers = b"".join(_text(layer) for layer in self.layers)
+        sizes = (len(self.uid_map), len(self.gid_map), len(self.layers), len(layers), len(self.operations))
+        head = SPAWN.pack(identity, self.namespaces, cgroup, *sizes)
+        return head + self.uid_map + self.gid_map + layers + encode_operations(self.operations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,9 @@ class Grants:
 
 
 def plan_cell(spec: SandboxSpec, image: Image, grants: Grants, binds: Sequence[Bind] = ()) -> Plan:
-    """The steps from a fresh clone to the agent of a cell."""
+    """The steps from a fresh clone to the agent of a cell. `ValueError` for more binds or layers than there may be."""
+    if len(image.layers) > MAX_LAYERS or len(image.binds) + len(binds) > MAX_BINDS:
+        raise ValueError(f"an image of more than {MAX_LAYERS} layers or {MAX_BINDS} binds; make fewer of them")
     namespaces = NEW_USERS | NEW_MOUNTS | NEW_PIDS | NEW_IPC | NEW_UTS | (NEW_NETWORK if grants.own_network else 0)
     operations = (
         *(Operation(Code.JOIN, a=index) for index in grants.join),
@@ -159,6 +164,7 @@ def plan_cell(spec: SandboxSpec, image: Image, grants: Grants, binds: Sequence[B
         namespaces=namespaces,
         uid_map=f"0 {grants.uid} {grants.num_ids}\n".encode(),
         gid_map=f"0 {grants.gid} {grants.num_ids}\n".encode(),
+        layers=image.layers if grants.num_ids > 1 else (),
         operations=operations,
     )
 
@@ -206,7 +212,7 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
     size = f"size={spec.disk_mb}m,nr_inodes={max(4096, spec.disk_mb * INODES_PER_MB)},mode=755"
     yield _mount("tmpfs", STAGE, "tmpfs", NO_SETUID | NO_DEVICES, size)
     if image.layers:
-        yield from _layers(image.layers)
+        yield from _layers(image.layers, are_mapped=grants.num_ids > 1)
     else:
         yield Operation(Code.KEEP, _text(STAGE))
         yield Operation(Code.PIVOT, _text(STAGE))
@@ -215,6 +221,8 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
     yield from tree.folder("/proc")
     yield _mount("proc", "/proc", "proc", NO_SETUID | NO_DEVICES | NO_PROGRAMS)
     yield Operation(Code.WRITE, _text("/proc/sys/user/max_user_namespaces") + b"0")
+    # Its owner inside could make the agent the kernel's first choice when memory runs out.
+    yield _mount("none", "/proc/1", "tmpfs", READ_ONLY | NO_SETUID, "size=4k,nr_inodes=2,mode=555")
     for name in grants.masked:
         yield Operation(Code.TAKE_TREE, _text("/dev/null"), a=MASK)
         yield Operation(Code.PUT_TREE, _text(f"/proc/{name}"), a=MASK, b=ATTRIBUTE_READ_ONLY)
@@ -229,11 +237,17 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
     yield Operation(Code.LEAVE)
 
 
-def _layers(layers: Sequence[str]) -> Iterator[Operation]:
+def _layers(layers: Sequence[str], *, are_mapped: bool) -> Iterator[Operation]:
+    """The layers below one of its own. Mapped ones are there as trees, in which the cell's root owns what root owns."""
     for name in ("layer", "scratch", "root", "devices"):
         yield _folder(f"{STAGE}/{name}")
-    escaped = ":".join(layer.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,") for layer in layers)
-    options = f"lowerdir={escaped},upperdir={STAGE}/layer,workdir={STAGE}/scratch,userxattr"
+    for number, layer in enumerate(layers):
+        if not are_mapped:
+            yield Operation(Code.TAKE_TREE, _text(layer), a=FIRST_LAYER + number)
+        yield _folder(f"{STAGE}/{number}")
+        yield Operation(Code.PUT_TREE, _text(f"{STAGE}/{number}"), a=FIRST_LAYER + number)
+    lower = ":".join(f"{STAGE}/{number}" for number in range(len(layers)))
+    options = f"lowerdir={lower},upperdir={STAGE}/layer,workdir={STAGE}/scratch,userxattr"
     yield _mount("overlay", f"{STAGE}/root", "overlay", NO_SETUID | NO_DEVICES, options)
     yield Operation(Code.KEEP, _text(f"{STAGE}/layer"))
     yield Operation(Code.TAKE_TREE, _text(f"{STAGE}/devices"), a=DEVICE_FOLDER)

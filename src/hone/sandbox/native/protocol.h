@@ -12,13 +12,20 @@
 #define CONTROL 3
 #define LAYER 4
 
-/* node -> spawner, followed by uid map, gid map and operations. The first descriptor is the agent's control socket. */
+/* Where the trees of layers with mapped ids begin. */
+#define FIRST_LAYER 64
+#define MAX_LAYERS 64
+
+/* node -> spawner, followed by uid map, gid map, the folders of layers that shall belong to the cell's ids, each with a
+   zero, and operations. The first descriptor is the agent's control socket. */
 struct spawn {
     uint64_t identity;
     uint64_t namespaces; /* CLONE_NEW... */
     int32_t cgroup;      /* which of the descriptors is the cgroup to be born in; -1: none */
     uint32_t uid_map_bytes;
     uint32_t gid_map_bytes;
+    uint32_t num_layers;
+    uint32_t layers_bytes;
     uint32_t num_operations;
 };
 

@@ -35,7 +35,7 @@
 #ifndef CLONE_INTO_CGROUP
 #define CLONE_INTO_CGROUP 0x200000000ULL
 #endif
-#define MAX_TREES 128
+#define MAX_TREES (FIRST_LAYER + MAX_LAYERS)
 
 struct bpf {
     uint16_t num_instructions;
@@ -276,12 +276,48 @@ static uint32_t carry_out_all(const char *position, uint32_t num_operations)
     return num_operations;
 }
 
-/* What the clone does: it moves its descriptors where the agent expects them, waits until it has its ids, obeys. */
-static void be_born(const struct spawn *order, const char *operations, int released)
+/* Send a message with descriptors. */
+static int pass(int socket, const void *data, size_t size, const int *passed, int num_passed)
+{
+    char control[CMSG_SPACE(MAX_LAYERS * sizeof(int))] = {0};
+    struct iovec part = {(void *)data, size};
+    struct msghdr header = {.msg_iov = &part, .msg_iovlen = 1};
+    if (num_passed) {
+        header.msg_control = control;
+        header.msg_controllen = CMSG_SPACE(num_passed * sizeof(int));
+        struct cmsghdr *first = CMSG_FIRSTHDR(&header);
+        first->cmsg_level = SOL_SOCKET;
+        first->cmsg_type = SCM_RIGHTS;
+        first->cmsg_len = CMSG_LEN(num_passed * sizeof(int));
+        memcpy(CMSG_DATA(first), passed, num_passed * sizeof(int));
+    }
+    return sendmsg(socket, &header, MSG_NOSIGNAL) == (ssize_t)size ? 0 : -1;
+}
+
+/* The next message with its descriptors; 0 when the other side is gone. */
+static ssize_t take(int socket, void *data, size_t size, int *taken, int *num_taken)
+{
+    char control[CMSG_SPACE(MAX_DESCRIPTORS * sizeof(int))];
+    struct iovec part = {data, size};
+    struct msghdr header = {
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+    ssize_t got = recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
+    struct cmsghdr *first = CMSG_FIRSTHDR(&header);
+    *num_taken = 0;
+    if (got > 0 && first && first->cmsg_type == SCM_RIGHTS) {
+        *num_taken = (first->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        memcpy(taken, CMSG_DATA(first), *num_taken * sizeof(int));
+    }
+    return got;
+}
+
+/* What the clone does: it waits until it has its ids, and layers that belong to them, and obeys. */
+static void be_born(const struct spawn *order, const char *operations, int gate)
 {
     struct report failure = {.kind = REPORT_FAILED};
     char byte;
-    if (released >= 0 && read(released, &byte, 1) != 1)
+    int num_layers;
+    if (gate >= 0 && take(gate, &byte, 1, trees + FIRST_LAYER, &num_layers) != 1)
         _exit(1);
     failure.identity = carry_out_all(operations, order->num_operations);
     failure.error = errno;
@@ -295,7 +331,7 @@ static int map_ids(pid_t pid, const struct spawn *order, const char *maps)
     snprintf(path, sizeof path, "/proc/%d/uid_map", pid);
     if (write_file(path, maps, order->uid_map_bytes, 0))
         return -1;
-    if (geteuid()) {
+    if (geteuid()) { /* as the kernel wants it of who has no powers over groups */
         snprintf(path, sizeof path, "/proc/%d/setgroups", pid);
         if (write_file(path, "deny", 4, 0))
             return -1;
@@ -304,9 +340,48 @@ static int map_ids(pid_t pid, const struct spawn *order, const char *maps)
     return write_file(path, maps + order->uid_map_bytes, order->gid_map_bytes, 0);
 }
 
+/* Copies of layers in which files of root belong to the root of a cell; how many, or -1. */
+static int map_layers(pid_t pid, const struct spawn *order, const char *paths, int *layers)
+{
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/ns/user", pid);
+    struct mount_attr attributes = {.attr_set = MOUNT_ATTR_IDMAP, .userns_fd = open(path, O_RDONLY | O_CLOEXEC)};
+    uint32_t i = 0;
+    for (; i < order->num_layers && i < MAX_LAYERS; i++, paths = after(paths)) {
+        layers[i] = syscall(SYS_open_tree, AT_FDCWD, paths, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+        if (layers[i] < 0)
+            break;
+        if (syscall(SYS_mount_setattr, layers[i], "", AT_EMPTY_PATH, &attributes, sizeof attributes)) {
+            i++;
+            break;
+        }
+    }
+    int error = i < order->num_layers ? errno : 0;
+    close(attributes.userns_fd);
+    errno = error;
+    return i;
+}
+
+/* Give a clone its ids and its layers, and let it go on. */
+static int release(pid_t pid, const struct spawn *order, const char *rest, int gate)
+{
+    int layers[MAX_LAYERS];
+    if (map_ids(pid, order, rest))
+        return -1;
+    errno = 0;
+    int num_layers = map_layers(pid, order, rest + order->uid_map_bytes + order->gid_map_bytes, layers);
+    int error = errno;
+    if (!error && pass(gate, "", 1, layers, num_layers))
+        error = errno;
+    for (int i = 0; i < num_layers; i++)
+        close(layers[i]);
+    errno = error;
+    return error ? -1 : 0;
+}
+
 static int spawn(const struct spawn *order, const char *rest, pid_t *pid)
 {
-    int pidfd = -1, gate[2] = {-1, -1};
+    int pidfd = -1, gate[2];
     struct clone_args arguments = {
         .flags = order->namespaces | CLONE_PIDFD,
         .pidfd = (uintptr_t)&pidfd,
@@ -316,60 +391,23 @@ static int spawn(const struct spawn *order, const char *rest, pid_t *pid)
         arguments.flags |= CLONE_INTO_CGROUP;
         arguments.cgroup = descriptors[order->cgroup];
     }
-    if (order->uid_map_bytes && pipe2(gate, O_CLOEXEC))
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, gate))
         return -1;
     *pid = syscall(SYS_clone3, &arguments, sizeof arguments);
     if (*pid == 0) {
         close(gate[1]);
-        be_born(order, rest + order->uid_map_bytes + order->gid_map_bytes, gate[0]);
+        be_born(order, rest + order->uid_map_bytes + order->gid_map_bytes + order->layers_bytes, gate[0]);
     }
     int error = *pid < 0 ? errno : 0;
-    if (!error && order->uid_map_bytes && (map_ids(*pid, order, rest) || write_all(gate[1], "", 1))) {
+    if (!error && release(*pid, order, rest, gate[1])) {
         error = errno;
         syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
         close(pidfd);
     }
-    if (order->uid_map_bytes) {
-        close(gate[0]);
-        close(gate[1]);
-    }
+    close(gate[0]);
+    close(gate[1]);
     errno = error;
     return error ? -1 : pidfd;
-}
-
-static void answer(int socket, const struct spawned *reply, int pidfd)
-{
-    char control[CMSG_SPACE(sizeof(int))] = {0};
-    struct iovec part = {(void *)reply, sizeof *reply};
-    struct msghdr header = {.msg_iov = &part, .msg_iovlen = 1};
-    if (pidfd >= 0) {
-        header.msg_control = control;
-        header.msg_controllen = sizeof control;
-        struct cmsghdr *first = CMSG_FIRSTHDR(&header);
-        first->cmsg_level = SOL_SOCKET;
-        first->cmsg_type = SCM_RIGHTS;
-        first->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(first), &pidfd, sizeof pidfd);
-    }
-    if (sendmsg(socket, &header, MSG_NOSIGNAL) < 0)
-        _exit(1);
-}
-
-/* The next order with its descriptors; 0 when the node is gone. */
-static ssize_t receive(int socket)
-{
-    char control[CMSG_SPACE(sizeof descriptors)];
-    struct iovec part = {message, sizeof message};
-    struct msghdr header = {
-        .msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
-    ssize_t size = recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
-    struct cmsghdr *first = CMSG_FIRSTHDR(&header);
-    num_descriptors = 0;
-    if (size > 0 && first && first->cmsg_type == SCM_RIGHTS) {
-        num_descriptors = (first->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-        memcpy(descriptors, CMSG_DATA(first), num_descriptors * sizeof(int));
-    }
-    return size;
 }
 
 static void obey(int socket)
@@ -389,7 +427,8 @@ static void obey(int socket)
         reply.pid = pid;
         reply.error = pidfd < 0 ? errno : 0;
     }
-    answer(socket, &reply, pidfd);
+    if (pass(socket, &reply, sizeof reply, &pidfd, pidfd >= 0))
+        _exit(1);
     if (pidfd >= 0)
         close(pidfd);
     for (int i = 0; i < num_descriptors; i++)
@@ -421,7 +460,7 @@ int main(int count, char **arguments)
         if (watched[1].revents)
             return 0;
         if (watched[0].revents) {
-            if (receive(socket) <= 0)
+            if (take(socket, message, sizeof message, descriptors, &num_descriptors) <= 0)
                 return 0;
             obey(socket);
         }
