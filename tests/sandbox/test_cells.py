@@ -62,18 +62,16 @@ async def test_requests_that_cannot_be_kept_are_refused(cell: Cell) -> None:
 async def test_a_late_program_is_killed_with_its_children(cell: Cell) -> None:
     result = await cell.exec(["sh", "-c", "sleep 60 & sleep 60"], timeout_seconds=0.2)
     assert (result.outcome, result.exit_code) == (Outcome.TIMEOUT, -signal.SIGKILL)
-    assert await sleepers(cell) == 0
+    await until_sleepers(cell, 0)
 
 
 async def test_a_daemon_survives_its_program_and_dies_at_a_timeout_or_with_the_cell(cells: Cells, cell: Cell) -> None:
     await cell.exec(["sh", "-c", "setsid sleep 61 >/dev/null 2>&1 &"])
-    async with asyncio.timeout(10):
-        while await sleepers(cell) == 0:  # the daemon takes a moment to become one
-            await asyncio.sleep(0)
+    await until_sleepers(cell, 1)
     result = await cell.exec(["sh", "-c", "(setsid sleep 62 &) ; sleep 60"], timeout_seconds=0.3)
     assert result.outcome is Outcome.TIMEOUT
     if cell.cgroup is not None and cell.cgroup.can_freeze:
-        assert await sleepers(cell) == 1  # the first one; without cgroups a daemon lives as long as the cell
+        await until_sleepers(cell, 1)  # the first one; without cgroups a daemon lives as long as the cell
     await cell.destroy()
 
 
@@ -89,11 +87,10 @@ async def test_many_programs_run_at_once(cell: Cell) -> None:
 
 async def test_a_cancelled_exec_takes_its_program_along(cell: Cell) -> None:
     running = asyncio.create_task(cell.exec(["sleep", "60"]))
-    while await sleepers(cell) == 0:
-        await asyncio.sleep(0)
+    await until_sleepers(cell, 1)
     running.cancel()
     await asyncio.wait([running])
-    assert await sleepers(cell) == 0
+    await until_sleepers(cell, 0)
 
 
 async def test_a_conversation_with_a_program(cell: Cell) -> None:
@@ -190,7 +187,7 @@ async def test_the_death_of_the_spawner_takes_its_cells_along_and_the_next_cell_
 
 
 async def test_an_agent_that_talks_nonsense_costs_its_own_cell_only(cells: Cells, cell: Cell) -> None:
-    liar = Cell("liar", SMALL, Image(), 0, 0, lambda _: None)
+    liar = Cell("liar", SMALL, Image(), 0, 0, lambda _: asyncio.sleep(0))
     with liar.open() as theirs:
         theirs.send(b"x" * 39)
         with pytest.raises(SandboxError, match="nonsense"):
@@ -322,6 +319,13 @@ def make_reachable(folder: Path) -> None:
     for path in (folder, *folder.parents):
         if path.stat().st_uid == os.getuid() and path.name.startswith(("pytest-", "test_")):
             path.chmod(0o755)
+
+
+async def until_sleepers(cell: Cell, number: int) -> None:
+    """Starting and dying take a moment."""
+    async with asyncio.timeout(10):
+        while await sleepers(cell) != number:
+            await asyncio.sleep(0)
 
 
 async def sleepers(cell: Cell) -> int:

@@ -14,8 +14,8 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -24,7 +24,7 @@ from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, ProgramCgroup, s
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
 from hone.sandbox.native.build import build
-from hone.sandbox.plan import CONFINING, Bind, Grants, Image, Operation, encode_operations, plan_cell, plan_spawner, SPAWN
+from hone.sandbox.plan import CONFINING, Bind, Grants, Image, Operation, Plan, encode_operations, id_maps, plan_cell, plan_spawner, SPAWN
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, Usage
 
 CREATE_SECONDS = 30.0
@@ -36,6 +36,7 @@ MAX_STRINGS = 32 << 10
 NUM_IDS = 1 << 16
 FIRST_ID, LAST_ID = 1 << 20, 1 << 31
 READ_BYTES = 1 << 16
+MAX_PLANS = 256
 
 SPAWNED = struct.Struct("=Qii")
 REQUEST = struct.Struct("=IIIIII")
@@ -67,6 +68,7 @@ class Cells:
         self._cells: set[Cell] = set()
         self._numbers = itertools.count(1)
         self._ids: set[int] = set()
+        self._plans: dict[tuple[object, ...], _KnownPlan] = {}
         self._nothing = -1
 
     async def __aenter__(self) -> Self:
@@ -100,12 +102,14 @@ class Cells:
                 raise Unsupported(f"image {spec.image!r} needs an image store; cells alone know the host's, 'python'")
             image = host_image()
         number = next(self._numbers)
-        uid = self._take_ids()
+        cgroup = self._cgroups.take(spec)
+        uid = cgroup.uid if cgroup is not None else self._take_ids()
         cell = Cell(f"cell-{number}", spec, image, uid, self._nothing, self._forget)
+        cell.cgroup = cgroup
         self._cells.add(cell)
         try:
             async with asyncio.timeout(CREATE_SECONDS):
-                cell.cgroup = self._cgroups.create(cell.name, spec, uid)
+                cell.cgroup = cgroup or self._cgroups.create(cell.name, spec, uid)
                 spawner = await self._spawner(shares_host_network=spec.network == "host")
                 await self._bear(cell, number, spawner, binds)
         except TimeoutError as error:
@@ -127,9 +131,8 @@ class Cells:
                 descriptors = [theirs.fileno(), *tasks]
                 if unified is not None:
                     descriptors.append(unified)
-                grants = self._grants(cell, spawner, num_tasks=len(tasks))
-                plan = plan_cell(cell.spec, cell.image, grants, binds)
-                cell.confinement = encode_operations([step for step in plan.operations if step.code in CONFINING])
+                plan = self._plan(cell, binds, num_tasks=len(tasks))
+                cell.operations = plan.operations
                 order = plan.encode(number, cgroup=-1 if unified is None else len(descriptors) - 1)
                 born = await spawner.order(number, order, descriptors)
         finally:
@@ -137,7 +140,19 @@ class Cells:
         cell.adopt(await born)
         await cell.until_ready(plan.operations)
 
-    def _grants(self, cell: "Cell", spawner: "_Spawner", num_tasks: int) -> Grants:
+    def _plan(self, cell: "Cell", binds: Sequence[Bind], num_tasks: int) -> Plan:
+        """Its plan. Many cells are alike in all but their ids."""
+        grants = self._grants(cell, num_tasks)
+        spec = cell.spec
+        key = (id(cell.image), *binds, replace(grants, uid=0, gid=0), spec.memory_mb, spec.disk_mb, spec.max_processes)
+        known = self._plans.get(key)
+        if known is None or known.image is not cell.image:
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            known = self._plans[key] = _KnownPlan(cell.image, plan_cell(spec, cell.image, grants, binds))
+        return replace(known.plan, **id_maps(grants))
+
+    def _grants(self, cell: "Cell", num_tasks: int) -> Grants:
         assert self._cgroups is not None
         network = cell.spec.network
         can_share = self.host.landlock >= LANDLOCK_ABSTRACT_SOCKETS
@@ -176,9 +191,19 @@ class Cells:
                 self._ids.add(uid)
                 return uid
 
-    def _forget(self, cell: "Cell") -> None:
+    async def _forget(self, cell: "Cell") -> None:
+        """All of a cell's processes are gone: keep its ids and cgroup for the next, or let go of them."""
+        assert self._cgroups is not None
         self._cells.discard(cell)
+        cgroup, cell.cgroup = cell.cgroup, None
+        if cgroup is not None and self._cgroups.give_back(cgroup):
+            return
         self._ids.discard(cell.uid_base)
+        deadline = time.monotonic() + KILL_SECONDS
+        while cgroup is not None and not cgroup.remove():  # the last process may be counted for a moment yet
+            if time.monotonic() > deadline:
+                raise SandboxError(f"{cell.name}: its cgroup does not become empty")
+            await asyncio.sleep(0.001)
 
     def _require(self) -> None:
         host = self.host
@@ -192,12 +217,11 @@ class Cell:
     """One sandbox. Nothing in it can name, see or signal anything outside.
 
     root_descriptor: its root folder, for reading and writing files beneath (never by a path without RESOLVE_IN_ROOT).
-    layer_descriptor: its writable layer. uid_base: the outside's id of its root. confinement: the steps of its plan, as
-    on the wire, that everything in it has taken.
+    layer_descriptor: its writable layer. uid_base: the outside's id of its root. operations: the steps of its plan.
     """
 
     def __init__(
-        self, name: str, spec: SandboxSpec, image: Image, uid_base: int, nothing: int, forget: Callable[["Cell"], None]
+        self, name: str, spec: SandboxSpec, image: Image, uid_base: int, nothing: int, forget: Callable[["Cell"], Awaitable[None]]
     ) -> None:
         self.name = name
         self.spec = spec
@@ -207,7 +231,7 @@ class Cell:
         self.root_descriptor = -1
         self.layer_descriptor = -1
         self.cgroup: CellCgroup | None = None
-        self.confinement = b""
+        self.operations: tuple[Operation, ...] = ()
         self._nothing = nothing
         self._forget = forget
         self._control: socket.socket | None = None
@@ -220,6 +244,7 @@ class Cell:
         self._numbers = itertools.count(1)
         self._counters = Counters()
         self._hits: dict[Outcome, float] = {}
+        self._is_paused = False
         self._destruction: asyncio.Task[None] | None = None
 
     async def exec(
@@ -269,6 +294,10 @@ class Cell:
             raise
         return program
 
+    def confinement(self) -> bytes:
+        """As on the wire, the steps of its plan that everything in it has taken."""
+        return encode_operations([step for step in self.operations if step.code in CONFINING])
+
     @property
     def process_descriptor(self) -> int:
         """A pidfd of its first process; still the cell's."""
@@ -302,6 +331,8 @@ class Cell:
 
     def adopt(self, born: "_Born") -> None:
         """It has a first process; called once, by `Cells`."""
+        if self.cgroup is not None:
+            self._counters = self.cgroup.counters()
         self.pid, self._pidfd = born.pid, born.pidfd
 
     async def until_ready(self, operations: Sequence[Operation]) -> None:
@@ -402,42 +433,34 @@ class Cell:
             program.lose(self._loss())
 
     async def _destroy(self) -> None:
+        """The kernel ends the first process when all others in its namespace are gone."""
         self._lose("it is destroyed")
+        if self.cgroup is not None and (self._pidfd < 0 or self._is_paused):
+            self.cgroup.kill()
         try:
-            if self.cgroup is not None:
-                self.cgroup.kill()
             if self._pidfd >= 0:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
                 await _until_over(self._pidfd, self.name)
-            await self._remove_cgroup()
+            await self._forget(self)
         finally:
             for descriptor in (self._pidfd, self.root_descriptor, self.layer_descriptor):
                 if descriptor >= 0:
                     os.close(descriptor)
             self._pidfd = self.root_descriptor = self.layer_descriptor = -1
-            self._forget(self)
-
-    async def _remove_cgroup(self) -> None:
-        """The last of its processes may be counted for a moment after the first one's end."""
-        if self.cgroup is None:
-            return
-        deadline = time.monotonic() + KILL_SECONDS
-        while not self.cgroup.remove():
-            if time.monotonic() > deadline:
-                raise SandboxError(f"{self.name}: its cgroup does not become empty")
-            await asyncio.sleep(0.001)
 
     async def _freeze(self, frozen: bool) -> None:
         if self.cgroup is None or not self.cgroup.can_freeze:
             raise Unsupported("a cell can be paused where there is cgroup v2 only")
         self.require_alive()
         self.cgroup.freeze(frozen)
+        self._is_paused = True  # also while it is being resumed
         deadline = time.monotonic() + KILL_SECONDS
         while self.cgroup.is_frozen() != frozen:
             if time.monotonic() > deadline:
                 raise SandboxError(f"{self.name} cannot be {'paused' if frozen else 'resumed'}")
             await asyncio.sleep(0.0002)
+        self._is_paused = frozen
 
 
 class Channel(Protocol):
@@ -726,6 +749,12 @@ class Ending:
     @property
     def code(self) -> int:
         return 126 if self.error else os.waitstatus_to_exitcode(self.status)
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownPlan:
+    image: Image
+    plan: Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,7 @@
-"""Cgroups of cells: limits by v2 or v1 controllers, kill and freeze by v2, in trees of which this process owns a part."""
+"""Cgroups of cells: limits by v2 or v1 controllers, kill and freeze by v2, in trees of which this process owns a part.
+
+Paths are plain strings where every creation and every program passes: pathlib would be half of what those cost.
+"""
 
 import collections
 import contextlib
@@ -15,6 +18,7 @@ from hone.schema.sandboxes import SandboxSpec
 PREFIX = "hone-cells-"
 PERIOD_MICROSECONDS = 100_000
 RESERVED_PROCESSES = 1  # the agent
+MAX_SPARES = 64  # making and removing a cell's folders is a fifth of its creation
 MAX_LOOKED_AT = 4  # folders of ended programs, when the next one needs a folder
 
 _NUMBERS = itertools.count()
@@ -28,6 +32,7 @@ class Cgroups:
         self.unified: Path | None = None
         self.controllers: dict[str, Path] = {}
         self.unified_controllers: frozenset[str] = frozenset()
+        self._spares: dict[Limits, list[CellCgroup]] = {}
         if folders.unified is not None:
             self.unified = _make(folders.unified / self.name)
         if self.unified is not None and folders.unified is not None:
@@ -40,24 +45,40 @@ class Cgroups:
         """Whether cells' use of memory, pids or cpu is limited."""
         return controller in self.controllers or controller in self.unified_controllers
 
+    def take(self, spec: SandboxSpec) -> "CellCgroup | None":
+        """The folders of a cell of the same limits that is gone, if there are any."""
+        spares = self._spares.get(_limits(spec))
+        return spares.pop() if spares else None
+
     def create(self, name: str, spec: SandboxSpec, uid: int) -> "CellCgroup":
-        """A cell's folders with its limits. uid: who may put processes into those of its programs."""
+        """New folders with a cell's limits. uid: who may put processes into those of its programs."""
         cgroup = CellCgroup(
             name,
-            self.unified / name if self.unified else None,
-            {controller: folder / name for controller, folder in self.controllers.items()},
+            f"{self.unified}/{name}" if self.unified else None,
+            {controller: f"{folder}/{name}" for controller, folder in self.controllers.items()},
             self.unified_controllers,
             uid,
+            _limits(spec),
         )
         try:
-            cgroup.make(spec)
+            cgroup.make()
         except BaseException:
             cgroup.remove()
             raise
         return cgroup
 
+    def give_back(self, cgroup: "CellCgroup") -> bool:
+        """Keep the folders of a cell that is gone for the next; False if they are not fit for it, and to be removed."""
+        spares = self._spares.setdefault(cgroup.limits, [])
+        if len(spares) >= MAX_SPARES or not cgroup.is_fit():
+            return False
+        spares.append(cgroup)
+        return True
+
     def close(self) -> None:
-        """Remove the folders of this process; those of cells have to be gone."""
+        """Remove the folders of this process; those of living cells have to be gone."""
+        for cgroup in itertools.chain.from_iterable(self._spares.values()):
+            cgroup.remove()
         for folder in (self.unified, *self.controllers.values()):
             if folder is not None:
                 _remove(folder)
@@ -71,55 +92,66 @@ class Counters:
     processes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a cell may use: bytes, processes, microseconds of every 100,000."""
+
+    memory_bytes: int
+    processes: int
+    quota_microseconds: int
+
+
 class CellCgroup:
     """The folders of one cell."""
 
     def __init__(
         self,
         name: str,
-        unified: Path | None,
-        v1: dict[str, Path],
+        unified: str | None,
+        v1: dict[str, str],
         unified_controllers: frozenset[str],
         uid: int,
+        limits: Limits,
     ) -> None:
         self.name = name
+        self.uid = uid
+        self.limits = limits
         self._unified = unified
         self._v1 = v1
         self._unified_controllers = unified_controllers
-        self._uid = uid
         self._numbers = itertools.count()
         self._made: set[int] = set()
         self._left: collections.deque[int] = collections.deque()
+        self._is_killed = False
 
     @property
     def can_freeze(self) -> bool:
         """Whether there is a v2 folder: the cell can be paused, and programs be killed with all they started."""
         return self._unified is not None
 
-    def make(self, spec: SandboxSpec) -> None:
-        """Make the folders and write the limits. Files count: a cell has its memory and its disk on top of it."""
-        memory = (spec.memory_mb + spec.disk_mb) << 20
-        processes = spec.max_processes + RESERVED_PROCESSES
-        quota = max(1000, round(spec.cpus * PERIOD_MICROSECONDS))
+    def make(self) -> None:
+        """Make the folders and write the limits."""
+        memory, processes = str(self.limits.memory_bytes), str(self.limits.processes)
+        quota = self.limits.quota_microseconds
         if self._unified is not None:
-            self._unified.mkdir()
-            _hand_over(self._unified, self._uid)
+            os.mkdir(self._unified)
+            _hand_over(self._unified, self.uid)
             if "memory" in self._unified_controllers:
-                _write(self._unified / "memory.max", str(memory))
-                _write(self._unified / "memory.swap.max", "0", is_optional=True)
+                _write(f"{self._unified}/memory.max", memory)
+                _write(f"{self._unified}/memory.swap.max", "0", is_optional=True)
             if "pids" in self._unified_controllers:
-                _write(self._unified / "pids.max", str(processes))
+                _write(f"{self._unified}/pids.max", processes)
             if "cpu" in self._unified_controllers:
-                _write(self._unified / "cpu.max", f"{quota} {PERIOD_MICROSECONDS}")
+                _write(f"{self._unified}/cpu.max", f"{quota} {PERIOD_MICROSECONDS}")
         for controller, folder in self._v1.items():
-            folder.mkdir()
+            os.mkdir(folder)
             if controller == "memory":
-                _write(folder / "memory.limit_in_bytes", str(memory))
-                _write(folder / "memory.memsw.limit_in_bytes", str(memory), is_optional=True)
+                _write(f"{folder}/memory.limit_in_bytes", memory)
+                _write(f"{folder}/memory.memsw.limit_in_bytes", memory, is_optional=True)
             elif controller == "pids":
-                _write(folder / "pids.max", str(processes))
+                _write(f"{folder}/pids.max", processes)
             elif controller == "cpu":
-                _write(folder / "cpu.cfs_quota_us", str(quota))
+                _write(f"{folder}/cpu.cfs_quota_us", str(quota))
 
     @contextlib.contextmanager
     def entrances(self) -> Iterator[tuple[int | None, list[int]]]:
@@ -134,7 +166,7 @@ class CellCgroup:
                 stack.callback(os.close, unified)
             tasks = []
             for folder in self._v1.values():
-                tasks.append(os.open(folder / "tasks", os.O_WRONLY | os.O_CLOEXEC))
+                tasks.append(os.open(f"{folder}/tasks", os.O_WRONLY | os.O_CLOEXEC))
                 stack.callback(os.close, tasks[-1])
             yield unified, tasks
 
@@ -145,11 +177,11 @@ class CellCgroup:
         number = self._find_empty()
         if number is None:
             number = next(self._numbers)
-            folder = self._unified / str(number)
-            folder.mkdir()
+            folder = f"{self._unified}/{number}"
+            os.mkdir(folder)
             self._made.add(number)
-            _hand_over(folder, self._uid)
-        return ProgramCgroup(self, number, self._unified / str(number))
+            _hand_over(folder, self.uid)
+        return ProgramCgroup(self, number, f"{self._unified}/{number}")
 
     def take_back(self, number: int, *, is_killed: bool) -> None:
         """The program of this folder is over; once what it left behind is, too, another program gets it.
@@ -158,64 +190,67 @@ class CellCgroup:
         """
         if not is_killed:
             self._left.append(number)
-        elif self._unified is not None and _remove(self._unified / str(number)):
+        elif self._unified is not None and _remove(f"{self._unified}/{number}"):
             self._made.discard(number)
 
     def counters(self) -> Counters:
         """How often the limits were hit, as far as they are counted."""
         memory = processes = 0
         if "memory" in self._unified_controllers and self._unified is not None:
-            memory = _field(self._unified / "memory.events", "oom_kill")
+            memory = _field(f"{self._unified}/memory.events", "oom_kill")
         elif "memory" in self._v1:
-            memory = _field(self._v1["memory"] / "memory.oom_control", "oom_kill")
+            memory = _field(f"{self._v1['memory']}/memory.oom_control", "oom_kill")
         if "pids" in self._unified_controllers and self._unified is not None:
-            processes = _field(self._unified / "pids.events", "max")
+            processes = _field(f"{self._unified}/pids.events", "max")
         elif "pids" in self._v1:
-            processes = _field(self._v1["pids"] / "pids.events", "max")
+            processes = _field(f"{self._v1['pids']}/pids.events", "max")
         return Counters(memory, processes)
 
     def memory_bytes(self) -> int | None:
         """What it uses now, files included; None where nobody counts."""
-        for path in (
-            self._unified / "memory.current" if self._unified and "memory" in self._unified_controllers else None,
-            self._v1["memory"] / "memory.usage_in_bytes" if "memory" in self._v1 else None,
-        ):
-            if path is not None:
-                with contextlib.suppress(OSError, ValueError):
-                    return int(path.read_text())
-        return None
+        if self._unified is not None and "memory" in self._unified_controllers:
+            return _number(f"{self._unified}/memory.current")
+        return _number(f"{self._v1['memory']}/memory.usage_in_bytes") if "memory" in self._v1 else None
 
     def kill(self) -> None:
         """Kill everything in it, where there is v2."""
+        self._is_killed = True
         if self._unified is not None:
             with contextlib.suppress(FileNotFoundError):
-                _write(self._unified / "cgroup.kill", "1")
+                _write(f"{self._unified}/cgroup.kill", "1")
 
     def freeze(self, frozen: bool) -> None:
         """Ask the kernel to stop, or to go on with, everything in it."""
         assert self._unified is not None
-        _write(self._unified / "cgroup.freeze", "1" if frozen else "0")
+        _write(f"{self._unified}/cgroup.freeze", "1" if frozen else "0")
 
     def is_frozen(self) -> bool:
         """Whether everything in it has stopped."""
         assert self._unified is not None
-        return _field(self._unified / "cgroup.events", "frozen") == 1
+        return _field(f"{self._unified}/cgroup.events", "frozen") == 1
 
     def _find_empty(self) -> int | None:
         assert self._unified is not None
         for _ in range(min(MAX_LOOKED_AT, len(self._left))):
             number = self._left.popleft()
-            if _field(self._unified / str(number) / "cgroup.events", "populated") == 0:
+            if _field(f"{self._unified}/{number}/cgroup.events", "populated") == 0:
                 return number
             self._left.append(number)
         return None
+
+    def is_fit(self) -> bool:
+        """Whether another cell could have the folders: all is over in there, and none has been killed as a whole."""
+        if self._is_killed or (self._unified is not None and _field(f"{self._unified}/cgroup.events", "populated")):
+            return False
+        self._left = collections.deque(sorted(self._made))
+        return True
 
     def remove(self) -> bool:
         """Remove the folders; False while something in them is not quite dead yet."""
         is_gone = True
         if self._unified is not None:
             for number in self._made:
-                is_gone = _remove(self._unified / str(number)) and is_gone
+                is_gone = _remove(f"{self._unified}/{number}") and is_gone
             is_gone = _remove(self._unified) and is_gone
         for folder in self._v1.values():
             is_gone = _remove(folder) and is_gone
@@ -225,7 +260,7 @@ class CellCgroup:
 class ProgramCgroup:
     """The v2 folder of one program in a cell and all that it starts."""
 
-    def __init__(self, cell: CellCgroup, number: int, folder: Path) -> None:
+    def __init__(self, cell: CellCgroup, number: int, folder: str) -> None:
         self._cell = cell
         self._number = number
         self._folder = folder
@@ -239,11 +274,20 @@ class ProgramCgroup:
         """Kill the program and everything it started, daemons included."""
         self._is_killed = True
         with contextlib.suppress(FileNotFoundError):
-            _write(self._folder / "cgroup.kill", "1")
+            _write(f"{self._folder}/cgroup.kill", "1")
 
     def leave(self) -> None:
         """The program is over."""
         self._cell.take_back(self._number, is_killed=self._is_killed)
+
+
+def _limits(spec: SandboxSpec) -> Limits:
+    """Files count as memory: a cell has its disk on top of what its programs may use."""
+    return Limits(
+        memory_bytes=(spec.memory_mb + spec.disk_mb) << 20,
+        processes=spec.max_processes + RESERVED_PROCESSES,
+        quota_microseconds=max(1000, round(spec.cpus * PERIOD_MICROSECONDS)),
+    )
 
 
 def sweep(folders: CgroupFolders) -> int:
@@ -309,9 +353,9 @@ def _make(folder: Path) -> Path | None:
     return folder
 
 
-def _remove(folder: Path) -> bool:
+def _remove(folder: Path | str) -> bool:
     try:
-        folder.rmdir()
+        os.rmdir(folder)
     except FileNotFoundError:
         return True
     except OSError:
@@ -319,12 +363,12 @@ def _remove(folder: Path) -> bool:
     return True
 
 
-def _hand_over(folder: Path, uid: int) -> None:
+def _hand_over(folder: str, uid: int) -> None:
     if uid != os.geteuid():
-        os.chown(folder / "cgroup.procs", uid, -1)
+        os.chown(f"{folder}/cgroup.procs", uid, -1)
 
 
-def _write(path: Path, text: str, *, is_optional: bool = False) -> None:
+def _write(path: Path | str, text: str, *, is_optional: bool = False) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -337,11 +381,29 @@ def _write(path: Path, text: str, *, is_optional: bool = False) -> None:
         os.close(descriptor)
 
 
-def _field(path: Path, name: str) -> int:
+def _field(path: str, name: str) -> int:
     """A number in a file of lines "name number"; 0 where there is none."""
-    with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
-            key, _, value = line.partition(" ")
-            if key == name:
-                return int(value)
+    for line in _text(path).splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
     return 0
+
+
+def _number(path: str) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _text(path: str) -> str:
+    """What is in a file of the kernel's; nothing where there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return os.read(descriptor, 4096).decode()
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)

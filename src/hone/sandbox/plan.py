@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import PurePosixPath
+from typing import Literal
 
 from hone.sandbox import seccomp
 from hone.schema.sandboxes import SandboxSpec
@@ -17,8 +18,10 @@ READ_ONLY, NO_SETUID, NO_DEVICES, NO_PROGRAMS = 1, 2, 4, 8  # flags of mount(2)
 RECURSIVE, PRIVATE = 0x4000, 0x40000
 ATTRIBUTE_READ_ONLY, ATTRIBUTE_NO_SETUID, ATTRIBUTE_NO_DEVICES, ATTRIBUTE_NO_PROGRAMS = 1, 2, 4, 8
 
-STAGE = "/sys"  # a folder that every machine has and no cell needs: in the cell's own view, its root is put together here
-MASK, DEVICE_FOLDER, FIRST_BIND, FIRST_LAYER = 6, 7, 8, 64  # slots of trees; the first are the devices
+# A folder that every machine has and no cell needs. In the spawner's own view of the mounts it holds what all cells
+# have in common, in a cell's its root is put together here.
+STAGE = "/sys"
+DEVICE_FOLDER, SHARED_MEMORY, NOTHING, MASK, FIRST_BIND, FIRST_LAYER = 0, 1, 2, 3, 8, 64  # slots of trees
 MAX_BINDS, MAX_LAYERS = 56, 64
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 DEVICE_LINKS = {
@@ -28,7 +31,7 @@ DEVICE_LINKS = {
     "stderr": "/proc/self/fd/2",
     "ptmx": "pts/ptmx",
 }
-MASKED = ("kcore", "keys", "sysrq-trigger", "timer_list")
+MASKED = ("kcore", "keys", "key-users", "kmsg", "sysrq-trigger", "timer_list", "sched_debug")
 HOSTNAME = "sandbox"
 WORK = "/work"
 INODES_PER_MB = 256
@@ -59,7 +62,8 @@ class Code(IntEnum):
     LANDLOCK = 17
     UNSHARE = 18
     LEAVE = 19
-    BECOME_AGENT = 20
+    UNMOUNT = 20
+    BECOME_AGENT = 21
 
 
 CONFINING = frozenset({Code.LIMIT, Code.CORES, Code.DROP_POWERS, Code.LANDLOCK, Code.FILTER})
@@ -88,13 +92,14 @@ class Plan:
     gid_map: bytes
     layers: tuple[str, ...]
     operations: tuple[Operation, ...]
+    steps: bytes  # the operations, encoded
 
     def encode(self, identity: int, cgroup: int = -1) -> bytes:
         """The order to the spawner. cgroup: which of the descriptors sent with it is the cgroup to be born in."""
         layers = b"".join(_text(layer) for layer in self.layers)
         sizes = (len(self.uid_map), len(self.gid_map), len(self.layers), len(layers), len(self.operations))
         head = SPAWN.pack(identity, self.namespaces, cgroup, *sizes)
-        return head + self.uid_map + self.gid_map + layers + encode_operations(self.operations)
+        return head + self.uid_map + self.gid_map + layers + self.steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +170,19 @@ def plan_cell(spec: SandboxSpec, image: Image, grants: Grants, binds: Sequence[B
     )
     return Plan(
         namespaces=namespaces,
-        uid_map=f"0 {grants.uid} {grants.num_ids}\n".encode(),
-        gid_map=f"0 {grants.gid} {grants.num_ids}\n".encode(),
+        **id_maps(grants),
         layers=image.layers if grants.num_ids > 1 else (),
+        steps=encode_operations(operations),
         operations=operations,
     )
+
+
+def id_maps(grants: Grants) -> dict[Literal["uid_map", "gid_map"], bytes]:
+    """The ids inside and outside, as the kernel wants them."""
+    return {
+        "uid_map": f"0 {grants.uid} {grants.num_ids}\n".encode(),
+        "gid_map": f"0 {grants.gid} {grants.num_ids}\n".encode(),
+    }
 
 
 def plan_spawner(*, is_unprivileged: bool, uid: int, gid: int, own_network: bool) -> tuple[Operation, ...]:
@@ -187,7 +200,25 @@ def plan_spawner(*, is_unprivileged: bool, uid: int, gid: int, own_network: bool
         Operation(Code.UNSHARE, a=namespaces),
         *(identity if is_unprivileged else ()),
         _mount("", "/", "", RECURSIVE | PRIVATE),
+        # Every cell copies the mounts there are. An unprivileged user may not take away what others mounted.
+        *(() if is_unprivileged else (Operation(Code.UNMOUNT, _text(STAGE)),)),
+        _mount("tmpfs", STAGE, "tmpfs", NO_SETUID, "size=1m,nr_inodes=64,mode=755"),
+        _folder(f"{STAGE}/nothing", 0o555),
+        *_devices(f"{STAGE}/devices"),
     )
+
+
+def _devices(folder: str) -> Iterator[Operation]:
+    """The /dev of all cells, with places for what is their own."""
+    yield _folder(folder)
+    for name in DEVICES:
+        yield Operation(Code.WRITE, _text(f"{folder}/{name}"), a=0o666)
+        yield Operation(Code.TAKE_TREE, _text(f"/dev/{name}"), a=MASK)
+        yield Operation(Code.PUT_TREE, _text(f"{folder}/{name}"), a=MASK, b=ATTRIBUTE_NO_SETUID | ATTRIBUTE_NO_PROGRAMS)
+    for name, target in DEVICE_LINKS.items():
+        yield Operation(Code.LINK, _text(target) + _text(f"{folder}/{name}"))
+    yield _folder(f"{folder}/shm")
+    yield _folder(f"{folder}/pts")
 
 
 def encode_operations(operations: Sequence[Operation]) -> bytes:
@@ -207,8 +238,8 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
     source, the cell's are all that can own anything in its file systems. What is put in place after the pivot cannot
     be led outside by symbolic links in the image.
     """
-    for slot, name in enumerate(DEVICES):
-        yield Operation(Code.TAKE_TREE, _text(f"/dev/{name}"), a=slot)
+    yield Operation(Code.TAKE_TREE, _text(f"{STAGE}/devices"), a=DEVICE_FOLDER, b=1)
+    yield Operation(Code.TAKE_TREE, _text(f"{STAGE}/nothing"), a=NOTHING)
     for slot, bind in enumerate(binds, start=FIRST_BIND):
         yield Operation(Code.TAKE_TREE, _text(bind.source), a=slot, b=1)
     yield Operation(Code.IDENTITY)
@@ -217,15 +248,20 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
     if image.layers:
         yield from _layers(image.layers, are_mapped=grants.num_ids > 1)
     else:
+        yield _folder(f"{STAGE}/shm", 0o1777)
+        yield Operation(Code.TAKE_TREE, _text(f"{STAGE}/shm"), a=SHARED_MEMORY)
         yield Operation(Code.KEEP, _text(STAGE))
         yield Operation(Code.PIVOT, _text(STAGE))
     tree = _Tree()
-    yield from _devices(tree, has_layers=bool(image.layers))
+    yield from tree.folder("/dev")
+    yield Operation(Code.PUT_TREE, _text("/dev"), a=DEVICE_FOLDER, b=ATTRIBUTE_READ_ONLY)
+    yield Operation(Code.PUT_TREE, _text("/dev/shm"), a=SHARED_MEMORY, b=ATTRIBUTE_NO_SETUID | ATTRIBUTE_NO_DEVICES)
+    yield _mount("devpts", "/dev/pts", "devpts", NO_SETUID | NO_PROGRAMS, "newinstance,ptmxmode=0666,mode=620")
     yield from tree.folder("/proc")
     yield _mount("proc", "/proc", "proc", NO_SETUID | NO_DEVICES | NO_PROGRAMS)
     yield Operation(Code.WRITE, _text("/proc/sys/user/max_user_namespaces") + b"0")
     # Its owner inside could make the agent the kernel's first choice when memory runs out.
-    yield _mount("none", "/proc/1", "tmpfs", READ_ONLY | NO_SETUID, "size=4k,nr_inodes=2,mode=555")
+    yield Operation(Code.PUT_TREE, _text("/proc/1"), a=NOTHING, b=ATTRIBUTE_READ_ONLY)
     for name in grants.masked:
         yield Operation(Code.TAKE_TREE, _text("/dev/null"), a=MASK)
         yield Operation(Code.PUT_TREE, _text(f"/proc/{name}"), a=MASK, b=ATTRIBUTE_READ_ONLY)
@@ -242,8 +278,9 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
 
 def _layers(layers: Sequence[str], *, are_mapped: bool) -> Iterator[Operation]:
     """The layers below one of its own. Mapped ones are there as trees, in which the cell's root owns what root owns."""
-    for name in ("layer", "scratch", "root", "devices"):
+    for name in ("layer", "scratch", "root"):
         yield _folder(f"{STAGE}/{name}")
+    yield _folder(f"{STAGE}/shm", 0o1777)
     for number, layer in enumerate(layers):
         if not are_mapped:
             yield Operation(Code.TAKE_TREE, _text(layer), a=FIRST_LAYER + number)
@@ -253,22 +290,8 @@ def _layers(layers: Sequence[str], *, are_mapped: bool) -> Iterator[Operation]:
     options = f"lowerdir={lower},upperdir={STAGE}/layer,workdir={STAGE}/scratch,userxattr"
     yield _mount("overlay", f"{STAGE}/root", "overlay", NO_SETUID | NO_DEVICES, options)
     yield Operation(Code.KEEP, _text(f"{STAGE}/layer"))
-    yield Operation(Code.TAKE_TREE, _text(f"{STAGE}/devices"), a=DEVICE_FOLDER)
+    yield Operation(Code.TAKE_TREE, _text(f"{STAGE}/shm"), a=SHARED_MEMORY)
     yield Operation(Code.PIVOT, _text(f"{STAGE}/root"))
-
-
-def _devices(tree: "_Tree", *, has_layers: bool) -> Iterator[Operation]:
-    yield from tree.folder("/dev")
-    if has_layers:  # whatever the image has there, these are empty
-        yield Operation(Code.PUT_TREE, _text("/dev"), a=DEVICE_FOLDER)
-    for slot, name in enumerate(DEVICES):
-        yield Operation(Code.WRITE, _text(f"/dev/{name}"), a=0o666)
-        yield Operation(Code.PUT_TREE, _text(f"/dev/{name}"), a=slot, b=ATTRIBUTE_NO_SETUID | ATTRIBUTE_NO_PROGRAMS)
-    for name, target in DEVICE_LINKS.items():
-        yield Operation(Code.LINK, _text(target) + _text(f"/dev/{name}"))
-    yield _folder("/dev/shm", 0o1777)
-    yield _folder("/dev/pts")
-    yield _mount("devpts", "/dev/pts", "devpts", NO_SETUID | NO_PROGRAMS, "newinstance,ptmxmode=0666,mode=620")
 
 
 def _confine(spec: SandboxSpec, grants: Grants) -> Iterator[Operation]:

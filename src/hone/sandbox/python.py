@@ -369,7 +369,7 @@ class _Zygote:
         assert self._socket is not None
         with cell.cgroup.entrances() as (unified, tasks):
             descriptors = [cell.process_descriptor, control, *([unified] if unified is not None else []), *tasks]
-            order = ORDER.pack(self._has_ranges, unified is not None, len(tasks)) + cell.confinement
+            order = ORDER.pack(self._has_ranges, unified is not None, len(tasks)) + cell.confinement()
             try:
                 socket.send_fds(self._socket, [order], descriptors)
             except OSError as error:

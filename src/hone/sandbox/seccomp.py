@@ -1,5 +1,6 @@
 """Which system calls a cell's programs may make: an allow-list per architecture, turned into BPF instructions."""
 
+import functools
 import platform
 import struct
 from collections.abc import Iterable
@@ -41,6 +42,7 @@ class Architecture:
 ARCHITECTURES = {"x86_64": Architecture(AUDIT_X86_64, X86_64), "aarch64": Architecture(AUDIT_AARCH64, AARCH64)}
 
 
+@functools.cache
 def instructions(
     *, has_network: bool = True, allow_clone3: bool = False, machine: str | None = None
 ) -> bytes:

@@ -36,10 +36,26 @@ class Programs:
 def build(compilers: Sequence[str] = COMPILERS) -> Programs:
     """Both programs, compiled now if this machine has not compiled these sources before."""
     compiler = _find(compilers)
-    folder = _cache_folder() / f"cells-{_key(compiler)}"
+    folder = cache_folder() / f"cells-{_key(compiler)}"
     if not (folder / "agent").exists():
         _compile_into(compiler, folder)
     return Programs(folder / "spawner", (folder / "agent").read_bytes())
+
+
+def cache_folder() -> Path:
+    """The user's, or one for this user beneath the temporary folder where there is no home to write to."""
+    wanted = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = (Path(wanted) if wanted else Path.home() / ".cache") / "hone" / "native"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except (OSError, RuntimeError):
+        fallback = Path(tempfile.gettempdir()) / f"hone-native-{os.getuid()}"
+        fallback.mkdir(mode=0o700, exist_ok=True)
+        status = fallback.stat(follow_symlinks=False)
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise BuildError(f"{fallback} is not this user's alone; set XDG_CACHE_HOME") from None
+        return fallback
 
 
 def _find(compilers: Sequence[str]) -> Path:
@@ -47,23 +63,6 @@ def _find(compilers: Sequence[str]) -> Path:
         if found := shutil.which(compiler):
             return Path(found).resolve()
     raise BuildError(f"no C compiler found (looked for {', '.join(compilers)})")
-
-
-def _cache_folder() -> Path:
-    """The user's, or one for this user beneath the temporary folder where there is no home to write to."""
-    wanted = os.environ.get("XDG_CACHE_HOME")
-    home = Path(wanted) if wanted else Path.home() / ".cache"
-    folder = home / "hone" / "native"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    except OSError:
-        fallback = Path(tempfile.gettempdir()) / f"hone-native-{os.getuid()}"
-        fallback.mkdir(mode=0o700, exist_ok=True)
-        status = fallback.stat(follow_symlinks=False)
-        if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise BuildError(f"{fallback} is not this user's alone; set XDG_CACHE_HOME") from None
-        return fallback
 
 
 def _key(compiler: Path) -> str:

@@ -63,6 +63,7 @@ enum {
     OPERATION_LANDLOCK,       /* files, network, scopes; then rules: access, size of path, path\0 padded to 8 */
     OPERATION_UNSHARE,        /* a: namespaces */
     OPERATION_LEAVE,          /* unmount the old root */
+    OPERATION_UNMOUNT,        /* path, with what is mounted below */
     OPERATION_BECOME_AGENT,
 };
 

@@ -233,6 +233,8 @@ static int carry_out(const struct operation *operation, const char *data)
         return pivot(data);
     case OPERATION_LEAVE:
         return leave_old_root();
+    case OPERATION_UNMOUNT:
+        return syscall(SYS_umount2, data, 2 /* MNT_DETACH */);
     case OPERATION_HOSTNAME:
         return sethostname(data, operation->size);
     case OPERATION_LOOPBACK:
