@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ast
 import atexit
+import contextlib
 import ctypes
 import gc
 import linecache
 import os
+import pathlib
 import select
 import signal
 import socket
@@ -51,7 +53,9 @@ class CloneArguments(ctypes.Structure):
 class Start:
     """A request to start something, with its descriptors: stdin, stdout, stderr and, maybe, a cgroup to be born in."""
 
-    def __init__(self, identity: int, folder: str, arguments: list[str], variables: dict[str, str], fds: list[int]) -> None:
+    def __init__(
+        self, identity: int, folder: str, arguments: list[str], variables: dict[str, str], fds: list[int]
+    ) -> None:
         self.identity = identity
         self.folder = folder
         self.arguments = arguments
@@ -287,10 +291,8 @@ def show_error(error: BaseException | None) -> None:
 
 def flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
 
 
 class Session:
@@ -430,10 +432,8 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 def signal_group(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def kill_session(top: int) -> None:
@@ -449,21 +449,17 @@ def kill_session(top: int) -> None:
 
 def sessions() -> list[tuple[int, int]]:
     found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    found.append((int(name), int(file.read().rpartition(b")")[2].split()[3])))
-            except OSError:
-                continue
+    for folder in pathlib.Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+                found.append((int(folder.name), int(fields[3])))
     return found
 
 
 def send(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def main(control: socket.socket) -> None:
