@@ -81,7 +81,7 @@ def fork(cgroup: int = -1, *, as_sibling: bool = False) -> int:
         wanted = CloneArguments(
             flags=flags | CLONE_INTO_CGROUP, exit_signal=0 if as_sibling else signal.SIGCHLD, cgroup=cgroup
         )
-        pid = libc.syscall(CLONE3, ctypes.byref(wanted), ctypes.sizeof(wanted))
+        pid: int = libc.syscall(CLONE3, ctypes.byref(wanted), ctypes.sizeof(wanted))
     else:
         pid = libc.syscall(CLONE, flags | signal.SIGCHLD, 0, 0, 0, 0)
     if pid == 0:
@@ -182,6 +182,7 @@ class Server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(line, [b"fork"], [theirs.fileno(), *start.descriptors])
+        pid: int
         pid, number = struct.unpack("=ii", line.recv(8))
         if pid <= 0:
             ours.close()
@@ -321,8 +322,8 @@ class Session:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.send(FINE)
         while True:
-            ready, _, _ = select.select([self.source, self.line], [], [])
-            if self.line in ready:
+            ready, _, _ = select.select([self.source, self.line.fileno()], [], [])
+            if self.line.fileno() in ready:
                 self.hear()
             elif self.source in ready:
                 code = self.receive()
