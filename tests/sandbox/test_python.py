@@ -1,11 +1,19 @@
 """Warm Python in cells: what snippets and sessions do, and what they cannot take with them."""
 
+import os
+import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from hone.sandbox.beneath import Owner, file_threads
 from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.errors import SandboxError, Unsupported
+from hone.sandbox.files import Files, Tree
+from hone.sandbox.host import host_image
+from hone.sandbox.images import ImageStore
 from hone.sandbox.python import WarmPython, Zygotes
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
@@ -127,6 +135,48 @@ async def test_preloads_are_there_and_missing_ones_are_told() -> None:
         assert (await python.run("import sys; print('decimal' in sys.modules)")).stdout == "True\n"
         with pytest.raises(SandboxError, match="no_such_module"):
             await zygotes.prepare(["no_such_module"])
+
+
+async def test_in_a_cell_with_another_image_its_own_python_is_warmed_up() -> None:
+    host = host_image()
+    image = replace(
+        host, binds=tuple(bind for bind in host.binds if not Path(sys.base_prefix).is_relative_to(bind.source))
+    )
+    if (
+        image.binds == host.binds
+        or not any(bind.source == "/usr" for bind in image.binds)
+        or not Path("/usr/bin/python3").exists()
+    ):
+        pytest.skip("this Python is the one of /usr")
+    async with Zygotes() as zygotes, Cells() as cells:
+        python = await zygotes.warm(await cells.create(SandboxSpec(), image))
+        assert (await python.run("import sys; print(sys.base_prefix)")).stdout == "/usr\n"
+        session = await python.session()
+        await session.run("x = 1")
+        other = await session.fork()
+        assert (await other.run("x")).text == "1\n"
+        await python.close()
+
+
+async def test_files_of_an_image_belong_to_the_cell(tmp_path: Path) -> None:
+    (tmp_path / "image" / "private").mkdir(parents=True, mode=0o700)
+    (tmp_path / "image" / "private" / "file").write_text("from the image")
+    host = host_image()
+    image = replace(ImageStore(tmp_path / "store").find(f"dir:{tmp_path}/image"), binds=host.binds, links=host.links)
+    async with Cells() as cells:
+        cell = await cells.create(SandboxSpec(), image)
+        result = await cell.exec(
+            ["sh", "-c", "cat /private/file && echo changed > /private/file && mkdir /private/sub"]
+        )
+        assert (result.stdout, result.stderr) == ("from the image", "")
+        owner = Owner(cell.uid_base, cell.uid_base) if os.geteuid() == 0 else None
+        with file_threads() as threads:
+            files = Files(Tree(cell.root_descriptor, owner, "/work"), threads)
+            assert await files.read("/private/file") == b"changed\n"
+            await files.write("made/outside", b"1")
+            assert (await cell.exec(["sh", "-c", "rm -r made/outside && ls made"])).is_success
+            files.tree.close()
+    assert (tmp_path / "image" / "private" / "file").read_text() == "from the image"
 
 
 async def test_a_destroyed_cell_is_told(cell_and_python: tuple[Cell, WarmPython]) -> None:

@@ -333,8 +333,9 @@ class Session:
                 self.answer(code)
 
     def answer(self, code: str) -> None:
-        os.ftruncate(self.printed, 0)
-        os.lseek(self.printed, 0, os.SEEK_SET)
+        if os.fstat(self.printed).st_size:
+            os.ftruncate(self.printed, 0)
+            os.lseek(self.printed, 0, os.SEEK_SET)
         is_fine = self.run(code)
         self.send((FINE if is_fine else RAISED) + self.shown())
 
