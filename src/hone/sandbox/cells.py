@@ -16,7 +16,6 @@ import termios
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -24,7 +23,19 @@ from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, ProgramCgroup, s
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
 from hone.sandbox.native.build import build
-from hone.sandbox.plan import CONFINING, Bind, Grants, Image, Operation, Plan, encode_operations, id_maps, plan_cell, plan_spawner, SPAWN
+from hone.sandbox.plan import (
+    CONFINING,
+    SPAWN,
+    Bind,
+    Grants,
+    Image,
+    Operation,
+    Plan,
+    encode_operations,
+    id_maps,
+    plan_cell,
+    plan_spawner,
+)
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, Usage
 
 CREATE_SECONDS = 30.0
@@ -150,7 +161,8 @@ class Cells:
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
             known = self._plans[key] = _KnownPlan(cell.image, plan_cell(spec, cell.image, grants, binds))
-        return replace(known.plan, **id_maps(grants))
+        uid_map, gid_map = id_maps(grants)
+        return replace(known.plan, uid_map=uid_map, gid_map=gid_map)
 
     def _grants(self, cell: "Cell", num_tasks: int) -> Grants:
         assert self._cgroups is not None
@@ -221,7 +233,13 @@ class Cell:
     """
 
     def __init__(
-        self, name: str, spec: SandboxSpec, image: Image, uid_base: int, nothing: int, forget: Callable[["Cell"], Awaitable[None]]
+        self,
+        name: str,
+        spec: SandboxSpec,
+        image: Image,
+        uid_base: int,
+        nothing: int,
+        forget: Callable[["Cell"], Awaitable[None]],
     ) -> None:
         self.name = name
         self.spec = spec
@@ -332,7 +350,7 @@ class Cell:
     def adopt(self, born: "_Born") -> None:
         """It has a first process; called once, by `Cells`."""
         if self.cgroup is not None:
-            self._counters = self.cgroup.counters()
+            self._counters = self.cgroup.before
         self.pid, self._pidfd = born.pid, born.pidfd
 
     async def until_ready(self, operations: Sequence[Operation]) -> None:
@@ -704,9 +722,7 @@ class Process:
             self.kill()
         except SandboxError as error:
             self.lose(error)
-        self._loop.call_later(
-            KILL_SECONDS, self.lose, SandboxError(f"{self._cell.name}: a program does not die")
-        )
+        self._loop.call_later(KILL_SECONDS, self.lose, SandboxError(f"{self._cell.name}: a program does not die"))
 
     def _own_outcome(self, ending: "Ending", started: float) -> Outcome:
         """How it ended; one that failed when a limit was hit failed at that limit."""
@@ -832,8 +848,7 @@ class _Spawner:
         self._lose()
         if self._process is not None:
             process, self._process = self._process, None
-            process.kill()
-            await asyncio.to_thread(process.wait)
+            await asyncio.to_thread(_end, process)
 
     async def _send(self, data: bytes, descriptors: Sequence[int]) -> None:
         async with self._sending:
@@ -972,6 +987,15 @@ def _sealed(name: str, content: bytes) -> int:
     return descriptor
 
 
+def _end(spawner: subprocess.Popen[bytes]) -> None:
+    """It leaves when its socket closes, in good order."""
+    try:
+        spawner.wait(KILL_SECONDS)
+    except subprocess.TimeoutExpired:
+        spawner.kill()
+        spawner.wait()
+
+
 async def _first_of(outputs: Sequence[_Output], seconds: float) -> None:
     await asyncio.wait([output.over for output in outputs], timeout=seconds)
 
@@ -988,8 +1012,13 @@ async def _until_over(pidfd: int, name: str) -> None:
 
 async def _until_ready(descriptor: int, watch: Callable[..., None], unwatch: Callable[[int], bool]) -> None:
     ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    watch(descriptor, lambda: ready.done() or ready.set_result(None))
+    watch(descriptor, _settle, ready)
     try:
         await ready
     finally:
         unwatch(descriptor)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -74,7 +74,9 @@ def look() -> Host:
         machine=platform.machine(),
         uid=os.geteuid(),
         gid=os.getegid(),
-        has_id_ranges=os.geteuid() == 0 and bool(capabilities >> CAP_SETUID & 1) and bool(capabilities >> CAP_SYS_ADMIN & 1),
+        has_id_ranges=os.geteuid() == 0
+        and bool(capabilities >> CAP_SETUID & 1)
+        and bool(capabilities >> CAP_SYS_ADMIN & 1),
         has_user_namespaces=_allows_user_namespaces(),
         has_overlay="overlay" in _words("/proc/filesystems"),
         has_seccomp="errno" in _words("/proc/sys/kernel/seccomp/actions_avail"),
