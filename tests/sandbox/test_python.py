@@ -1,5 +1,6 @@
 """Warm Python in cells: what snippets and sessions do, and what they cannot take with them."""
 
+import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -20,12 +21,18 @@ from hone.schema.sandboxes import Outcome, SandboxSpec
 
 @pytest.fixture
 async def cell_and_python() -> AsyncIterator[tuple[Cell, WarmPython]]:
+    before = children()
     try:
         async with Zygotes() as zygotes, Cells() as cells:
             cell = await cells.create(SandboxSpec())
             yield cell, await zygotes.warm(cell)
     except Unsupported as error:
         pytest.skip(str(error))
+    assert children() == before
+
+
+def children() -> set[str]:
+    return {pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
 
 
 @pytest.fixture
@@ -177,6 +184,18 @@ async def test_files_of_an_image_belong_to_the_cell(tmp_path: Path) -> None:
             assert (await cell.exec(["sh", "-c", "rm -r made/outside && ls made"])).is_success
             files.tree.close()
     assert (tmp_path / "image" / "private" / "file").read_text() == "from the image"
+
+
+async def test_many_cells_are_warmed_up_at_once() -> None:
+    async with Zygotes() as zygotes, Cells() as cells:
+
+        async def play(number: int) -> str:
+            cell = await cells.create(SandboxSpec(disk_mb=16))
+            result = await (await zygotes.warm(cell)).run(f"print({number})")
+            await cell.destroy()
+            return result.stdout
+
+        assert await asyncio.gather(*map(play, range(24))) == [f"{number}\n" for number in range(24)]
 
 
 async def test_a_destroyed_cell_is_told(cell_and_python: tuple[Cell, WarmPython]) -> None:

@@ -352,6 +352,7 @@ class _Zygote:
         self._has_ranges = has_ranges
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._sending = asyncio.Lock()
         self._ready = asyncio.get_running_loop().create_task(self._start())
 
     @property
@@ -371,9 +372,25 @@ class _Zygote:
             descriptors = [cell.process_descriptor, control, *([unified] if unified is not None else []), *tasks]
             order = ORDER.pack(self._has_ranges, unified is not None, len(tasks)) + cell.confinement()
             try:
-                socket.send_fds(self._socket, [order], descriptors)
+                await self._send(order, descriptors)
             except OSError as error:
                 raise SandboxError(f"{cell.name}: the zygote does not listen ({error})") from error
+
+    async def _send(self, order: bytes, descriptors: Sequence[int]) -> None:
+        """In a burst of cells it is slower than those who ask."""
+        loop = asyncio.get_running_loop()
+        async with self._sending:
+            while self._socket is not None:
+                try:
+                    socket.send_fds(self._socket, [order], descriptors)
+                    return
+                except BlockingIOError:
+                    writable: asyncio.Future[None] = loop.create_future()
+                    loop.add_writer(self._socket.fileno(), lambda: writable.done() or writable.set_result(None))  # noqa: B023
+                    try:
+                        await writable
+                    finally:
+                        loop.remove_writer(self._socket.fileno())
 
     async def close(self) -> None:
         """End it. What it forked into cells lives on."""
