@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 ENVIRONMENTS := $(wildcard environments/*)
 RECIPE ?= recipes/tiny/reverse.toml
 
-.PHONY: help install demo test test-slow test-gpu check format bench docs clean
+.PHONY: help install demo test test-slow test-gpu test-agent check format bench docs clean
 
 help:
 	@echo "make demo            install, then the whole job on a tiny model: evaluate, SFT, RL, evaluate, report"
@@ -44,6 +44,14 @@ test-slow: $(VENV)/.dev
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
 
+# An agent program has its own dependencies, so it gets its own virtual environment.
+$(VENV)/agent/bin/mini: $(BIN)/python
+	$(PYTHON) -m venv $(VENV)/agent
+	$(VENV)/agent/bin/python -m pip install --quiet "mini-swe-agent>=2.4,<3"
+
+test-agent: $(VENV)/.dev $(VENV)/agent/bin/mini
+	HONE_TEST_MINI=$(abspath $(VENV))/agent/bin/mini $(BIN)/python -m pytest -m slow tests/envs/harness
+
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -55,7 +63,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.dev
-	$(BIN)/python -m hone.config.explain docs/reference/configuration.md
+	$(BIN)/python -m hone.config.explain docs/reference
 
 bench: $(VENV)/.dev
 	@test -n "$(NAME)" || { echo "give NAME=..., one of: $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py))"; exit 2; }

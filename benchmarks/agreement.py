@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import harness
 import numpy as np
+import tiny_model
 import torch
 from torch import Tensor
 
@@ -31,23 +32,8 @@ from hone.trainer.packing import MicroBatch, Samples, micro_batch, plan_micro_ba
 from hone.trainer.step import hidden_states, token_logprobs
 from hone.transport.batches import batch_from
 
-CONFIG = {
-    "model_type": "glm4_moe",
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "moe_intermediate_size": 128,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
+CONFIG = tiny_model.CONFIG | {
     "use_qk_norm": True,
-    "partial_rotary_factor": 0.5,
-    "max_position_embeddings": 512,
     "initializer_range": 0.15,  # far from uniform: 512 equally likely tokens would have an entropy of 6.2 nats
 }
 # A step holds fewer tokens than most prompts beside a full set of decodes, and the KV blocks less than may run.
@@ -162,7 +148,7 @@ def play(engine: Engine, num_groups: int) -> list[Rollout]:
     rng = np.random.default_rng(0)
 
     def text(length: int) -> list[int]:
-        return rng.integers(2, CONFIG["vocab_size"], length).tolist()
+        return rng.integers(2, tiny_model.VOCABULARY, length).tolist()
 
     start, rollouts = text(40), []
     for _ in range(num_groups):

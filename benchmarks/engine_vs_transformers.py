@@ -18,6 +18,7 @@ from pathlib import Path
 
 import harness
 import numpy as np
+import tiny_model
 import torch
 import transformers
 from torch import Tensor
@@ -31,23 +32,7 @@ from hone.model.layers.attention import PackedAttention
 from hone.model.transformer import Transformer
 from hone.schema.sampling import Generate, SamplingParameters
 
-CONFIG = {
-    "model_type": "glm4_moe",
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "moe_intermediate_size": 128,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.05,
-}
+CONFIG = tiny_model.CONFIG | {"initializer_range": 0.05}
 BARS = {1: 5.0, 16: 2.5, 64: 1.4, 256: 1.2}
 LONG_TAIL_BAR = 2.5
 PROMPT_TOKENS, NEW_TOKENS = 16, 64
@@ -310,7 +295,7 @@ def floor_rate(model: Transformer, size: int, peak: float, bandwidth: float) -> 
 
 def random_prompts(count: int, length: int) -> Prompts:
     generator = torch.Generator().manual_seed(count)
-    return torch.randint(2, CONFIG["vocab_size"], (count, length), generator=generator).tolist()
+    return torch.randint(2, tiny_model.VOCABULARY, (count, length), generator=generator).tolist()
 
 
 def long_tailed_lengths(count: int) -> list[int]:

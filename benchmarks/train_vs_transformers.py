@@ -20,6 +20,7 @@ from typing import Any
 
 import harness
 import numpy as np
+import tiny_model
 import torch
 import transformers
 from torch import Tensor
@@ -37,29 +38,7 @@ from hone.trainer.ranks import Ranks
 from hone.trainer.samples import Samples
 from hone.trainer.step import Trainer, train_step
 
-CONFIG = {
-    "model_type": "glm4_moe",
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "moe_intermediate_size": 128,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.0,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.02,
-}
+CONFIG = tiny_model.CONFIG
 SEQUENCES_PER_STEP = 32
 SHORTEST, LONGEST = 16, 128
 ROW_TOKENS = 512
@@ -96,7 +75,7 @@ def make_batches(num_steps: int) -> list[Batch]:
     rng = np.random.default_rng(0)
 
     def sequence() -> list[int]:
-        motif = rng.zipf(1.3, size=8) % CONFIG["vocab_size"]
+        motif = rng.zipf(1.3, size=8) % tiny_model.VOCABULARY
         return np.resize(motif, rng.integers(SHORTEST, LONGEST + 1)).tolist()
 
     return [[sequence() for _ in range(SEQUENCES_PER_STEP)] for _ in range(num_steps)]

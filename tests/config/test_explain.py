@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from hone.config.explain import FieldDescription, explain, reference_page
+from hone.config.explain import PAGES, FieldDescription, explain, reference_page
 from hone.config.recipe import Recipe
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "configuration.md"
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 
 
 def only(path: str) -> FieldDescription:
@@ -59,5 +59,11 @@ def test_a_path_that_leads_nowhere_is_refused() -> None:
         explain("rl.magic")
 
 
-def test_the_page_in_the_documentation_is_up_to_date() -> None:
-    assert PAGE.read_text() == reference_page(), "run `make docs`"
+def test_fields_of_evaluation_files_are_explained() -> None:
+    assert only("evaluation.num_attempts").default == "1"
+    assert only("models.0.prices.prompt").default == "required"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_pages_in_the_documentation_are_up_to_date(name: str) -> None:
+    assert (REFERENCE / name).read_text() == reference_page(name), "run `make docs`"

@@ -140,6 +140,11 @@ def test_a_later_override_wins(small: Path) -> None:
         ("--environments=[]", "no [[environments]] given"),
         ("--tokenizer={path='t', vocab_size=9}", "tokenizer.vocab_size trains a tokenizer, tokenizer.path loads one"),
         ("--server.admin_host=0.0.0.0", "server.admin_host has no effect without server.admin_port"),
+        ("--environments.0.solved_reward=0.5", "environments.solved_reward has no effect without environments.pools"),
+        ("--environments.0.pools={hard_to=0.8}", "pools.hard_to 0.8 is not below pools.easy_from 0.75"),
+        ("--environments.0.pools={easy_share=0.5, hard_share=0.5}", "leave no turn for normal tasks"),
+        ("--environments.0.pools={retire_after=0}", "input should be greater than 0"),
+        ("--environments.0.curriculum={start_share=1.0}", "input should be less than 1"),
         ("--environments.2.name=x", "'2' is not an index below 2"),
         ("--environments.x.name=x", "'x' is not an index below 2"),
         ("--run.seed.deeper=1", "run.seed = {'deeper': 1}: input should be a valid integer"),
@@ -155,6 +160,31 @@ def test_what_cannot_be_run_is_refused_in_words(small: Path, override: str, phra
     assert phrase in message
     assert "pydantic" not in message
     assert "Traceback" not in message
+
+
+def test_pools_and_curricula_belong_to_an_environment_and_are_saved(tmp_path: Path) -> None:
+    path = tmp_path / "pools.toml"
+    path.write_text(
+        SMALL.replace(
+            "[sft]",
+            "solved_reward = 0.5\n[environments.pools]\nretire_after = 2\n[environments.curriculum]\nwindow = 9\n[sft]",
+        )
+    )
+    recipe = load_recipe(path)
+    assert recipe.environments[0].pools is None
+    second = recipe.environments[1]
+    assert second.pools is not None
+    assert second.curriculum is not None
+    assert (second.pools.retire_after, second.pools.hard_to, second.curriculum.window) == (2, 0.25, 9)
+    save_recipe(recipe, tmp_path / "saved.toml")
+    assert load_recipe(tmp_path / "saved.toml") == recipe
+
+
+@pytest.mark.parametrize("section", ["pools", "curriculum"])
+def test_pools_and_curricula_are_for_rl(tmp_path: Path, section: str) -> None:
+    path = tmp_path / "sft.toml"
+    path.write_text(SMALL.partition("[rl]")[0] + "[evaluation]\nnum_tasks = 3\n")
+    assert "have no effect without [rl]" in complaint(path, f"--environments.0.{section}={{}}")
 
 
 def test_strict_numerics_need_float32_everywhere(small: Path) -> None:

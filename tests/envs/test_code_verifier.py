@@ -1,6 +1,8 @@
 """Code tests: right programs pass, wrong ones do not, and a program that knows how it is tested gains nothing."""
 
 import asyncio
+import os
+import signal
 
 import pytest
 from hypothesis import given, settings
@@ -210,7 +212,7 @@ async def test_a_sandbox_that_dies_in_the_middle_is_a_failure_and_no_verdict():
     class Dying(LocalProcesses):
         async def create(self, spec):
             sandbox = await super().create(spec)
-            asyncio.get_running_loop().call_later(0.5, sandbox._guardian.kill)
+            asyncio.get_running_loop().call_later(0.5, os.kill, sandbox._guardian, signal.SIGKILL)
             return sandbox
 
     with pytest.raises(RolloutFailure) as failure:

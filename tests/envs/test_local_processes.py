@@ -287,7 +287,7 @@ async def test_a_dead_guardian_is_a_failure_of_class_sandbox(sandbox):
     call = asyncio.create_task(sandbox.exec(["sh", "-c", "echo > started; sleep 60"]))
     while "started" not in await sandbox.list():
         await asyncio.sleep(0.01)
-    sandbox._guardian.kill()
+    os.kill(sandbox._guardian, signal.SIGKILL)
     with pytest.raises(RolloutFailure, match="guardian is gone") as failure:
         await call
     assert failure.value.failure.kind is FailureClass.SANDBOX
@@ -303,6 +303,30 @@ async def test_a_closed_sandbox_leaves_nothing_and_says_so(sandbox):
     assert not folder.exists()
     with pytest.raises(RolloutFailure, match="it is closed"):
         await sandbox.exec(["true"])
+
+
+async def test_a_folder_goes_whatever_a_program_did_to_it(sandbox):
+    await sandbox.exec(["sh", "-c", "mkdir -p a/b; touch a/b/c; ln -s / a/root; mkfifo a/fifo; chmod 0 a/b a ."])
+    await sandbox.close()
+    assert not sandbox._folder.exists()
+
+
+async def test_a_guardian_that_cannot_start_is_a_failure(monkeypatch):
+    provider = LocalProcesses()
+    monkeypatch.setattr(provider, "_spawn", lambda control: (_ for _ in ()).throw(OSError("no room for a process")))
+    with pytest.raises(RolloutFailure, match="no room for a process") as failure:
+        await provider.create(SandboxSpec())
+    assert failure.value.failure.kind is FailureClass.SANDBOX
+
+
+async def test_a_spawner_that_died_is_replaced():
+    provider = LocalProcesses()
+    await (await provider.create(SandboxSpec())).close()
+    os.kill(provider._spawner.pid, signal.SIGKILL)
+    os.waitpid(provider._spawner.pid, 0)
+    sandbox = await provider.create(SandboxSpec())
+    assert (await sandbox.exec(["true"])).is_success
+    await sandbox.close()
 
 
 async def test_a_cancelled_creation_leaves_nothing(monkeypatch, tmp_path):
@@ -352,17 +376,19 @@ async def main():
         provider._use_namespaces = provider._use_landlock = False
     sandbox = await provider.create(SandboxSpec())
     await sandbox.exec(["sh", "-c", "(setsid sleep {mark} &); echo"])
-    print("ready", flush=True)
+    await sandbox.write("file", b"x")
+    print(sandbox._folder, flush=True)
     await sandbox.exec(["sleep", "{mark}"])
 
 asyncio.run(main())
 """)
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as owner:
-        assert owner.stdout.readline() == b"ready\n"
+        folder = Path(owner.stdout.readline().decode().strip())
         while len(alive(mark.encode())) < 2:
             time.sleep(0.01)
         owner.kill()
     deadline = time.monotonic() + 30
-    while alive(mark.encode()) and time.monotonic() < deadline:
+    while (alive(mark.encode()) or folder.exists()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert alive(mark.encode()) == []
+    assert not folder.exists()

@@ -121,19 +121,25 @@ async def test_no_empty_answer_and_no_stub_passes():
     assert await passed({one.name: (stub(one.solution, "return None"), one.tests) for one in solved}) == set()
 
 
-STILL_RIGHT: set[str] = set()
+STILL_RIGHT = {
+    *("HumanEval/95", "HumanEval/154"),
+    *("MBPP/159", "MBPP/217", "MBPP/225", "MBPP/380", "MBPP/660", "MBPP/799"),
+}
 """Tasks in which no change of a single number makes the canonical solution fail its tests."""
 
 PLAIN_PYTHON = """
 import json, os, resource, signal, sys
 
-def run(program, setup, tests):
+def run(program, setup, entry_point, tests):
     signal.alarm(5)
     resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-    names = {"__name__": "plain"}
-    exec(program, names)
+    of_program = {"__name__": "plain"}
+    exec(program, of_program)
+    names = dict(of_program)
     exec(setup, names)
+    if entry_point:
+        names[entry_point] = of_program[entry_point]
     for test in tests:
         exec(test, names)
 
@@ -161,8 +167,7 @@ async def test_a_changed_number_does_not_pass_unless_plain_python_says_that_it_i
     ) as plain:
 
         def judged(program: str, tests: Assertions) -> str:
-            setup = "" if tests.setup.endswith("\n    pass") else tests.setup  # HumanEval's would replace the program
-            plain.stdin.write(json.dumps([program, setup, tests.tests]).encode() + b"\n")
+            plain.stdin.write(json.dumps([program, tests.setup, tests.entry_point, tests.tests]).encode() + b"\n")
             plain.stdin.flush()
             return plain.stdout.readline().decode().strip()
 

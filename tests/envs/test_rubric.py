@@ -1,12 +1,15 @@
 import asyncio
+import os
 import time
+from collections import Counter
 
 import pytest
+from msgspec.structs import replace
 
-from hone.envs import RolloutFailure, Rubric, Task, metric, reward, user
+from hone.envs import RolloutFailure, Rubric, Task, group_metric, group_reward, metric, reward, user
 from hone.schema.messages import Message
 from hone.schema.sampling import FinishReason, Turn
-from hone.schema.traces import FailureClass, Node, Trace
+from hone.schema.traces import Failure, FailureClass, Node, Reward, StopReason, Trace
 
 TASK = Task(prompt=(user("say yes"),), reference="yes", info={"level": 3})
 
@@ -15,6 +18,23 @@ def trace_of(answer="yes"):
     message = Message("assistant", answer)
     nodes = [Node(TASK.prompt[0]), Node(message, 0, Turn(message, FinishReason.STOP)), Node(user("thanks"), 1)]
     return Trace(environment="test", task=TASK, attempt=0, nodes=nodes)
+
+
+def apart(answer, reference, trace):
+    assert trace.task.reference == reference
+    return {"yes": 1.0, "no": float("nan")}.get(answer, answer)
+
+
+def apart_with_state(state):
+    return 1.0
+
+
+def dies(answer):
+    os._exit(7)
+
+
+def sleeps(answer):
+    time.sleep(1_000)
 
 
 async def test_rewards_and_metrics_are_kept_by_name_and_weight():
@@ -71,6 +91,14 @@ def test_a_declared_function_can_still_be_called():
         (lambda: reward(deadline_seconds=3)(lambda answer: 1), "add blocking=True"),
         (lambda: reward(blocking=True, deadline_seconds=0)(lambda answer: 1), "not positive"),
         (lambda: reward(blocking=True)(asyncio.sleep), "for synchronous functions"),
+        (lambda: reward(isolated=True)(asyncio.sleep), "for synchronous functions"),
+        (lambda: reward(isolated=True, blocking=True)(apart), "choose one"),
+        (lambda: reward(isolated=True)(lambda answer: 1), "at the top of a module"),
+        (lambda: reward(isolated=True)(apart_with_state), "wants the state"),
+        (lambda: group_reward(lambda answer: [1]), "'answer', which is unknown; there are task, prompt"),
+        (lambda: reward(lambda answers: 1), "'answers', which is unknown"),
+        (lambda: Rubric([group_metric(lambda answers: [1])]), "without a reward"),
+        (lambda: Rubric([reward(name="a")(lambda: 1), group_reward(name="a")(lambda: [1])]), "given twice"),
     ],
 )
 def test_mistakes_are_found_when_the_rubric_is_built(declare, complaint):
@@ -185,3 +213,134 @@ async def test_an_async_result_of_a_sync_function_is_a_failure():
 
     with pytest.raises(RolloutFailure, match="returned coroutine, not a number"):
         await Rubric([reward(name="odd")(lambda answer: later())]).score(trace_of())
+
+
+async def test_an_isolated_reward_runs_in_a_process_of_its_own():
+    rubric = Rubric([reward(isolated=True)(apart)])
+    assert (await rubric.score(trace_of())).rewards["apart"].value == 1
+    with pytest.raises(RolloutFailure, match="returned nan"):
+        await rubric.score(trace_of("no"))
+    with pytest.raises(RolloutFailure, match="returned str"):
+        await rubric.score(trace_of("else"))
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "message"),
+    [(dies, FailureClass.ENVIRONMENT, "exit code 7"), (sleeps, FailureClass.TIMEOUT, "took longer than 0.2 s")],
+)
+async def test_what_goes_wrong_in_an_isolated_reward_is_a_failure(function, kind, message):
+    with pytest.raises(RolloutFailure, match=message) as caught:
+        await Rubric([reward(isolated=True, deadline_seconds=0.2)(function)]).score(trace_of())
+    assert caught.value.failure.kind is kind
+    assert caught.value.failure.where == f"reward {function.__name__}"
+
+
+def scored(answer, own=0.5):
+    return replace(trace_of(answer), rewards={"own": Reward(own)}, stop_reason=StopReason.COMPLETED)
+
+
+FAILED = replace(trace_of("no"), failure=Failure(FailureClass.MODEL, "sample", "gone"))
+
+
+@group_reward(weight=2)
+def agrees(answers):
+    [(most_common, _)] = Counter(answers).most_common(1)
+    return [answer == most_common for answer in answers]
+
+
+async def test_group_rewards_and_metrics_are_added_to_the_rollouts_that_have_not_failed():
+    @group_metric
+    async def num_others(traces, completions, *, scale=1):
+        return [scale * (len(completions) - 1) for _ in traces]
+
+    traces = [scored("a"), FAILED, scored("b"), scored("a")]
+    done = await Rubric([agrees, num_others]).score_group(traces)
+    assert [trace.task for trace in done] == [TASK] * 4
+    assert done[1] is FAILED
+    assert [done[i].rewards["agrees"] for i in (0, 2, 3)] == [Reward(1.0, 2.0), Reward(0.0, 2.0), Reward(1.0, 2.0)]
+    assert [done[i].reward for i in (0, 2, 3)] == [2.5, 0.5, 2.5]
+    assert all(done[i].metrics == {"num_others": 2} for i in (0, 2, 3))
+    assert all("agrees" not in trace.rewards for trace in traces)
+
+
+async def test_group_functions_get_what_they_name():
+    seen = []
+
+    @group_reward
+    def look(task, prompt, reference, info, traces, completions, answers):
+        seen.append((task, prompt, reference, info, traces, completions, answers))
+        return [0.0] * len(traces)
+
+    traces = [scored("a"), FAILED, scored("b")]
+    await Rubric([look]).score_group(traces)
+    completions = [[Message("assistant", answer), user("thanks")] for answer in "ab"]
+    valid = [traces[0], traces[2]]
+    assert seen == [(TASK, TASK.prompt, "yes", {"level": 3}, valid, completions, ["a", "b"])]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.0],
+        [1.0, 2.0, 3.0],
+        [1.0, float("nan")],
+        [1.0, None],
+        1.0,
+        None,
+        "ab",
+        {0: 1.0, 1: 2.0},
+        {1.0, 2.0},
+        [],
+        iter([1, 2]),
+    ],
+)
+async def test_what_is_not_one_number_for_each_rollout_fails_all_of_them(values):
+    rubric = Rubric([group_reward(name="odd")(lambda answers: values)])
+    done = await rubric.score_group([scored("a"), FAILED, scored("b")])
+    assert [(trace.failure.kind, trace.failure.where) for trace in (done[0], done[2])] == [
+        (FailureClass.ENVIRONMENT, "group reward odd")
+    ] * 2
+    assert all((trace.rewards, trace.metrics, trace.stop_reason) == ({}, {}, None) for trace in (done[0], done[2]))
+    assert done[1] is FAILED
+
+
+@pytest.mark.parametrize("options", [{}, {"blocking": True}])
+async def test_a_group_reward_that_raises_fails_all_rollouts(options):
+    @group_reward(**options)
+    def broken(answers):
+        raise ValueError("broken")
+
+    done = await Rubric([broken]).score_group([scored("a"), scored("b")])
+    assert [trace.failure.where for trace in done] == ["group reward broken"] * 2
+    assert "ValueError: broken" in done[0].failure.message
+
+
+async def test_a_late_group_reward_is_a_failure_of_class_timeout():
+    @group_reward(deadline_seconds=0.02)
+    async def hangs(answers):
+        await asyncio.sleep(60)
+
+    rubric = Rubric([hangs, agrees])
+    assert rubric.group_seconds == 0.02
+    done = await rubric.score_group([scored("a")])
+    assert done[0].failure.kind is FailureClass.TIMEOUT
+
+
+async def test_a_failing_group_metric_costs_no_reward_and_is_told():
+    @group_metric
+    def broken(answers):
+        raise ValueError("no such thing")
+
+    before = replace(scored("a"), info={"failed_metrics": {"other": "too"}, "kept": 1})
+    [done] = await Rubric([agrees, broken]).score_group([before])
+    assert done.rewards["agrees"].value == 1
+    assert done.info["failed_metrics"].keys() == {"other", "broken"}
+    assert (done.info["kept"], before.info["failed_metrics"]) == (1, {"other": "too"})
+
+
+async def test_a_rubric_without_group_functions_leaves_groups_as_they_are():
+    traces = [scored("a"), FAILED]
+    rubric = Rubric([reward(name="own")(lambda answer: 1)])
+    assert not rubric.scores_groups
+    assert await rubric.score_group(traces) == traces
+    assert await Rubric([agrees]).score_group([FAILED]) == [FAILED]

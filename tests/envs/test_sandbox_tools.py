@@ -2,6 +2,9 @@
 
 import asyncio
 import contextlib
+import os
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -135,7 +138,7 @@ async def test_a_sandbox_that_is_gone_is_a_failure_of_class_sandbox():
     inner = await LocalProcesses().create(SandboxSpec())
     session = PythonSession(inner)
     await session.run("1")
-    inner._guardian.kill()
+    os.kill(inner._guardian, signal.SIGKILL)
     with pytest.raises(RolloutFailure) as failure:
         await session.run("import time; time.sleep(60)")
     assert failure.value.failure.kind is FailureClass.SANDBOX
@@ -263,6 +266,20 @@ async def test_a_sandbox_that_cannot_be_created_fails_the_rollout_that_uses_it()
     provider.gate.set()
     trace = await play(environment(provider), TASK, calls(("shell", {"command": "true"})), "done")
     assert trace.failure.kind is FailureClass.SANDBOX
+
+
+def descriptors():
+    return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
+
+
+async def test_rollouts_leave_no_descriptor_open():
+    work = environment()
+    turn = calls(("python", {"code": "1"}), ("shell", {"command": "true"}))
+    await play(work, TASK, turn, "done")
+    before = descriptors()
+    for answers in ((turn, "done"), (turn,), ("done",)):
+        await play(work, TASK, *answers)
+    assert descriptors() == before
 
 
 async def test_a_sandbox_is_closed_whatever_happens():

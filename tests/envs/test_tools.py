@@ -210,6 +210,42 @@ async def test_nested_types_reach_the_function_as_what_they_are_and_come_back_as
     assert schema["properties"]["scale"] == {"type": "integer", "minimum": 1, "default": 1}
 
 
+# A whole number written as 1.0 is an integer to a schema, not to a Python function: fractions only.
+FRACTIONS = st.floats(-2.5, 2.5).filter(lambda number: not number.is_integer())
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), FRACTIONS, st.sampled_from(["red", "line", "fill", "x"])
+)
+JSON = st.recursive(
+    VALUES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["x", "y", "points", "colour", "width", "z"]), inner, max_size=4),
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "shape": st.one_of(st.just({"points": [{"x": 1}]}), JSON),
+            **dict.fromkeys(["mode", "title", "style", "scale", "tags", "extra", "strange"], JSON),
+        },
+    )
+)
+def test_arguments_are_taken_exactly_when_the_schema_that_the_policy_sees_allows_them(arguments):
+    jsonschema = pytest.importorskip("jsonschema", reason="comes with the extra mcp")
+    validator = jsonschema.Draft202012Validator(draw.spec.parameters)
+    jsonschema.Draft202012Validator.check_schema(draw.spec.parameters)
+    try:
+        asyncio.run(draw.execute(json.dumps(arguments), None))
+        taken = True
+    except ToolArgumentsError:
+        taken = False
+    assert taken == validator.is_valid(arguments), arguments
+
+
 def bare(x):
     """A tool."""
 
@@ -274,6 +310,9 @@ def misspelled(x: int):
         (add.function, {"name": "add numbers"}, "cannot be called"),
         (add.function, {"max_characters": 5}, "no room"),
         (lambda: 1, {}, "cannot be called"),
+        (add.function, {"on_error": "hide"}, "use 'show' or 'fail'"),
+        (add.function, {"on_error": {"ValueError": "show"}}, "no type of exception"),
+        (add.function, {"on_error": {ValueError: "hide"}}, "use 'show' or 'fail'"),
     ],
 )
 def test_what_cannot_be_a_tool_is_refused_at_its_definition(function, settings, complaint):
@@ -619,8 +658,9 @@ async def test_a_tool_can_be_made_by_hand():
 class Doubling:
     """A toolset that makes a tool for each rollout."""
 
-    def __init__(self, error=None):
+    def __init__(self, error=None, close_error=None):
         self.error = error
+        self.close_error = close_error
         self.log = []
 
     def open(self, rollout):
@@ -645,6 +685,8 @@ class _Opened:
 
     async def __aexit__(self, *error):
         self.owner.log.append("close")
+        if self.owner.close_error is not None:
+            raise self.owner.close_error
 
 
 async def test_a_toolset_is_open_while_its_rollout_runs_and_its_tools_are_shown():
@@ -670,3 +712,22 @@ async def test_a_toolset_that_does_not_open_is_a_failure_of_class_tool():
     found = await failure(tool_use(first, second), ("double", {"number": 1}))
     assert (found.kind, found.where) == (FailureClass.TOOL, "open tools")
     assert first.log == ["open", "close"]
+
+
+async def test_trouble_in_closing_a_toolset_costs_no_reward():
+    toolset = Doubling(close_error=OSError("the server is gone"))
+    trace = await play(tool_use(toolset), TASK, calls(("double", {"number": 4})), "done")
+    assert trace.reward == 1
+    assert "the server is gone" in trace.info["close_tools_failure"]
+
+
+async def test_a_toolset_is_closed_when_the_rollout_fails_or_is_truncated():
+    toolset = Doubling()
+    await failure(tool_use(toolset, on_error="fail"), ("double", {}))
+    assert (await play(tool_use(toolset), TASK, "cut", truncated=True)).is_truncated
+    assert toolset.log == ["open", "close"] * 2
+
+
+def test_an_environment_refuses_a_policy_on_errors_that_is_none():
+    with pytest.raises(ValueError, match="on_error of environment 'tool_use' is 'hide'"):
+        tool_use(add, on_error="hide")

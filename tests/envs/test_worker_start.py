@@ -9,7 +9,7 @@ from hone.envs import worker
 
 
 def test_a_missing_recipe_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert worker.main([str(tmp_path), "worker-0"]) == 2
+    assert worker.main([str(tmp_path), "worker-0", "reverse_text"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: no recipe at")
 
 
@@ -20,5 +20,5 @@ def test_a_full_disk_is_told(
         raise OSError(errno.ENOSPC, "No space left on device", "worker-0.log")
 
     monkeypatch.setattr(worker.logs, "configure", full)
-    assert worker.main([str(tmp_path), "worker-0"]) == 2
+    assert worker.main([str(tmp_path), "worker-0", "reverse_text"]) == 2
     assert "error: cannot write worker-0.log: No space left on device" in capsys.readouterr().err

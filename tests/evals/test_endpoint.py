@@ -22,7 +22,7 @@ async def endpoint(answer):
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     port = site._server.sockets[0].getsockname()[1]
-    async with ChatSampler(f"http://127.0.0.1:{port}/v1", "tiny") as sampler:
+    async with ChatSampler(f"http://127.0.0.1:{port}/v1", "tiny", backoff_seconds=0.001) as sampler:
         yield sampler
     await runner.cleanup()
 

@@ -4,10 +4,20 @@ import random
 from statistics import fmean, stdev
 
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.evals.statistics import estimate_mean, estimate_pass_at, estimate_proportion, pass_at, student_t
+from hone.evals.statistics import (
+    RunningMean,
+    estimate_mean,
+    estimate_pass_all,
+    estimate_pass_at,
+    estimate_proportion,
+    pass_all,
+    pass_at,
+    student_t,
+)
 
 
 @pytest.mark.parametrize("num_solved", range(6))
@@ -18,12 +28,43 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_solved_attempt(k, num_solved):
     assert pass_at(k, 5, num_solved) == pytest.approx(fmean(any(subset) for subset in subsets))
 
 
-def test_pass_at_k_is_unbiased():
+@pytest.mark.parametrize("num_solved", range(6))
+@pytest.mark.parametrize("k", range(1, 6))
+def test_pass_all_k_is_the_share_of_subsets_that_are_solved_throughout(k, num_solved):
+    attempts = [True] * num_solved + [False] * (5 - num_solved)
+    subsets = list(itertools.combinations(attempts, k))
+    assert pass_all(k, 5, num_solved) == pytest.approx(fmean(all(subset) for subset in subsets))
+
+
+@pytest.mark.parametrize(
+    ("estimate_of", "chance", "expected"),
+    [(pass_at, 0.2, 1 - 0.8**4), (pass_all, 0.7, 0.7**4)],
+)
+def test_pass_at_k_and_pass_all_k_are_unbiased(estimate_of, chance, expected):
     draw = random.Random(1)
-    chance, k = 0.2, 4
-    estimates = [pass_at(k, 10, sum(draw.random() < chance for _ in range(10))) for _ in range(4000)]
-    expected = 1 - (1 - chance) ** k
+    estimates = [estimate_of(4, 10, sum(draw.random() < chance for _ in range(10))) for _ in range(4000)]
     assert abs(fmean(estimates) - expected) < 4 * stdev(estimates) / math.sqrt(len(estimates))
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=6), min_size=2, max_size=12))
+def test_all_of_k_is_at_most_one_of_one_which_is_at_most_any_of_k(tasks):
+    for k in (2, 3, 4):
+        all_of, one, any_of = estimate_pass_all(k, tasks), estimate_pass_at(1, tasks), estimate_pass_at(k, tasks)
+        assert all_of.mean <= one.mean + 1e-12
+        assert one.mean <= any_of.mean + 1e-12
+
+
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=4), min_size=2, max_size=20))
+def test_the_standard_error_is_that_of_a_regression_with_errors_clustered_by_task(tasks):
+    """Equal numbers of attempts: the cluster-robust (Liang-Zeger) variance of a mean, from the residuals themselves."""
+    tasks = [values[:1] * 3 if len(values) < 3 else values[:3] for values in tasks]
+    estimate = estimate_mean({str(index): [value + 0.5 for value in values] for index, values in enumerate(tasks)})
+    flat = [value + 0.5 for values in tasks for value in values]
+    mean = fmean(flat)
+    scores = [sum(value + 0.5 - mean for value in values) for values in tasks]
+    correction = len(tasks) / (len(tasks) - 1)
+    robust = math.sqrt(correction * sum(score**2 for score in scores)) / len(flat)
+    assert estimate.standard_error == pytest.approx(robust, abs=1e-9)
 
 
 def test_pass_at_more_than_the_attempts_is_refused():
@@ -38,6 +79,18 @@ def test_pass_at_more_than_the_attempts_is_refused():
 )
 def test_student_quantiles_agree_with_the_tables(degrees, quantile):
     assert student_t(degrees) == pytest.approx(quantile, rel=2e-3)
+
+
+def test_student_quantiles_agree_with_scipy():
+    degrees = [*range(1, 40), 100, 400, 5000]
+    assert [student_t(n) for n in degrees] == pytest.approx(list(scipy.stats.t.ppf(0.975, degrees)), rel=2e-3)
+
+
+def test_wilsons_interval_agrees_with_scipy():
+    values = {str(task): [float(task < 13)] for task in range(40)}
+    theirs = scipy.stats.binomtest(13, 40).proportion_ci(0.95, method="wilson")
+    estimate = estimate_mean(values)
+    assert (estimate.low, estimate.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
 
 
 def test_a_mean_of_single_attempts_has_the_textbook_interval():
@@ -106,6 +159,34 @@ def test_the_interval_of_pass_at_k_covers_the_truth():
         estimate = estimate_pass_at(4, tasks)
         covered += estimate.low <= fmean(1 - (1 - chance) ** 4 for chance in (0.05, 0.5)) <= estimate.high
     assert 0.92 <= covered / 300 <= 0.995
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcdef"), st.sampled_from([0.0, 1.0]) | st.floats(-3, 3)), min_size=1, max_size=40
+    ),
+    st.booleans(),
+)
+def test_a_running_mean_says_what_the_mean_of_the_same_values_says(values, binary):
+    running, tasks = RunningMean(), {}
+    for task, value in values:
+        value = float(value > 0) if binary else value
+        running.add(task, value)
+        tasks.setdefault(task, []).append(value)
+        found, expected = running.estimate(), estimate_mean(tasks)
+        assert found.num_tasks == expected.num_tasks
+        for name in ("mean", "low", "high", "standard_error"):
+            ours, theirs = getattr(found, name), getattr(expected, name)
+            assert ours == theirs if theirs is None else ours == pytest.approx(theirs, abs=1e-6)
+    for task, value in values[1:]:
+        running.remove(task, float(value > 0) if binary else value)
+    task, value = values[0]
+    left = running.estimate()
+    assert (left.num_tasks, left.mean) == (1, pytest.approx(float(value > 0) if binary else value, abs=1e-6))
+
+
+def test_no_values_have_no_running_mean():
+    assert RunningMean().estimate() is None
 
 
 def test_one_task_alone_tells_no_interval_of_a_mean():

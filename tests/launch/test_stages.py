@@ -7,15 +7,14 @@ import pytest
 
 from hone.config.load import recipe_from
 from hone.config.recipe import Recipe
-from hone.evals.results import EvalResult
-from hone.evals.storage import Settings
+from hone.evals.evaluate import Cell, Plan
+from hone.evals.results import Outcome, summarise
 from hone.launch import stages as stages_module
 from hone.launch.console import StageConsole
-from hone.launch.evaluations import finished, sampling_parameters, set_other_sampling_aside
+from hone.launch.evaluations import finished, plans_of, set_other_settings_aside
 from hone.launch.plan import ProcessPlan
 from hone.launch.stages import Stages, note_finished_steps
 from hone.launch.supervise import Supervisor
-from hone.schema.seeds import derive_seed
 from hone.transport.folders import RunFolder
 
 
@@ -82,40 +81,24 @@ async def test_a_run_that_reached_its_goal_early_is_over(tmp_path: Path, started
     assert len(started) == 1
 
 
-def evaluated(asked: Recipe, folder: Path) -> RunFolder:
+def asked(folder: Path, evaluation: dict[str, object] | None = None, source: str = "weights") -> dict[str, Plan]:
+    return plans_of(recipe(folder, evaluation), RunFolder(folder), "rl", model="rl", source=source)
+
+
+def evaluated(folder: Path) -> RunFolder:
+    """A run with a result that was made as `asked` asks."""
     run = RunFolder(folder)
-    result = run.evals / "rl" / "reverse_text"
-    result.mkdir(parents=True)
-    section = asked.evaluation
-    made = Settings(
-        "reverse_text",
-        "1",
-        "rl",
-        sampling_parameters(section.sampling),
-        derive_seed(asked.run.seed, "evaluation"),
-    )
-    scores = EvalResult(
-        "reverse_text",
-        "1",
-        "rl",
-        section.attempts,
-        section.num_tasks * section.attempts,
-        None,
-        {},
-        {},
-        {},
-        None,
-        None,
-        {},
-    )
-    (result / "settings.json").write_bytes(msgspec.json.encode(made))
-    (result / "result.json").write_bytes(msgspec.json.encode(scores))
+    for plan in asked(folder).values():
+        with Cell(plan) as cell:
+            outcomes = [Outcome(task.key, attempt) for task, attempt in cell.pending()]
+        result = summarise(outcomes, environment="reverse_text", attempts=plan.attempts)
+        (run.evals / "rl" / "reverse_text" / "result.json").write_bytes(msgspec.json.encode(result))
     return run
 
 
 def test_an_evaluation_that_was_made_as_asked_is_read(tmp_path: Path) -> None:
-    run = evaluated(recipe(tmp_path), tmp_path)
-    assert finished(recipe(tmp_path), run, "rl").keys() == {"reverse_text"}
+    evaluated(tmp_path)
+    assert finished(asked(tmp_path)).keys() == {"reverse_text"}
 
 
 @pytest.mark.parametrize(
@@ -124,14 +107,19 @@ def test_an_evaluation_that_was_made_as_asked_is_read(tmp_path: Path) -> None:
     ids=["attempts", "tasks", "sampling"],
 )
 def test_an_evaluation_that_was_made_otherwise_is_made_again(tmp_path: Path, changed: dict[str, object]) -> None:
-    run = evaluated(recipe(tmp_path), tmp_path)
-    assert finished(recipe(tmp_path, changed), run, "rl") == {}
+    evaluated(tmp_path)
+    assert finished(asked(tmp_path, changed)) == {}
 
 
-def test_results_of_other_sampling_are_kept_under_another_name(tmp_path: Path) -> None:
-    run = evaluated(recipe(tmp_path), tmp_path)
-    set_other_sampling_aside(recipe(tmp_path), run.evals / "rl")
+def test_an_evaluation_of_other_weights_is_made_again(tmp_path: Path) -> None:
+    evaluated(tmp_path)
+    assert finished(asked(tmp_path, source="other weights")) == {}
+
+
+def test_results_of_other_settings_are_kept_under_another_name(tmp_path: Path) -> None:
+    run = evaluated(tmp_path)
+    set_other_settings_aside(asked(tmp_path, {"num_tasks": 2}), run.evals / "rl")
     assert (run.evals / "rl").is_dir()
-    set_other_sampling_aside(recipe(tmp_path, {"sampling": {"temperature": 0.5}}), run.evals / "rl")
+    set_other_settings_aside(asked(tmp_path, {"sampling": {"temperature": 0.5}}), run.evals / "rl")
     assert not (run.evals / "rl").exists()
     assert (run.evals / "rl-1" / "reverse_text" / "result.json").is_file()

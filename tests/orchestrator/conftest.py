@@ -92,7 +92,7 @@ class FakeEngine:
 
 
 class FakeWorker:
-    """Answers every attempt after `seconds(dice)` with a trace of two sampled tokens, or with `outcome(request, attempt)`."""
+    """Answers every attempt after `seconds(dice)` with a trace of two sampled tokens and `reward(request, attempt)`, or with `outcome(request, attempt)`."""
 
     def __init__(self, address, engine, name="worker-0", pid=None):
         self.address, self.engine, self.name = address, engine, name
@@ -100,6 +100,7 @@ class FakeWorker:
         self.wire = Wire(*WORKER_CHANNEL)
         self.dice = random.Random(0)
         self.seconds = lambda dice: 0.0
+        self.reward = lambda request, attempt: self.dice.choice([0.0, 1.0])
         self.outcome = lambda request, attempt: None
         self.requests = []
         self.finished = []
@@ -167,13 +168,16 @@ class FakeWorker:
         seconds = self.seconds(self.dice)
         if seconds:
             await asyncio.sleep(seconds)
-        trace = self.outcome(request, attempt) or trace_of(request, attempt, began, self.engine.version, self.dice)
+        trace = self.outcome(request, attempt) or self.trace(request, attempt, began)
         if trace.failure is None:
             self.finished.append((request.group, attempt))
         await self.send(RolloutResult(request.group, attempt, trace))
 
+    def trace(self, request, attempt, began):
+        return trace_of(request, attempt, began, self.engine.version, self.reward(request, attempt))
 
-def trace_of(request, attempt, first_version, last_version, dice):
+
+def trace_of(request, attempt, first_version, last_version, reward):
     turn = Turn(
         Message("assistant", "42"),
         FinishReason.STOP,
@@ -189,7 +193,7 @@ def trace_of(request, attempt, first_version, last_version, dice):
         attempt=attempt,
         group=request.group,
         nodes=[Node(request.task.prompt[0]), Node(turn.message, 0, turn)],
-        rewards={"exact": Reward(dice.choice([0.0, 1.0]))},
+        rewards={"exact": Reward(reward)},
         metrics={"length": 2.0},
         stop_reason=StopReason.COMPLETED,
         timing=Timing(1.0, 0.5),
@@ -287,7 +291,7 @@ class FakeRun:
             "run": {"folder": str(path), "name": "run"},
             "model": {"path": "unused"},
             "environments": [{"name": "digits"}],
-            "workers": {"heartbeat_seconds": 0.1},
+            "workers": {"heartbeat_seconds": 0.1, "max_stall_seconds": 0.5},
             "rl": defaults | (rl or {}),
         } | sections
         self.recipe = recipe_from(tree, "test")

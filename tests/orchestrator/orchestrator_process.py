@@ -12,7 +12,7 @@ from hone.transport.addresses import load_addresses
 from hone.transport.folders import RunFolder
 
 
-def digits():
+def digits(*measures):
     def task(index):
         return Task(prompt=(user(str(index)),), reference=str(index))
 
@@ -22,7 +22,7 @@ def digits():
 
     return SingleTurn(
         name="digits",
-        rubric=Rubric([exact]),
+        rubric=Rubric([exact, *measures]),
         train=Tasks(task),
         held_out=Tasks(lambda index: task(-1 - index), count=4),
     )

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from hone.envs.retries import Retries
 from hone.orchestrator import decide as d
 from hone.schema.batches import BatchWanted, CheckpointSaved, StepDone
 from hone.schema.traces import FailureClass
@@ -71,29 +72,54 @@ def test_equal_rewards_are_filtered_and_their_place_is_filled():
     assert finish(state, 0, rewards=(1.0, 1.0)) == [d.FilterGroup(0), d.StartGroup(4, 0)]
 
 
+def test_a_game_whose_rewards_add_up_to_the_same_trains_where_those_of_an_agent_differ():
+    def play(number, *rewards):
+        return tell(
+            state, *(d.RolloutFinished(number, attempt, 0.0, 0, (own, -own)) for attempt, own in enumerate(rewards))
+        )
+
+    state, _ = begin()
+    assert of(play(0, 1.0, -1.0), d.FinishGroup) == [d.FinishGroup(0)]
+    assert of(play(1, 1.0, 1.0), d.FilterGroup) == [d.FilterGroup(1)]
+
+
 def test_equal_rewards_train_when_nothing_is_filtered():
     state, _ = begin(filter_without_signal=False)
     assert finish(state, 0, rewards=(1.0, 1.0)) == [d.FinishGroup(0)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "tries"), [(FailureClass.SANDBOX, 3), (FailureClass.WORKER, 3), (FailureClass.ENVIRONMENT, 2)]
+    ("kind", "again"), [(FailureClass.SANDBOX, 2), (FailureClass.WORKER, 10), (FailureClass.ENVIRONMENT, 0)]
 )
-def test_a_failure_is_tried_again_so_often(kind, tries):
+def test_a_failure_is_tried_again_as_often_as_its_class_allows(kind, again):
     state, _ = begin()
-    for failures in range(1, tries):
-        assert tell(state, d.RolloutFailed(0, 1, kind)) == [d.RunAgain(0, 1, failures)]
+    for failures in range(1, again + 1):
+        assert tell(state, d.RolloutFailed(0, 1, kind)) == [d.RunAgain(0, 1, {kind: failures})]
     assert tell(state, d.RolloutFailed(0, 1, kind)) == [d.GiveUpAttempt(0, 1, kind)]
+
+
+def test_the_death_of_workers_leaves_the_other_retries_of_a_rollout_alone():
+    state, _ = begin()
+    for _ in range(5):
+        tell(state, d.RolloutFailed(0, 1, FailureClass.WORKER))
+    expected = {FailureClass.WORKER: 5, FailureClass.JUDGE: 1}
+    assert tell(state, d.RolloutFailed(0, 1, FailureClass.JUDGE)) == [d.RunAgain(0, 1, expected)]
 
 
 def test_a_cancelled_rollout_is_issued_again_without_counting():
     state, _ = begin()
-    for _ in range(10):
-        assert tell(state, d.RolloutFailed(0, 1, FailureClass.CANCELLED)) == [d.RunAgain(0, 1, 0)]
+    for _ in range(20):
+        assert tell(state, d.RolloutFailed(0, 1, FailureClass.CANCELLED)) == [d.RunAgain(0, 1, {})]
+
+
+@pytest.mark.parametrize("kind", [FailureClass.SANDBOX, FailureClass.CANCELLED])
+def test_a_final_failure_is_not_tried_again(kind):
+    state, _ = begin()
+    assert tell(state, d.RolloutFailed(0, 1, kind, is_final=True)) == [d.GiveUpAttempt(0, 1, kind)]
 
 
 def test_a_group_trains_with_two_valid_rollouts_and_not_with_one():
-    state, _ = begin(group_size=3, max_attempts=1)
+    state, _ = begin(group_size=3, retries=Retries({}))
     tell(state, d.RolloutFailed(0, 2, FailureClass.TOOL), d.RolloutFailed(1, 2, FailureClass.TOOL))
     assert of(finish(state, 0), d.FinishGroup) == [d.FinishGroup(0)]
     commands = tell(state, d.RolloutFailed(1, 1, FailureClass.JUDGE), d.RolloutFinished(1, 0, 1.0, 0))
@@ -233,7 +259,7 @@ def test_a_policy_that_collapsed_is_not_taken_for_one_that_has_learned_everythin
 
 
 def test_a_run_in_which_everything_fails_is_given_up_with_the_class():
-    state, _ = begin(max_attempts=1)
+    state, _ = begin(retries=Retries({}))
     _, commands = barren(state, FailureClass.ENVIRONMENT)
     assert of(commands, d.GiveUpRun)[0].kind is FailureClass.ENVIRONMENT
 

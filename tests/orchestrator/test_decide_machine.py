@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from hone.envs.retries import DEFAULT, NO_FAILURES
 from hone.orchestrator import decide as d
 from hone.schema.batches import BatchWanted, CheckpointSaved, StepDone
 from hone.schema.traces import FailureClass
@@ -62,11 +63,11 @@ class World:
                 assert group not in self.groups
                 assert group not in self.outcomes
                 assert version <= self.engine
-                self.groups[group] = d.Group(version, dict.fromkeys(range(self.limits.group_size), 0))
+                self.groups[group] = d.Group(version, dict.fromkeys(range(self.limits.group_size), NO_FAILURES))
                 self.running |= {(group, attempt): self.engine for attempt in range(self.limits.group_size)}
                 assert self.limits.in_flight_updates or self.to_load is None
             case d.RunAgain(group, attempt, failures):
-                assert failures < 3
+                assert all(count <= DEFAULT[kind] for kind, count in failures.items())
                 self.groups[group].pending[attempt] = failures
                 self.running[group, attempt] = self.engine
             case d.GiveUpAttempt(group, attempt):
@@ -158,7 +159,7 @@ class World:
     def rollout_fails(self, dice):
         key = dice.choice(sorted(self.running))
         del self.running[key]
-        self.tell(d.RolloutFailed(*key, dice.choice(KINDS)))
+        self.tell(d.RolloutFailed(*key, dice.choice(KINDS), is_final=dice.random() < 0.2))
 
     def late_answer(self, dice):
         group = dice.choice(sorted(self.outcomes))
@@ -204,7 +205,7 @@ class World:
         state = d.State(self.limits)
         for number in [*(number for number in self.groups if number not in self.complete), *self.complete]:
             group = self.groups[number]
-            copy = d.Group(group.version, dict(group.pending), dict(group.rewards), group.min_version)
+            copy = d.Group(group.version, dict(group.pending), dict(group.rewards), min_version=group.min_version)
             state.restore_group(number, copy)
         state.next_group = len(self.groups) + len(self.outcomes)
         state.num_batches = len(self.batches)

@@ -1,17 +1,29 @@
 """An evaluation: bounded, retried, added up per environment."""
 
+import msgspec
 import pytest
 
+from fakes import ScriptedSampler
 from hone.config.recipe import EvaluationSection
+from hone.envs import Rubric, SingleTurn, run_rollout, user
+from hone.envs import reward as reward_of
+from hone.envs.retries import Retries
+from hone.evals.asked import sampling_parameters
+from hone.evals.evaluate import evaluate
+from hone.evals.results import EvalResult
 from hone.orchestrator.evaluation import Evaluation
 from hone.schema.messages import Message
 from hone.schema.sampling import FinishReason, Turn, VersionRun
 from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, Node, Reward, StopReason, Trace
 
+RETRIES = Retries({FailureClass.TOOL: 1})
+
 
 class Environment:
     num_held_out_tasks = 3
+    version = "1"
+    scores_groups = False
 
     def held_out_task(self, index):
         return Task(prompt=(Message("user", str(index)),))
@@ -20,9 +32,13 @@ class Environment:
         return trace.reward >= 1
 
 
-def evaluation(**section):
+class Together(Environment):
+    scores_groups = True
+
+
+def evaluation(environment=Environment, **section):
     chosen = EvaluationSection(**{"num_tasks": 2, **section})
-    return Evaluation(7, {"e": Environment()}, chosen, run_seed=0, max_attempts=2)
+    return Evaluation(7, {"e": environment()}, chosen, run_seed=0, retries=RETRIES)
 
 
 def trace(request, reward, version=7):
@@ -58,7 +74,7 @@ def test_tasks_beyond_the_held_out_split_are_not_asked_for():
 
 
 def test_every_version_is_evaluated_with_the_same_seeds():
-    later = Evaluation(8, {"e": Environment()}, EvaluationSection(num_tasks=2), run_seed=0, max_attempts=2)
+    later = Evaluation(8, {"e": Environment()}, EvaluationSection(num_tasks=2), run_seed=0, retries=RETRIES)
     assert [r.seed for r in evaluation().start()] == [r.seed for r in later.start()]
     assert not {r.group for r in evaluation().start()} & {r.group for r in later.start()}
 
@@ -71,14 +87,45 @@ def test_the_report_has_the_mean_of_everything_that_is_named():
     assert plan.reward == 0.5
     report = plan.report()
     assert (report["version"], report["min_version"], report["max_version"]) == (7, 7, 9)
-    own = report["environments"]["e"]
-    assert (own["num_rollouts"], own["reward_exact_mean"], own["metric_length_mean"], own["solved_mean"]) == (
-        2,
-        0.5,
-        4,
-        0.5,
+    own = msgspec.convert(report["environments"]["e"], EvalResult, strict=False)
+    assert (own.num_rollouts, own.num_wanted, own.model) == (2, 2, "v000007")
+    assert (own.score("exact").mean, own.score("length").mean, own.pass_at[1].mean) == (0.5, 4, 0.5)
+    assert {name: plan.metrics()[f"eval/e/{name}_mean"] for name in ("reward", "solved", "metric_length")} == {
+        "reward": 0.5,
+        "solved": 0.5,
+        "metric_length": 4,
+    }
+
+
+async def test_it_scores_what_an_evaluation_outside_of_training_scores():
+    @reward_of
+    def exact(answer, reference):
+        return float(answer == reference)
+
+    tasks = [Task((user(f"say {n % 4}"),), str(n % 4)) for n in range(8)]
+    environment = SingleTurn(name="e", version="1", rubric=Rubric([exact]), train=[], held_out=tasks)
+    section = EvaluationSection(num_tasks=6, attempts=4, max_concurrent=3)
+    sampler = ScriptedSampler(lambda branch: str(len(sampler.calls) % 3))
+    plan = Evaluation(0, {"e": environment}, section, run_seed=0, retries=Retries({}))
+    traces = []
+    while started := plan.start():
+        for request in started:
+            [attempt] = request.attempts
+            found = await run_rollout(environment, request.task, attempt, sampler, request.sampling, request.seed)
+            traces.append(found)
+            plan.finish(key(request), found)
+    assert len(traces) == 16  # four different tasks
+    replayed = iter([trace.turns[-1] for trace in traces])
+    offline = await evaluate(
+        environment,
+        ScriptedSampler(lambda branch: next(replayed)),
+        num_tasks=6,
+        attempts=4,
+        sampling=sampling_parameters(section.sampling),
+        max_concurrent=1,
+        model="v000000",
     )
-    assert plan.metrics()["eval/e/reward_mean"] == 0.5
+    assert msgspec.structs.replace(offline, seconds=0) == plan.results()["e"]
 
 
 def test_failures_are_tried_again_and_then_counted_but_never_rewards():
@@ -90,7 +137,7 @@ def test_failures_are_tried_again_and_then_counted_but_never_rewards():
     plan.finish(key(second), trace(second, 1.0))
     assert plan.is_complete
     assert plan.reward == 1.0
-    assert plan.report()["environments"]["e"]["num_failed"] == 1
+    assert plan.report()["environments"]["e"]["failures"] == {"tool": 1}
 
 
 def test_an_evaluation_in_which_everything_failed_reaches_no_goal():
@@ -119,7 +166,7 @@ class Broken(Environment):
 
 
 def test_code_of_an_environment_that_raises_costs_its_rollouts_and_not_the_evaluation():
-    plan = Evaluation(7, {"e": Broken()}, EvaluationSection(num_tasks=2, attempts=2), run_seed=0, max_attempts=2)
+    plan = Evaluation(7, {"e": Broken()}, EvaluationSection(num_tasks=2, attempts=2), run_seed=0, retries=RETRIES)
     started = plan.start()
     assert len(started) == 2
     for request in started:
@@ -129,7 +176,26 @@ def test_code_of_an_environment_that_raises_costs_its_rollouts_and_not_the_evalu
 
 
 def test_rollouts_are_counted_under_the_name_of_the_recipe():
-    plan = Evaluation(7, {"hub/e": Environment()}, EvaluationSection(num_tasks=1), run_seed=0, max_attempts=2)
+    plan = Evaluation(7, {"hub/e": Environment()}, EvaluationSection(num_tasks=1), run_seed=0, retries=RETRIES)
     [request] = plan.start()
     plan.finish(key(request), trace(request, 1.0))
     assert plan.metrics()["eval/hub/e/reward_mean"] == 1.0
+
+
+def test_attempts_that_are_scored_together_are_one_request():
+    under_way = evaluation(Together, attempts=3, max_concurrent=5)
+    [first] = under_way.start()
+    assert first.attempts == [0, 1, 2]
+    assert under_way.environment_of((first.group, 2)) == "e"
+    under_way.finish((first.group, 0), trace(first, 1.0))
+    assert under_way.fail((first.group, 1), FailureClass.TOOL, is_final=True) is None
+    assert [request.attempts for request in under_way.start()] == [[0, 1, 2]]
+    again = under_way.fail((first.group, 2), FailureClass.TOOL)
+    assert again.attempts == [2]
+    assert under_way.waits_for((first.group, 2))
+
+
+def test_a_group_larger_than_what_may_run_at_once_runs_alone():
+    under_way = evaluation(Together, attempts=3, max_concurrent=2)
+    assert [request.attempts for request in under_way.start()] == [[0, 1, 2]]
+    assert under_way.start() == []

@@ -13,7 +13,7 @@ from hone.schema.batches import TrainingSample
 from hone.schema.messages import Message
 from hone.schema.rollouts import RolloutResult
 from hone.schema.tasks import Task
-from hone.schema.traces import Failure, FailureClass, Reward, StopReason, Trace
+from hone.schema.traces import AgentRecord, Failure, FailureClass, Reward, StopReason, Trace
 from hone.schema.wire import Wire
 from hone.transport.batches import batch_from, write_batch
 from hone.transport.folders import RunFolder
@@ -41,14 +41,16 @@ class Book:
         self.ledger.close()
 
     def admit(self, number, version=0):
-        self.ledger.admit(number, Draw("e", number), TASK.key, version, 2)
+        self.ledger.admit(number, Draw("e", number, number), TASK.key, version, 2)
         self.ledger.run(number, [0, 1])
 
-    def result(self, number, attempt, reward=1.0, failure=None):
+    def result(self, number, attempt, reward=1.0, failure=None, agents=None):
         rewards = {} if failure else {"r": Reward(reward)}
         stop = None if failure else StopReason.COMPLETED
         name = group_name(number)
-        trace = Trace("e", TASK, attempt, group=name, rewards=rewards, stop_reason=stop, failure=failure)
+        trace = Trace(
+            "e", TASK, attempt, group=name, rewards=rewards, stop_reason=stop, failure=failure, agents=agents or {}
+        )
         return WIRE.encode(RolloutResult(name, attempt, trace))
 
     def finish(self, number, *attempts):
@@ -62,8 +64,8 @@ class Book:
         write_batch(self.folder.batch_of(step), batch_from(step, len(numbers), [sample]))
         self.ledger.batch(step, numbers, 1)
 
-    def recover(self):
-        return recover(self.ledger, self.folder, LIMITS)
+    def recover(self, scored_together=()):
+        return recover(self.ledger, self.folder, LIMITS, scored_together)
 
     def states(self):
         with sqlite3.connect(self.folder.ledger) as database:
@@ -72,7 +74,7 @@ class Book:
 
 def test_an_attempt_goes_through_its_states(tmp_path):
     with Book(tmp_path) as book:
-        book.ledger.admit(0, Draw("e", 0), TASK.key, 0, 2)
+        book.ledger.admit(0, Draw("e", 0, 0), TASK.key, 0, 2)
         book.ledger.commit()
         assert book.states() == {(0, 0): "issued", (0, 1): "issued"}
         book.ledger.run(0, [0, 1])
@@ -143,17 +145,17 @@ def test_an_interrupted_run_is_found_as_it_was(tmp_path):
         book.finish(1, 0, 1)
         book.ledger.finish_group(1)
         book.finish(3, 1)
-        book.ledger.retry(3, 0, 2)
+        book.ledger.retry(3, 0, {FailureClass.JUDGE: 2, FailureClass.WORKER: 1})
         book.ledger.commit()
     with Book(tmp_path) as book:
         found = book.recover()
         state = found.state
         assert (state.num_batches, state.next_group, state.num_running, state.num_ready) == (1, 4, 1, 2)
-        assert state.groups[3].pending == {0: 2}
+        assert state.groups[3].pending == {0: {FailureClass.JUDGE: 2, FailureClass.WORKER: 1}}
         assert state.groups[3].rewards == {1: 1.0}
         assert [number for queue in state.ready.values() for number in queue] == [2, 1]
         assert {number: sorted(traces) for number, traces in found.traces.items()} == {1: [0, 1], 2: [0, 1], 3: [1]}
-        assert found.num_drawn == {"e": 4}
+        assert book.ledger.num_drawn() == {"e": 4}
         assert (found.orphans, found.broken) == ([], [])
 
 
@@ -180,7 +182,50 @@ def test_a_finished_attempt_whose_trace_is_gone_runs_again(tmp_path):
     segment = next(RunFolder(tmp_path).traces.iterdir())
     segment.write_bytes(segment.read_bytes()[:-3])
     with Book(tmp_path) as book:
-        assert book.recover().state.groups[0].pending == {1: 0}
+        assert book.recover().state.groups[0].pending == {1: {}}
+
+
+def test_a_group_that_is_scored_together_is_whole_or_runs_again(tmp_path):
+    with Book(tmp_path) as book:
+        for number in range(3):
+            book.admit(number)
+        book.finish(0, 0)  # the environment was another then: only half of the group is there
+        book.finish(1, 0, 1)
+        book.ledger.finish_group(1)
+        book.ledger.retry(2, 0, {FailureClass.JUDGE: 1})
+        book.ledger.fail(2, 1, FailureClass.TOOL)
+        book.ledger.commit()
+        found = book.recover(["e"])
+        assert [found.state.groups[number].pending for number in range(3)] == [{0: {}, 1: {}}, {}, {0: {}, 1: {}}]
+        assert found.traces.keys() == {1}
+        assert all(group.last_failure is None for group in found.state.groups.values())
+
+
+def test_what_each_agent_of_a_game_earned_is_found_in_its_traces(tmp_path):
+    with Book(tmp_path) as book:
+        book.admit(0)
+        agents = {"b": AgentRecord(rewards={"r": Reward(2.0)}), "a": AgentRecord(), "user": AgentRecord(trains=False)}
+        location = book.writer.append([book.result(0, 0, agents=agents)])
+        book.ledger.finish(0, 0, 2.0, 0, location)
+        book.ledger.commit()
+    with Book(tmp_path) as book:
+        assert book.recover().state.groups[0].agent_rewards == {0: (1.0, 3.0)}
+
+
+def test_only_whole_groups_with_enough_valid_rollouts_are_adopted(tmp_path):
+    broken = Failure(FailureClass.TOOL, "call", "no")
+    with Book(tmp_path) as book:
+        for number in range(4):
+            book.admit(number)
+        book.ledger.commit()
+        book.writer.append([book.result(0, 0)])
+        book.writer.append([book.result(0, 1)])
+        book.writer.append([book.result(1, 0), book.result(2, 0), book.result(1, 1), book.result(2, 1, failure=broken)])
+        book.writer.append([book.result(3, attempt, failure=broken) for attempt in (0, 1)])
+        found = book.recover(["e"])
+        assert [(result.group, result.attempt) for _, result in found.orphans] == [
+            (group_name(1), attempt) for attempt in (0, 1)
+        ]
 
 
 def test_damaged_batches_are_named_and_covered_ones_are_not_missed(tmp_path):

@@ -4,23 +4,28 @@ import asyncio
 import errno
 import json
 import random
+import runpy
 import socket
 import sqlite3
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 import zmq.asyncio
 
+from hone.config.load import ConfigError
+from hone.envs import Rubric, SingleTurn, Task, Tasks, group_reward, reward, user
 from hone.observability.metrics import read_metrics
 from hone.orchestrator.audit import audit
 from hone.orchestrator.engine import WeightsRefusedError
 from hone.orchestrator.ledger import Ledger, LedgerError
 from hone.orchestrator.loop import HopelessError, main
+from hone.schema.rollouts import Farewell, RolloutResult
 from hone.schema.sampling import Answers, FinishReason, Generated, GenerateMany, VersionRun
 from hone.schema.traces import Failure, FailureClass, Trace
-from hone.schema.wire import Wire
+from hone.schema.wire import PROTOCOL, Envelope, Wire
 from hone.text.training import train_tokenizer
 from hone.transport.addresses import PortInUseError
 from hone.transport.traces import read_traces
@@ -36,6 +41,34 @@ def failed(request, attempt, kind=FailureClass.SANDBOX):
 async def finish(run):
     async with asyncio.timeout(SECONDS):
         await run.orchestrate()
+
+
+def make_together(make_run, rl=None, **sections):
+    """A run whose groups are scored together."""
+
+    @group_reward
+    def best(answers):
+        return [1.0] * len(answers)
+
+    run = make_run(rl, **sections)
+    run.environments = {"digits": runpy.run_path(str(PROCESS))["digits"](best)}
+    return run
+
+
+def sizes(worker):
+    return {(request.group.partition("-")[0] == "eval", tuple(request.attempts)) for request in worker.requests}
+
+
+def finished_of_batched_groups(run):
+    """How many attempts of each batched group have a reward."""
+    with sqlite3.connect(run.folder.ledger) as database:
+        return [
+            count
+            for (count,) in database.execute(
+                "SELECT SUM(a.state = 'finished') FROM attempts a JOIN groups g ON g.number = a.number"
+                " WHERE g.state = 'batched' GROUP BY g.number"
+            )
+        ]
 
 
 def batch_lines(run):
@@ -102,7 +135,7 @@ async def test_failures_are_tried_again_and_never_rewards(make_run):
 
 
 async def test_a_rollout_without_tokens_is_a_failure(make_run):
-    run = make_run({"num_steps": 1})
+    run = make_run({"num_steps": 1}, retries={"environment": 1})
     async with run.world() as (_, worker, trainer):
 
         def empty(request, attempt):
@@ -115,6 +148,8 @@ async def test_a_rollout_without_tokens_is_a_failure(make_run):
         assert all(len(content) <= 2 * 3 for _, content in trainer.batches.values())
     [line] = batch_lines(run)
     assert line["rollout/failed_environment_count"] >= 2
+    assert line["rollout/again_count"] >= 1
+    assert line["rollout/given_up_environment_count"] >= 1
 
 
 async def test_an_environment_that_always_raises_ends_the_run_with_what_it_said(make_run, monkeypatch):
@@ -163,6 +198,61 @@ async def test_a_worker_that_dies_costs_nothing_but_time(make_run):
             await worker.__aenter__()
         assert sorted(trainer.batches) == [1, 2, 3, 4, 5, 6]
     assert audit(run.folder.path).is_clean
+
+
+WHOLE = {(False, (0, 1, 2, 3)), (True, (0, 1, 2))}
+
+
+async def test_groups_that_are_scored_together_go_to_one_worker_whole_also_after_a_death(make_run):
+    run = make_together(make_run, {"num_steps": 6}, evaluation={"every": 3, "num_tasks": 2, "attempts": 3})
+    async with run.world() as (engine, worker, trainer):
+        worker.seconds = lambda dice: dice.random() * 0.03  # the answers of a group come apart
+        async with type(worker)(run.addresses.workers, engine, name="worker-1") as other, asyncio.TaskGroup() as group:
+            other.seconds = worker.seconds
+            group.create_task(finish(run))
+            for _ in range(3):
+                await asyncio.sleep(0.3)
+                await worker.__aexit__()
+                worker.pid += 1
+                await worker.__aenter__()
+        assert sorted(trainer.batches) == [1, 2, 3, 4, 5, 6]
+        assert sizes(worker) | sizes(other) == WHOLE
+        assert other.requests
+    result = audit(run.folder.path)
+    assert result.is_clean, result
+    assert set(finished_of_batched_groups(run)) == {4}
+
+
+async def test_a_group_scored_without_its_failed_rollouts_does_not_try_them_again(make_run):
+    run = make_together(make_run, evaluation={"every": 2, "num_tasks": 2, "attempts": 3})
+    async with run.world() as (_, worker, trainer):
+        worker.outcome = lambda request, attempt: failed(request, attempt) if attempt == 1 else None
+        await finish(run)
+        assert sorted(trainer.batches) == [1, 2, 3, 4]
+        assert sizes(worker) == WHOLE
+        groups = [request.group for request in worker.requests]
+        assert len(groups) == len(set(groups))
+    assert audit(run.folder.path).is_clean
+    assert set(finished_of_batched_groups(run)) == {3}
+    report = json.loads(run.folder.eval_of(4).read_text())["environments"]["digits"]
+    assert (report["num_rollouts"], report["failures"]) == (6, {"sandbox": 2})
+
+
+async def test_a_group_with_too_few_valid_rollouts_runs_again_whole(make_run):
+    run = make_together(make_run, evaluation={"every": 2, "num_tasks": 2, "attempts": 3})
+    async with run.world() as (_, worker, trainer):
+
+        def at_first_all_but_one(request, attempt):
+            is_first = sum(other.group == request.group for other in worker.requests) == 1
+            is_failed = is_first and (attempt != 1 or request.group.startswith("eval"))
+            return failed(request, attempt) if is_failed else None
+
+        worker.outcome = at_first_all_but_one
+        await finish(run)
+        assert sorted(trainer.batches) == [1, 2, 3, 4]
+        assert sizes(worker) == WHOLE
+    assert audit(run.folder.path).is_clean
+    assert set(finished_of_batched_groups(run)) == {4}
 
 
 async def test_a_silent_worker_is_taken_for_dead(make_run):
@@ -378,7 +468,7 @@ def run_main(run, monkeypatch, error):
     async def fails(*_):
         raise error
 
-    monkeypatch.setattr("hone.orchestrator.loop.load_environments", lambda recipe: {})
+    monkeypatch.setattr("hone.orchestrator.loop.environment_of", lambda section: None)
     monkeypatch.setattr("hone.orchestrator.loop.orchestrate", fails)
     return main([str(run.folder.path)])
 
@@ -413,9 +503,10 @@ class Killed(BaseException):
     """What a kill looks like from inside: nothing after it happens."""
 
 
+@pytest.mark.parametrize("is_together", [False, True])
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 8, 13])
-async def test_a_kill_between_files_and_ledger_loses_and_repeats_nothing(make_run, monkeypatch, number):
-    run = make_run({"num_steps": 4})
+async def test_a_kill_between_files_and_ledger_loses_and_repeats_nothing(make_run, monkeypatch, number, is_together):
+    run = make_together(make_run) if is_together else make_run()
     commits = 0
 
     def commit(ledger):
@@ -435,10 +526,108 @@ async def test_a_kill_between_files_and_ledger_loses_and_repeats_nothing(make_ru
                 await finish(run)
         await finish(run)
         assert sorted(trainer.batches) == [1, 2, 3, 4]
+        assert not is_together or sizes(worker) == {(False, (0, 1, 2, 3))}
     result = audit(run.folder.path)
     assert result.is_clean, result
     results = [(found.group, found.attempt) for _, found in read_traces(run.folder.traces)]
     assert len(results) == len(set(results)) >= 4 * 8
+
+
+def finite(run, count, difficulty=None):
+    """The digits from 0 to `count`, of which task n is solved by n mod 5 of 4 rollouts."""
+
+    @reward
+    def exact(answer: str) -> float:
+        return float(bool(answer))
+
+    def task(index):
+        return Task(prompt=(user(str(index)),))
+
+    run.environments["digits"] = SingleTurn(
+        name="digits", rubric=Rubric([exact]), train=Tasks(task, count), difficulty=difficulty
+    )
+
+
+def solved_by_number(request, attempt):
+    return float(attempt < int(request.task.prompt[0].content) % 5)
+
+
+def drawn_tasks(run):
+    with sqlite3.connect(run.folder.ledger) as database:
+        return [index for (index,) in database.execute("SELECT task_index FROM groups ORDER BY number")]
+
+
+POOLS = {"easy_share": 0.3, "hard_share": 0.2, "retire_after": 1}
+LEVELS = {"start_share": 0.4, "step_share": 0.3, "advance_at": 0.3, "window": 6}
+
+
+@pytest.mark.parametrize("sections", [{"pools": POOLS}, {"curriculum": LEVELS}, {"pools": POOLS, "curriculum": LEVELS}])
+async def test_a_run_that_is_killed_again_and_again_draws_what_it_would_have(
+    make_run, monkeypatch, tmp_path_factory, sections
+):
+    """One group at a time, so that nothing but the curriculum can change the order."""
+    tasks = []
+    for kills in ([], [2, 3, 4, 6]):
+        run = make_run(
+            {"num_steps": 12, "max_staleness": 30, "max_concurrent": 4},
+            environments=[{"name": "digits", **sections}],
+            run={"folder": str(tmp_path_factory.mktemp("runs")), "name": "run"},
+        )
+        finite(run, 20, difficulty=lambda task: float(task.prompt[0].content))
+        async with run.world() as (_, worker, trainer):
+            worker.reward = solved_by_number
+            for number in kills:
+                with monkeypatch.context() as patch:
+                    patch.setattr(Ledger, "commit", killing(number))
+                    with pytest.raises(Killed):
+                        await finish(run)
+            await finish(run)
+            assert sorted(trainer.batches) == list(range(1, 13))
+        assert audit(run.folder.path).is_clean
+        tasks.append(drawn_tasks(run))
+    whole, interrupted = tasks
+    length = min(len(whole), len(interrupted))
+    assert length >= 24
+    assert whole[:length] == interrupted[:length]
+
+
+def killing(number):
+    """A commit that is the last thing its process does, after `number` others."""
+    commits = 0
+
+    def commit(ledger):
+        nonlocal commits
+        commits += bool(ledger._pending or ledger._issued)
+        if commits >= number:
+            raise Killed
+        COMMIT(ledger)
+
+    return commit
+
+
+COMMIT = Ledger.commit
+
+
+async def test_tasks_that_are_always_solved_are_retired_and_the_pools_are_measured(make_run):
+    run = make_run(
+        {"num_steps": 8, "max_staleness": 8}, environments=[{"name": "digits", "pools": {"retire_after": 1}}]
+    )
+    finite(run, 10)
+    async with run.world() as (_, worker, _):
+        worker.reward = lambda request, attempt: 1.0 if request.task.prompt[0].content == "7" else attempt % 2
+        await finish(run)
+    lines = batch_lines(run)
+    assert lines[-1]["rollout/digits/pool_retired_count"] == 1
+    assert lines[-1]["rollout/digits/pool_unseen_count"] == 0
+    assert sum(lines[-1][f"rollout/digits/pool_{pool}_count"] for pool in ("easy", "normal", "hard")) == 9
+    assert drawn_tasks(run).count(7) < drawn_tasks(run).count(3) + 2
+
+
+@pytest.mark.parametrize("sections", [{"pools": {}}, {"curriculum": {}}])
+async def test_pools_of_endless_tasks_are_refused_at_the_start(make_run, sections):
+    run = make_run(environments=[{"name": "digits", **sections}])
+    with pytest.raises(ConfigError, match="its train tasks are endless"):
+        await finish(run)
 
 
 async def serve_tokens(address):
@@ -477,3 +666,35 @@ def test_what_will_never_work_ends_with_code_2_and_one_line(tmp_path, capsys):
     assert "no recipe at" in capsys.readouterr().err
     assert main([]) == 2
     assert "usage" in capsys.readouterr().err
+
+
+async def test_a_worker_with_another_version_of_hone_ends_the_run_with_what_to_do(make_run):
+    run = make_run({"num_steps": 1})
+    async with run.world() as (_, worker, _):
+        envelope = Envelope(PROTOCOL + 1, "WorkerHello", msgspec.Raw(msgspec.msgpack.encode({})))
+        await worker.socket.send(msgspec.msgpack.encode(envelope))
+        with pytest.raises(HopelessError, match="run the same version of hone everywhere"):
+            await finish(run)
+
+
+async def test_a_worker_that_ends_itself_costs_the_guilty_rollout_and_no_other(make_run):
+    run = make_run({"num_steps": 2, "max_concurrent": 8})
+    async with run.world() as (engine, worker, trainer):
+        worker.seconds = lambda dice: 1e9
+        async with asyncio.TaskGroup() as group:
+            group.create_task(finish(run))
+            while not worker.tasks:
+                await asyncio.sleep(0.01)
+            [first, *_] = worker.requests
+            guilty = failed(first, 0, FailureClass.TIMEOUT)
+            await worker.send(RolloutResult(first.group, 0, guilty), Farewell(worker.name, "stuck in f (e.py:1)"))
+            async with type(worker)(run.addresses.workers, engine, name="worker-1") as other:
+                while not trainer.last_step:
+                    await asyncio.sleep(0.02)
+                asked = [(request.group, attempt) for request in other.requests for attempt in request.attempts]
+    assert (first.group, 0) not in asked
+    assert (first.group, 1) in asked
+    with sqlite3.connect(run.folder.ledger) as ledger:
+        failures = ledger.execute("SELECT DISTINCT failure, num_failures FROM attempts").fetchall()
+    ledger.close()
+    assert sorted(failures, key=str) == [("timeout", 0), (None, 0)]

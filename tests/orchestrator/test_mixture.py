@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.orchestrator.mixture import Draw, Mixture, permuted
+from hone.orchestrator.mixture import Draw, Mixture
 from hone.schema.messages import Message
 from hone.schema.tasks import Task
 
@@ -47,19 +47,6 @@ def test_a_resumed_mixture_goes_on_as_the_interrupted_one_would_have(weights, be
     assert [resumed.draw() for _ in range(after)] == [mix.draw() for _ in range(after)]
 
 
-@given(st.integers(1, 300), st.integers(0, 2**63 - 1))
-def test_permuted_is_a_permutation(count, seed):
-    assert sorted(permuted(position, count, seed) for position in range(count)) == list(range(count))
-
-
-def test_permutations_of_two_seeds_differ():
-    assert [permuted(i, 100, 1) for i in range(100)] != [permuted(i, 100, 2) for i in range(100)]
-
-
-def test_the_permutation_does_not_drift_between_releases():
-    assert [permuted(i, 10, 7) for i in range(10)] == [6, 2, 0, 8, 9, 5, 3, 7, 1, 4]
-
-
 def test_every_task_comes_once_before_any_comes_again():
     mix = mixture({"a": 1.0}, {"a": 7})
     prompts = [mix.task(mix.draw()).prompt[0].content for _ in range(14)]
@@ -69,7 +56,35 @@ def test_every_task_comes_once_before_any_comes_again():
 
 def test_endless_tasks_come_in_their_own_order():
     mix = mixture({"a": 1.0}, {"a": None})
-    assert mix.task(Draw("a", 12345)).prompt[0].content == "12345"
+    assert [mix.draw() for _ in range(3)] == [Draw("a", number, number) for number in range(3)]
+    assert mix.task(Draw("a", 12345, 12345)).prompt[0].content == "12345"
+
+
+def test_four_environments_over_ten_thousand_tasks_resume_anywhere_with_the_same_sequence():
+    weights = {"math": 0.4, "code": 0.3, "science": 0.2, "logic": 0.1}
+    sizes = {"math": 700, "code": None, "science": 31, "logic": 1}
+    mix, counts = mixture(weights, sizes, seed=3), {}
+    drawn = [mix.draw() for _ in range(10_000)]
+    for number, draw in enumerate(drawn):
+        if number % 500 == 123:
+            resumed = mixture(weights, sizes, seed=3)
+            resumed.restore(counts)
+            assert [resumed.draw() for _ in range(50)] == drawn[number : number + 50]
+        counts[draw.environment] = draw.number + 1
+    assert counts == {"math": 4000, "code": 3000, "science": 2000, "logic": 1000}
+
+
+def test_an_environment_that_cannot_count_its_tasks_is_named():
+    class Broken(Numbers):
+        @property
+        def num_train_tasks(self):
+            raise OSError("no such file")
+
+        @num_train_tasks.setter
+        def num_train_tasks(self, count): ...
+
+    with pytest.raises(ValueError, match="environment 'a' cannot count its train tasks: no such file"):
+        Mixture({"a": 1.0}, {"a": Broken(1)}, 0)
 
 
 def test_an_environment_without_tasks_is_refused():

@@ -334,7 +334,6 @@ async def sleepers(cell: Cell) -> int:
 async def reap_orphans() -> None:
     """What this process adopted from parents that tests killed; the last of it takes a moment to die."""
     await asyncio.sleep(0.05)
-    for path in Path("/proc/self/task").glob("*/children"):
-        for pid in path.read_text().split():
-            if "(zombie)" in Path(f"/proc/{pid}/status").read_text():
-                os.waitid(os.P_PID, int(pid), os.WEXITED)
+    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        if "(zombie)" in Path(f"/proc/{pid}/status").read_text():
+            os.waitid(os.P_PID, int(pid), os.WEXITED)

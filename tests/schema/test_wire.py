@@ -1,20 +1,23 @@
 """The wire: every type survives it, and whatever the receiver does not expect is refused in words."""
 
+from types import UnionType
+from typing import Any, get_args, get_origin
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.schema import batches, messages, policies, rollouts, sampling, sandboxes, tasks, traces
+from hone.schema import batches, messages, policies, remote, rollouts, sampling, sandboxes, tasks, traces
 from hone.schema.messages import Message, ToolCall, ToolSpec
 from hone.schema.rollouts import Heartbeat, RolloutRequest, RolloutResult, Shutdown
 from hone.schema.sampling import FinishReason, Generate, Generated, SamplingParameters, Turn, VersionRun
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, Usage
 from hone.schema.tasks import Task
-from hone.schema.traces import Failure, FailureClass, Node, Reward, StopReason, Timing, Trace
+from hone.schema.traces import AgentRecord, Failure, FailureClass, Node, Reward, StopReason, Timing, Trace
 from hone.schema.wire import PROTOCOL, Envelope, Wire, WireError, decode, encode
 
-MODULES = [batches, messages, policies, rollouts, sampling, sandboxes, tasks, traces]
+MODULES = [batches, messages, policies, remote, rollouts, sampling, sandboxes, tasks, traces]
 STRUCTS = sorted(
     {
         value
@@ -62,12 +65,15 @@ recorded = st.builds(
     environment=words,
     task=problems,
     attempt=st.integers(0, 99),
-    nodes=st.lists(st.builds(Node, message=conversations, turn=st.none() | turns), max_size=3),
+    nodes=st.lists(st.builds(Node, message=conversations, turn=st.none() | turns, agent=words), max_size=3),
     rewards=st.dictionaries(words, st.builds(Reward, numbers, numbers), max_size=3),
     stop_reason=st.none() | st.sampled_from(StopReason),
     failure=st.none() | st.builds(Failure, st.sampled_from(FailureClass), words, words),
     timing=st.builds(Timing, started_at=numbers, total_seconds=numbers),
     info=st.dictionaries(words, values, max_size=2),
+    agents=st.dictionaries(
+        words, st.builds(AgentRecord, st.booleans(), st.dictionaries(words, st.builds(Reward, numbers))), max_size=2
+    ),
 )
 
 
@@ -75,6 +81,8 @@ def resolved(struct: type[msgspec.Struct]) -> st.SearchStrategy[msgspec.Struct]:
     """Values of any struct of the schema, from its annotations; those with rules of their own are spelled out."""
     special: dict[type, st.SearchStrategy[msgspec.Struct]] = {
         Trace: recorded,
+        AgentRecord: st.builds(AgentRecord, st.booleans(), st.dictionaries(words, st.builds(Reward, numbers))),
+        Failure: st.builds(Failure, st.sampled_from(FailureClass), words, words),
         Task: problems,
         Turn: turns,
         Message: conversations,
@@ -106,30 +114,37 @@ def resolved(struct: type[msgspec.Struct]) -> st.SearchStrategy[msgspec.Struct]:
     }
     if struct in special:
         return special[struct]
-    by_type: dict[object, st.SearchStrategy[object]] = {
+    return st.builds(struct, **{field.name: of_type(field.type) for field in msgspec.structs.fields(struct)})
+
+
+def of_type(kind: Any) -> st.SearchStrategy[Any]:
+    """Values of a type that a field of the schema has."""
+    simple: dict[object, st.SearchStrategy[Any]] = {
         int: st.integers(-(2**63), 2**64 - 1),
         float: numbers,
         str: words,
         bool: st.booleans(),
         bytes: st.binary(max_size=16),
+        type(None): st.none(),
+        Any: values,
         FailureClass: st.sampled_from(FailureClass),
         FinishReason: st.sampled_from(FinishReason),
         list[int]: tokens,
-        list[float]: st.lists(numbers, max_size=4),
-        list[str]: st.lists(words, max_size=3),
-        tuple[str, ...]: st.lists(words, max_size=3).map(tuple),
-        list[VersionRun]: st.lists(st.builds(VersionRun, st.integers(0, 9), st.integers(1, 9)), max_size=2),
+        VersionRun: st.builds(VersionRun, st.integers(0, 9), st.integers(1, 9)),
     }
-    fields = {}
-    for field in msgspec.structs.fields(struct):
-        inner = getattr(field.type, "__args__", (None,))[0]
-        if field.type in by_type:
-            fields[field.name] = by_type[field.type]
-        else:
-            assert isinstance(inner, type), field
-            assert issubclass(inner, msgspec.Struct), field
-            fields[field.name] = st.lists(resolved(inner), max_size=2)
-    return st.builds(struct, **fields)
+    if kind in simple:
+        return simple[kind]
+    inner = get_args(kind)
+    if isinstance(kind, UnionType):
+        return st.one_of(*map(of_type, inner))
+    if get_origin(kind) is tuple:
+        return st.lists(of_type(inner[0]), max_size=3).map(tuple)
+    if get_origin(kind) is list:
+        return st.lists(of_type(inner[0]), max_size=3)
+    if get_origin(kind) is dict:
+        return st.dictionaries(of_type(inner[0]), of_type(inner[1]), max_size=2)
+    assert issubclass(kind, msgspec.Struct), kind
+    return resolved(kind)
 
 
 @pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)

@@ -110,7 +110,7 @@ def write_ledger(folder: RunFolder) -> None:
     """Three groups of two: one trained, one filtered, one of which an attempt failed."""
     with Ledger(folder.ledger, {"num_steps": 10, "max_staleness": 4}) as ledger:
         for number in range(3):
-            ledger.admit(number, Draw("reverse_text", number), f"key-{number}", 0, 2)
+            ledger.admit(number, Draw("reverse_text", number, number), f"key-{number}", 0, 2)
             ledger.run(number, [0, 1])
             ledger.finish(number, 0, 0.5, 0, BEGINNING)
             if number < 2:

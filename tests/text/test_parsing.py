@@ -138,6 +138,36 @@ def test_calls_are_named_as_asked():
     assert [found.id for found in parsed.tool_calls] == ["call_7_0", "call_7_1"]
 
 
+@pytest.mark.parametrize(
+    ("schema", "written", "value"),
+    [
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "42", "42"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, '"42"', '"42"'),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
+        ({"type": ["string", "integer"]}, "42", 42),
+        ({"type": ["string", "number"]}, "4.5", 4.5),
+        ({"type": ["string", "integer"]}, "true", "true"),
+        ({"type": "integer"}, "no number", "no number"),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"enum": [1, "2"]}, "1", 1),
+        ({"const": "1"}, "1", "1"),
+        ({"$ref": "#/$defs/Level"}, "1", "1"),
+        ({"$ref": "#/$defs/Nowhere"}, "1", 1),
+        ({"$ref": "#/$defs/Self"}, "1", 1),
+        ({}, "1", 1),
+        (True, "1", 1),
+        ({"anyOf": [{"type": "string"}, {"type": "array"}]}, "[1]", [1]),
+        ({"anyOf": [{"type": "string"}, {"type": "object"}]}, "[1]", "[1]"),
+    ],
+)
+def test_untyped_values_are_of_a_type_that_the_schema_declares(schema, written, value):
+    definitions = {"Level": {"enum": ["1", "2"]}, "Self": {"$ref": "#/$defs/Self"}}
+    tool = ToolSpec("f", "", {"type": "object", "properties": {"x": schema}, "$defs": definitions})
+    pair = f"<arg_key>x</arg_key><arg_value>{written}</arg_value>"
+    [found] = parse(f"<tool_call>f{pair}</tool_call>", FORMATS["glm"], [tool]).tool_calls
+    assert json.loads(found.arguments) == {"x": value}
+
+
 def test_untyped_values_are_json_where_they_can_be():
     values = {"a": "3", "b": "three", "c": '{"x": [1]}', "d": "NaN", "e": "1e999", "f": '"\\ud800"', "g": " 4 "}
     pairs = "".join(f"<arg_key>{k}</arg_key><arg_value>{v}</arg_value>" for k, v in values.items())

@@ -20,6 +20,7 @@ class Arithmetic(MultiTurn):
             held_out=held_out,
             max_turns=tries,
             gold=_gold,
+            difficulty=_difficulty,
         )
         self._tries = tries
         self._hints = hints
@@ -80,3 +81,8 @@ def read_number(text: str) -> int | None:
 def _gold(task: Task) -> list[Message]:
     assert task.reference is not None
     return [assistant(task.reference)]
+
+
+def _difficulty(task: Task) -> int:
+    """The digits of the result."""
+    return len((task.reference or "").lstrip("-"))

@@ -15,6 +15,12 @@ async def test_gold_answers_score_one(environment):
         assert (await check_gold(environment, environment.held_out_task(index))).metrics["first_try"] == 1
 
 
+def test_a_result_of_more_digits_is_more_difficult(environment):
+    tasks = [environment.train_task(index) for index in range(50)]
+    assert {environment.difficulty(task) for task in tasks if int(task.reference) in range(-9, 10)} == {1}
+    assert {environment.difficulty(task) for task in tasks if int(task.reference) > 999} == {4}
+
+
 async def test_a_second_answer_that_is_right_earns_part(environment):
     task = environment.train_task(0)
     wrong = str(int(task.reference) + 1)

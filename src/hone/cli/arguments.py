@@ -1,5 +1,8 @@
 """Arguments that several commands share."""
 
+import json
+from typing import Any
+
 import typer
 
 # Whatever is not an option of the command is an override of the recipe: --rl.num_steps=10.
@@ -16,3 +19,14 @@ def overrides(context: typer.Context) -> list[str]:
             word = f"{word}={words.pop(0)}"
         joined.append(word)
     return joined
+
+
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """The value of an option that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f'{option} {text!r} is not a JSON object such as {{"limit": 5}}')
+    return value

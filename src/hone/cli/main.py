@@ -10,7 +10,10 @@ from typing import Annotated
 import typer
 
 from hone.cli import config as config_commands
+from hone.cli import env as env_commands
+from hone.cli import evaluate as evaluate_commands
 from hone.cli import model as model_commands
+from hone.cli import synth as synth_commands
 from hone.cli import train as train_commands
 
 app = typer.Typer(
@@ -23,7 +26,10 @@ app = typer.Typer(
 )
 train_commands.register(app)
 model_commands.register(app)
+synth_commands.register(app)
+app.add_typer(evaluate_commands.app, name="eval")
 app.add_typer(config_commands.app, name="config")
+app.add_typer(env_commands.app, name="env")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""`hone eval`, `hone serve`, `hone chat`: use a model."""
+"""`hone serve`, `hone chat`: use a model."""
 
 import asyncio
 import contextlib
@@ -26,41 +26,8 @@ DEFAULT_PORT = 8000
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    app.command("eval", context_settings=EXTRA)(evaluate)
     app.command(context_settings=EXTRA)(serve)
     app.command()(chat)
-
-
-def evaluate(
-    context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="TOML file that names the environments.")],
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help="Evaluate this model folder or http address; default: the newest policy of the recipe's run."
-        ),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the result; default: made from the target.")] = None,
-    model: Model = None,
-    api_key: Key = None,
-) -> None:
-    """Run the recipe's environments without training: avg@k and pass@k with confidence intervals.
-
-    Interrupted, the same command goes on; failed rollouts are tried again. Results and traces lie in the run's folder
-    under evals/.
-    """
-    from hone.config.load import load_recipe
-    from hone.launch.console import StageConsole
-    from hone.launch.evaluations import evaluate_target
-    from hone.launch.preflight import preflight
-    from hone.launch.run_folder import claim
-    from hone.observability import logs
-
-    tree = load_recipe(recipe, overrides(context))
-    preflight(tree)
-    with claim(tree) as folder:
-        logs.configure("launcher", folder, console=False)
-        asyncio.run(evaluate_target(tree, folder, StageConsole(), target, name=name, model=model, api_key=api_key))
 
 
 def serve(

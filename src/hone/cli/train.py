@@ -1,6 +1,5 @@
 """`hone run`, `hone sft`, `hone rl`: train by a recipe."""
 
-import asyncio
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hone.cli.arguments import EXTRA, overrides
+from hone.cli.running import run_rollouts
 
 if TYPE_CHECKING:
     from hone.launch.console import StageConsole
@@ -73,4 +73,4 @@ def _perform(
     preflight(recipe)
     with claim(recipe) as folder:
         logs.configure("launcher", folder, console=False)
-        asyncio.run(job(Stages(recipe, folder, console), folder))
+        run_rollouts(job(Stages(recipe, folder, console), folder))

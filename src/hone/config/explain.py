@@ -1,4 +1,4 @@
-"""Every field of a recipe in words: path, type, default, limits and meaning, for the command line and the documentation."""
+"""Every field of a recipe or an evaluation file in words: path, type, default, limits, meaning; for terminal and docs."""
 
 import sys
 import types
@@ -12,6 +12,7 @@ import annotated_types
 import tomli_w
 from pydantic.fields import FieldInfo
 
+from hone.config.evaluation import EvaluationFile
 from hone.config.recipe import Recipe, Section
 
 ITEM = "N"  # stands for the index of a list item in a path: environments.N.name
@@ -28,6 +29,24 @@ A recipe is a TOML file. Each field can also be given on the command line by its
 before any work starts. The default `none` means that the field is left out; its text says what happens then.
 `hone config explain rl.loss` prints one section, `hone config check recipe.toml` checks a recipe.
 """
+
+EVALUATION_INTRODUCTION = """\
+# Evaluation files
+
+Generated from the configuration models by `make docs`; do not edit.
+
+`hone eval FILE.toml` takes a recipe, which has a `[model]`, or an evaluation file, which has `[[models]]`: every model
+is run on every environment. Each field can also be given on the command line by its dotted path, for example
+`--evaluation.num_tasks=200` or `--models.0.path=runs/demo/export`. Unknown fields and combinations without a meaning are
+refused before any work starts. The default `none` means that the field is left out; its text says what happens then.
+[Evaluate models](../guides/evaluate.md) shows a file and what becomes of it.
+"""
+
+PAGES: dict[str, tuple[type[Section], str]] = {
+    "configuration.md": (Recipe, INTRODUCTION),
+    "evaluation-file.md": (EvaluationFile, EVALUATION_INTRODUCTION),
+}
+"""The pages of the reference: by file name, the tree they describe and how they begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +70,25 @@ class FieldDescription:
 
 
 def explain(prefix: str = "") -> list[FieldDescription]:
-    """The fields under a dotted path (`rl.loss`, `environments.0`), a section before its fields; all of them for "".
+    """The fields under a dotted path (`rl.loss`, `environments.0`), a section before its fields; a whole recipe for "".
 
-    Raises ValueError for a path that leads nowhere.
+    A path that leads nowhere in a recipe is looked for in an evaluation file; ValueError where it leads nowhere there.
     """
     wanted = [ITEM if part.isdigit() else part for part in prefix.replace("-", "_").split(".") if part]
-    found = [field for field in _fields(Recipe, None, "") if field.path.split(".")[: len(wanted)] == wanted]
-    if not found:
-        raise ValueError(f"no field or section {prefix!r} in a recipe; sections are {', '.join(Recipe.model_fields)}")
-    return found
+    for tree in (Recipe, EvaluationFile):
+        found = [field for field in _fields(tree, None, "") if field.path.split(".")[: len(wanted)] == wanted]
+        if found:
+            return found
+    raise ValueError(
+        f"no field or section {prefix!r} in a recipe; sections are {', '.join(Recipe.model_fields)};"
+        f" those of an evaluation file are {', '.join(EvaluationFile.model_fields)}"
+    )
 
 
-def reference_page() -> str:
-    """The configuration reference in Markdown."""
-    everything = explain()
-    page = INTRODUCTION
+def reference_page(name: str) -> str:
+    """A page of the reference in Markdown; name: one of `PAGES`."""
+    tree, page = PAGES[name]
+    everything = list(_fields(tree, None, ""))
     for section in (field for field in everything if field.is_section):
         rows = [field for field in everything if field.section == section.path and not field.is_section]
         page += f"\n## `{_header(section)}`\n\n{section.meaning}\n"
@@ -175,4 +198,5 @@ def _row(field: FieldDescription) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(reference_page())
+    for name in PAGES:
+        (Path(sys.argv[1]) / name).write_text(reference_page(name))

@@ -1,14 +1,18 @@
-"""A recipe from a TOML file and --a.b=c overrides, and back to a file; every mistake is a `ConfigError` that says where."""
+"""A recipe or a file of `hone eval` or `hone synth` from TOML and --a.b=c, and back; every mistake is a `ConfigError`."""
 
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import ValidationError
 
-from hone.config.recipe import Recipe
+from hone.config.evaluation import EvaluationFile
+from hone.config.recipe import Recipe, Section
+from hone.config.synthesis import SynthesisFile
+
+Tree = TypeVar("Tree", bound=Section)
 
 
 class ConfigError(ValueError):
@@ -20,6 +24,46 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Relative paths inside the recipe are taken as they are, relative to the working directory.
     """
+    return recipe_from(_read(path, overrides), str(path))
+
+
+def load_evaluated(path: Path, overrides: Iterable[str] = ()) -> Recipe | EvaluationFile:
+    """A recipe or an evaluation file, whichever the file holds: one has a [model], the other [[models]]."""
+    tree = _read(path, overrides)
+    if "models" in tree and "model" in tree:
+        raise ConfigError(
+            f"{path} has [model] and [[models]]: a recipe names the one model that it trains, an evaluation file all"
+            " that it compares; remove one of them"
+        )
+    if "models" in tree:
+        return _validated(EvaluationFile, tree, str(path))
+    if "model" in tree:
+        return recipe_from(tree, str(path))
+    raise ConfigError(
+        f"{path} is neither a recipe, which has a [model], nor an evaluation file, which has [[models]] and"
+        " [[environments]]"
+    )
+
+
+def load_synthesis(path: Path, overrides: Iterable[str] = ()) -> SynthesisFile:
+    """Read a file of `hone synth`, with overrides as for a recipe."""
+    return _validated(SynthesisFile, _read(path, overrides), str(path))
+
+
+def recipe_from(tree: Mapping[str, Any], source: str) -> Recipe:
+    """Validate a tree; `source` is named in the error."""
+    return _validated(Recipe, tree, source)
+
+
+def save_recipe(recipe: Section, path: Path) -> None:
+    """Write the resolved tree so that it can be loaded again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
+    temporary.replace(path)
+
+
+def _read(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
     try:
         tree = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
@@ -32,23 +76,15 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
     for override in overrides:
         _apply(tree, override)
-    return recipe_from(tree, str(path))
+    return tree
 
 
-def recipe_from(tree: Mapping[str, Any], source: str) -> Recipe:
-    """Validate a tree; `source` is named in the error."""
+def _validated(kind: type[Tree], tree: Mapping[str, Any], source: str) -> Tree:
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "\n".join(_complaint(detail) for detail in error.errors())) from error
-
-
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved tree so that `load_recipe` gives it back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
-    temporary.replace(path)
+        complaints = "\n".join(_complaint(kind, detail) for detail in error.errors())
+        raise ConfigError(f"{source}: {complaints}") from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -83,10 +119,10 @@ def _value(text: str) -> Any:
         return text
 
 
-def _complaint(detail: Any) -> str:
+def _complaint(kind: type[Section], detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"unknown field {where}{_suggestion(detail['loc'])}"
+        return f"unknown field {where}{_suggestion(kind, detail['loc'])}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return message if message.startswith(where) else f"{where}: {message}"
@@ -98,10 +134,10 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _suggestion(location: tuple[str | int, ...]) -> str:
+def _suggestion(kind: type[Section], location: tuple[str | int, ...]) -> str:
     import difflib  # only on the way to an error message
 
-    section: Any = Recipe
+    section: Any = kind
     for part in location[:-1]:
         if isinstance(part, str) and part in section.model_fields:
             section = _section_of(section.model_fields[part].annotation) or section

@@ -84,6 +84,47 @@ class TokenizerSection(Section):
         return self
 
 
+class PoolsSection(Section):
+    """Pools of an environment's tasks by solve rate: the share of solved rollouts in the latest group of a task. Tasks without a group are normal."""
+
+    easy_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the environment's turns that take an easy task; with none there, a normal one."""
+    hard_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the turns that take a hard task; the rest is for normal ones."""
+    easy_from: Fraction = 0.75
+    """Solve rate from which a task is easy."""
+    hard_to: Fraction = 0.25
+    """Solve rate up to which a task is hard."""
+    retire_after: Positive | None = None
+    """A task whose rollouts were all solved in so many groups in a row is not drawn any more, while there are others; default: never."""
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        if self.hard_to >= self.easy_from:
+            raise ValueError(
+                f"pools.hard_to {self.hard_to} is not below pools.easy_from {self.easy_from}: a task would be both"
+            )
+        if self.easy_share + self.hard_share >= 1:
+            raise ValueError(
+                f"pools.easy_share {self.easy_share} and pools.hard_share {self.hard_share} leave no turn for normal"
+                " tasks, and unseen ones are normal; lower them"
+            )
+        return self
+
+
+class CurriculumSection(Section):
+    """A curriculum on the difficulty that an environment declares: easy tasks first, harder ones as the solve rate rises."""
+
+    start_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the tasks, the easiest, that is open at the beginning."""
+    step_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the tasks that each further level opens."""
+    advance_at: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Mean solve rate of the latest groups that opens the next level."""
+    window: Positive = 32
+    """How many groups that are, all of them since the level before was opened."""
+
+
 class EnvironmentSection(Section):
     """One environment of the mixture."""
 
@@ -93,6 +134,25 @@ class EnvironmentSection(Section):
     """Share of the mixture, relative to the other environments."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the package's load_environment."""
+    python: str | None = None
+    """Virtual environment (its folder) or Python in which the package is installed, with hone; default: that of hone itself. Env workers of its own run there."""
+    solved_reward: float | None = None
+    """Reward from which pools and the curriculum take a rollout for solved (1)."""
+    pools: PoolsSection | None = None
+    curriculum: CurriculumSection | None = None
+
+    @model_validator(mode="after")
+    def _no_dead_fields(self) -> Self:
+        if self.solved_reward is not None and self.pools is None and self.curriculum is None:
+            raise ValueError(
+                "environments.solved_reward has no effect without environments.pools or environments.curriculum; remove it"
+            )
+        return self
+
+    @property
+    def reward_of_solved(self) -> float:
+        """The reward from which a rollout counts as solved."""
+        return 1.0 if self.solved_reward is None else self.solved_reward
 
 
 class SamplingSection(Section):
@@ -281,8 +341,6 @@ class RlSection(Section):
     """Truncate rollouts that want more tool calls than this; default: the environment's own limit."""
     rollout_timeout_seconds: PositiveFloat = 600.0
     """A rollout that takes longer is a failure of class timeout."""
-    max_attempts: Positive = 3
-    """How often a rollout that failed through infrastructure is tried before it is given up."""
     stop_at_reward: float | None = None
     """End early when the evaluation during training reaches this mean reward."""
 
@@ -395,13 +453,38 @@ class EvaluationSection(Section):
     """Most evaluation rollouts under way."""
 
 
+class RetriesSection(Section):
+    """How often a rollout is attempted again after a failure, by its class; what is exhausted stays a recorded failure."""
+
+    model: NonNegative = 2
+    """After the engine or endpoint did not answer."""
+    tool: NonNegative = 2
+    """After a tool failed that the environment cannot do without."""
+    sandbox: NonNegative = 2
+    """After a sandbox failed."""
+    judge: NonNegative = 2
+    """After a judge failed."""
+    harness: NonNegative = 2
+    """After an outside agent program failed."""
+    environment: NonNegative = 0
+    """After the environment's own code raised or returned what is no reward."""
+    timeout: NonNegative = 0
+    """After a deadline passed."""
+    worker: NonNegative = 10
+    """After the process that ran the rollout died."""
+
+
 class WorkersSection(Section):
     """The processes that run environments."""
 
     num_workers: NonNegative = 1
-    """Env worker processes; 0 runs the environments inside the orchestrator."""
+    """Env worker processes, so many for each Python that environments name; 0 runs the environments inside the orchestrator."""
     heartbeat_seconds: PositiveFloat = 1.0
-    """A worker reports this often; after ten silent periods it is taken for dead and its rollouts are re-issued."""
+    """A worker reports this often; after ten silent periods, and never before max_stall_seconds is over, it is taken for dead and its rollouts are issued again."""
+    max_stall_seconds: PositiveFloat = 30.0
+    """Environment code that keeps the event loop of its worker for longer is interrupted; its rollout is a failure of class timeout, the others go on."""
+    max_rollouts_per_worker: Positive = 1024
+    """Most rollouts under way in one env worker; others wait in the orchestrator for the least loaded one."""
 
 
 class RunSection(Section):
@@ -433,12 +516,19 @@ class Recipe(Section):
     server: ServerSection = ServerSection()
     evaluation: EvaluationSection = EvaluationSection()
     workers: WorkersSection = WorkersSection()
+    retries: RetriesSection = RetriesSection()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         needs_environments = self.rl is not None or (self.sft is not None and self.sft.data == "environments")
         if needs_environments and not self.environments:
             raise ValueError("no [[environments]] given: rl and sft.data = 'environments' need at least one")
+        elsewhere = [environment.name for environment in self.environments if environment.python is not None]
+        if elsewhere and self.workers.num_workers == 0:
+            raise ValueError(
+                f"environment {elsewhere[0]!r} has a Python of its own, so its rollouts need env workers;"
+                " set workers.num_workers to 1 or more"
+            )
         names = [environment.name for environment in self.environments]
         if len(set(names)) != len(names):
             raise ValueError(
@@ -458,6 +548,12 @@ class Recipe(Section):
             raise ValueError(
                 "trainer.numerics = 'strict' needs float32 everywhere: model.dtype, engine.dtype = 'model', trainer.autocast = 'none'"
             )
+        for section in self.environments:
+            if self.rl is None and (section.pools is not None or section.curriculum is not None):
+                raise ValueError(
+                    f"environments.pools and environments.curriculum of {section.name!r} have no effect without [rl],"
+                    " which draws tasks; remove them"
+                )
         if self.rl is None and self.evaluation.every is not None:
             raise ValueError(
                 "evaluation.every has no effect without [rl]: it counts the policy versions of RL; remove it"

@@ -23,8 +23,7 @@ async def call_blocking(function: Callable[..., Any], arguments: Mapping[str, An
     """
     loop = asyncio.get_running_loop()
     async with _free.setdefault(loop, asyncio.Semaphore(MAX_RUNNING)):
-        outcome: asyncio.Future[Outcome] = loop.create_future()
-        threading.Thread(target=_run, args=(loop, outcome, function, arguments), daemon=True).start()
+        outcome = in_thread(lambda: function(**arguments))
         async with deadline(deadline_seconds):
             value, error = await outcome
     if error is not None:
@@ -35,14 +34,17 @@ async def call_blocking(function: Callable[..., Any], arguments: Mapping[str, An
 Outcome = tuple[Any, BaseException | None]
 
 
-def _run(
-    loop: asyncio.AbstractEventLoop,
-    outcome: asyncio.Future[Outcome],
-    function: Callable[..., Any],
-    arguments: Mapping[str, Any],
-) -> None:
+def in_thread(work: Callable[[], Any]) -> asyncio.Future[Outcome]:
+    """Begin `work` in a daemon thread of its own; the future tells what it returned, or else what it raised."""
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[Outcome] = loop.create_future()
+    threading.Thread(target=_run, args=(loop, outcome, work), daemon=True).start()
+    return outcome
+
+
+def _run(loop: asyncio.AbstractEventLoop, outcome: asyncio.Future[Outcome], work: Callable[[], Any]) -> None:
     try:
-        result: Outcome = (function(**arguments), None)
+        result: Outcome = (work(), None)
     except BaseException as error:  # carried to the caller, who sorts it
         result = (None, error)
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more

@@ -1,15 +1,18 @@
 """What an environment is: tasks, a rubric, and how a rollout goes on after each turn of the policy."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hone.envs.failures import failures_as
-from hone.envs.rollout import Rollout
+from hone.envs.rollout import Elsewhere, Rollout
 from hone.envs.rubric import Rubric
 from hone.envs.sources import Tasks, tasks_from
 from hone.schema.messages import Message, ToolSpec
+from hone.schema.remote import Loaded
 from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, Trace
+
+WrongAnswer = str | Sequence[Message] | None
 
 
 class Environment(ABC):
@@ -21,6 +24,8 @@ class Environment(ABC):
     train, held_out: lists of tasks, or `Tasks` made on demand. max_turns, max_tool_calls: None means no limit of the
     environment's own. tools: what the policy is told that it can call; `ToolUse` carries the calls out.
     gold: what a perfect policy says to a task, for SFT data and for testing the environment itself.
+    difficulty: how hard a train task is, on any scale, for a curriculum; depends on the task alone.
+    wrong: answers to a task, by name, that must not score full marks; `hone env validate` tries them beside its own.
     """
 
     def __init__(
@@ -35,6 +40,8 @@ class Environment(ABC):
         max_tool_calls: int | None = None,
         tools: Sequence[ToolSpec] = (),
         gold: Callable[[Task], Sequence[Message]] | None = None,
+        difficulty: Callable[[Task], float] | None = None,
+        wrong: Callable[[Task], Mapping[str, WrongAnswer]] | None = None,
     ) -> None:
         if max_turns is not None and max_turns < 1:
             raise ValueError(f"environment {name!r}: max_turns {max_turns} leaves no turn; use 1 or more, or None")
@@ -48,9 +55,12 @@ class Environment(ABC):
         self.max_turns = max_turns
         self.max_tool_calls = max_tool_calls
         self.tools = tuple(tools)
+        self.elsewhere: Elsewhere | None = None
         self._train = tasks_from(train)
         self._held_out = tasks_from(held_out)
         self._gold = gold
+        self._difficulty = difficulty
+        self._wrong = wrong
 
     @property
     def num_train_tasks(self) -> int | None:
@@ -77,10 +87,36 @@ class Environment(ABC):
         """
         return None if self._gold is None else list(self._gold(task))
 
+    def wrong(self, task: Task) -> dict[str, WrongAnswer]:
+        """Answers that must not score full marks, by name: a text is said at every turn, messages one a turn.
+
+        None under the name of one of the generic attacks leaves that attack out, where it would be right.
+        """
+        return {} if self._wrong is None else dict(self._wrong(task))
+
+    @property
+    def has_gold(self) -> bool:
+        """Whether the environment knows correct conversations."""
+        return self._gold is not None or type(self).gold is not Environment.gold
+
+    @property
+    def has_difficulty(self) -> bool:
+        """Whether the environment tells how hard its tasks are."""
+        return self._difficulty is not None
+
+    def difficulty(self, task: Task) -> float | None:
+        """How hard a task is, on the environment's own scale; None where nobody knows."""
+        return None if self._difficulty is None else self._difficulty(task)
+
     @property
     def has_teardown(self) -> bool:
         """Whether there is anything to tear down."""
         return type(self).teardown is not Environment.teardown
+
+    @property
+    def scores_groups(self) -> bool:
+        """Whether the rollouts of a group are scored together, so that all of them must run in one process."""
+        return self.rubric.scores_groups
 
     def is_solved(self, trace: Trace) -> bool:
         """Whether a scored trace counts as a success for pass@k; by default a reward of 1 or more."""
@@ -124,3 +160,17 @@ class MultiTurn(Environment):
     @abstractmethod
     async def reply(self, rollout: Rollout) -> Sequence[Message] | None:
         """What the environment says to the policy's latest turn (`rollout.answer`); None ends the rollout."""
+
+
+def description(environment: Environment) -> Loaded:
+    """What another Python is told of an environment."""
+    return Loaded(
+        name=environment.name,
+        version=environment.version,
+        num_train_tasks=environment.num_train_tasks,
+        num_held_out_tasks=environment.num_held_out_tasks,
+        has_gold=environment.has_gold,
+        has_difficulty=environment.has_difficulty,
+        scores_groups=environment.scores_groups,
+        group_seconds=environment.rubric.group_seconds,
+    )

@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import logging
 import traceback
 from collections.abc import AsyncIterator
 from types import TracebackType
 
 from hone.schema.traces import Failure, FailureClass
+
+logger = logging.getLogger("hone.envs.failures")
 
 
 class RolloutFailure(Exception):
@@ -46,6 +49,7 @@ class failures_as:
             return
         is_late = isinstance(error, TimeoutError) and self._kind is FailureClass.ENVIRONMENT
         failure_class = FailureClass.TIMEOUT if is_late else self._kind
+        logger.debug("%s: %s", failure_class, self._where, exc_info=error)
         raise RolloutFailure(failure_class, self._where, describe(error)) from error
 
 

@@ -7,12 +7,13 @@ import math
 import os
 import random
 import shutil
+import signal
 import socket
 import stat
-import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hone.schema.traces import FailureClass
 CREATE_SECONDS = 60.0
 CLOSE_SECONDS = 10.0
 KILL_SECONDS = 10.0
+MAX_STARTING = 8 * (os.cpu_count() or 1)
 DRAIN_SECONDS = 0.2
 MAX_OUTPUT_BYTES = 64 << 20
 MAX_REQUEST_BYTES = 160 << 10
@@ -32,7 +34,7 @@ PYTHONS = ("python", "python3")
 
 
 class LocalProcesses:
-    """Sandboxes as process trees of this machine: no daemon, no root, a Python start of about 15 ms each.
+    """Sandboxes as process trees of this machine: no daemon, no root, a few milliseconds each.
 
     What holds for every sandbox: a folder of its own, removed at the end; none of this process's environment variables;
     limits on memory (address space of each process), file size, CPU time, cores and open files; output that is read
@@ -57,15 +59,18 @@ class LocalProcesses:
         self._is_weak_allowed = is_weak_allowed
         self._use_namespaces = True
         self._use_landlock = True
+        self._spawner: _Spawner | None = None
 
     async def create(self, spec: SandboxSpec) -> "LocalSandbox":
         """A sandbox of this machine that is ready; raises a `RolloutFailure` of class sandbox."""
+        if sys.platform != "linux":
+            raise _failure("create", f"local processes need Linux, this is {sys.platform}; use another provider")
         if spec.image != "python":
             raise _failure("create", f"image {spec.image!r}: local processes have this machine's Python only")
         sandbox = LocalSandbox(spec)
         try:
-            async with deadline(CREATE_SECONDS):
-                await sandbox.open(use_namespaces=self._use_namespaces, use_landlock=self._use_landlock)
+            async with deadline(CREATE_SECONDS), _starting():
+                await sandbox.open(self._spawn, use_namespaces=self._use_namespaces, use_landlock=self._use_landlock)
             missing = {"namespaces", "files"} - sandbox.protections
             if missing and not self._is_weak_allowed:
                 raise _failure("create", f"this kernel does not grant {' and '.join(sorted(missing))}")
@@ -77,6 +82,17 @@ class LocalProcesses:
             raise
         return sandbox
 
+    def _spawn(self, control: socket.socket) -> None:
+        """Let a guardian begin at this end of a socket."""
+        try:
+            if self._spawner is not None:
+                self._spawner.spawn(control)
+                return
+        except OSError:
+            self._spawner = None  # it is gone; a new one takes over
+        self._spawner = _Spawner()
+        self._spawner.spawn(control)
+
 
 class LocalSandbox:
     """A `Sandbox` of `LocalProcesses`. protections: which of "namespaces" and "files" hold."""
@@ -87,31 +103,25 @@ class LocalSandbox:
         self._folder = Path(tempfile.mkdtemp(prefix="hone-sandbox-"))
         self._work = self._folder / "work"
         self._control: socket.socket | None = None
-        self._guardian: subprocess.Popen[bytes] | None = None
+        self._guardian: int | None = None
         self._ready: asyncio.Future[frozenset[str]] = asyncio.get_running_loop().create_future()
+        self._dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._over: str | None = None
         self._processes: dict[int, LocalProcess] = {}
         self._num_started = 0
 
-    async def open(self, *, use_namespaces: bool = True, use_landlock: bool = True) -> None:
-        """Start the guardian and wait until it is ready; called once, by the provider."""
+    async def open(
+        self, spawn: Callable[[socket.socket], None], *, use_namespaces: bool = True, use_landlock: bool = True
+    ) -> None:
+        """Let a guardian start and wait until it is ready; called once, by the provider."""
         for name in ("work", "tmp"):
             (self._folder / name).mkdir()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._control = ours
-        with theirs:
-            self._guardian = subprocess.Popen(  # noqa: ASYNC220 - a vfork; all waiting is done elsewhere
-                [sys.executable, "-I", "-S", str(GUARDIAN), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env={},
-                cwd=self._folder,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
         asyncio.get_running_loop().add_reader(ours, self._receive)
+        with theirs:
+            spawn(theirs)
         ours.send(marshal.dumps(self._options(use_namespaces, use_landlock)))
         self.protections = await self._ready
 
@@ -154,10 +164,19 @@ class LocalSandbox:
     async def close(self) -> None:
         """As `Sandbox.close`."""
         self._end("it is closed")
-        if self._guardian is not None:
-            await _reap(self._guardian)
-            self._guardian = None
-        await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+        try:
+            if self._control is not None:
+                with contextlib.suppress(OSError):
+                    self._control.shutdown(socket.SHUT_WR)
+                await self._wait_until_dead()
+        finally:
+            if self._control is not None:
+                asyncio.get_running_loop().remove_reader(self._control)
+                self._control.close()
+                self._control = None
+            self._processes.clear()
+            if self._folder.exists():  # its guardian was killed, or never came
+                await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
     def send(self, request: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         """Ask the guardian for something; what it says about the program comes to the program."""
@@ -203,9 +222,7 @@ class LocalSandbox:
             "HOME": str(self._work),
             "TMPDIR": str(self._folder / "tmp"),
             "LANG": "C.UTF-8",
-            "OMP_NUM_THREADS": str(
-                math.ceil(self.spec.cpus)
-            ),  # or libraries start a thread for each of the host's cores
+            "OMP_NUM_THREADS": str(math.ceil(self.spec.cpus)),  # libraries would count the host's cores
             **self.spec.env,
         }
 
@@ -220,13 +237,22 @@ class LocalSandbox:
             "network": self.spec.network,
             "ttl_seconds": self.spec.ttl_seconds,
             "readable": sorted({sys.prefix, sys.base_prefix}),
-            "writable": [str(self._folder)],
+            "folder": str(self._folder),
             "namespaces": use_namespaces,
             "landlock": use_landlock,
         }
 
+    async def _wait_until_dead(self) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await asyncio.shield(self._dead)
+        except TimeoutError:
+            if self._guardian is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._guardian, signal.SIGKILL)
+
     def _living_control(self) -> socket.socket:
-        if self._control is None:
+        if self._over is not None or self._control is None:
             raise _failure("sandbox", self._over or "it was never opened")
         return self._control
 
@@ -243,11 +269,15 @@ class LocalSandbox:
         except OSError:
             data = b""
         if not data:
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._dead.set_result(None)
             self._end("its guardian is gone")
             return
         message: dict[str, Any] = marshal.loads(data)
         if "protections" in message:
-            self._ready.set_result(frozenset(name for name, holds in message["protections"].items() if holds))
+            self._guardian = message["pid"]
+            if not self._ready.done():
+                self._ready.set_result(frozenset(name for name, holds in message["protections"].items() if holds))
         elif "over" in message:
             self._end(message["over"])
         elif (process := self._processes.get(message["ended"])) is not None:
@@ -258,10 +288,6 @@ class LocalSandbox:
         if self._over is not None:
             return
         self._over = reason
-        if self._control is not None:
-            asyncio.get_running_loop().remove_reader(self._control)
-            self._control.close()
-            self._control = None
         if not self._ready.done():
             self._ready.set_exception(_failure("create", reason))
             self._ready.exception()  # nobody waits for it when the creation was cancelled
@@ -366,6 +392,12 @@ class LocalProcess:
     def let_go(self) -> None:
         """Close the pipes."""
         self._sandbox.forget(self._identity)
+        self._close_pipes()
+
+    def __del__(self) -> None:  # of a process that its owner forgot to close when the sandbox went
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
         for descriptor in {self._stdin, self._stdout, self._stderr} - {-1}:
             os.close(descriptor)
         self._stdin = self._stdout = self._stderr = -1
@@ -476,21 +508,45 @@ async def _cancel(tasks: Sequence[asyncio.Future[None]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _reap(process: subprocess.Popen[bytes]) -> None:
-    """Wait until the guardian, whose owner has closed the socket, is gone with all below; kill it when it is late."""
-    loop = asyncio.get_running_loop()
-    ended = os.pidfd_open(process.pid)
-    try:
-        async with asyncio.timeout(CLOSE_SECONDS):
-            await _until_ready(ended, loop.add_reader, loop.remove_reader)
-    except TimeoutError:
-        process.kill()
-        await _until_ready(ended, loop.add_reader, loop.remove_reader)
-    finally:
-        os.close(ended)
-        if process.poll() is None:  # we were cancelled
-            process.kill()
-            process.wait()
+class _Spawner:
+    """The process that forks guardians, and that ends with this object or with this process."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.pid = os.posix_spawn(
+                sys.executable,
+                [sys.executable, "-I", "-S", str(GUARDIAN)],
+                {},
+                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), 0)],
+            )
+        self._socket = ours.detach()
+        weakref.finalize(self, _stop, os.getpid(), self.pid, self._socket)
+
+    def spawn(self, control: socket.socket) -> None:
+        """Fork a guardian; `OSError` when the process is gone."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, control.fileno().to_bytes(4, sys.byteorder))]
+        ours = socket.socket(fileno=self._socket)
+        try:
+            ours.sendmsg([b"+"], rights)
+        finally:
+            ours.detach()
+
+
+def _stop(owner: int, pid: int, ours: int) -> None:
+    if os.getpid() == owner:  # and no fork of it
+        with contextlib.suppress(OSError):
+            os.close(ours)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+_free: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+
+
+def _starting() -> asyncio.Semaphore:
+    """The places for creations under way in this event loop: a burst may not take all cores at once."""
+    return _free.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(MAX_STARTING))
 
 
 def _parts(path: str) -> list[str]:

@@ -1,7 +1,9 @@
-"""Installed environment packages by name: `load_environment` finds the entry point and calls it."""
+"""Environment packages, installed ones by name and others by folder: the entry point is found and called."""
 
 import inspect
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hone.envs.environment import Environment
@@ -34,6 +36,47 @@ def load_environment(name: str, **arguments: Any) -> Environment:
 def installed_environments() -> list[str]:
     """The names that `load_environment` knows here."""
     return sorted({entry.name for entry in _entries()})
+
+
+def load_folder(folder: Path, **arguments: Any) -> Environment:
+    """The environment of the package in `folder`, which need not be installed.
+
+    Its modules are imported from there, so that what is checked is what is being written.
+    """
+    from importlib.metadata import EntryPoint  # as in _entries
+
+    project, name, value = _declared(folder)
+    if str(folder.resolve()) not in sys.path:
+        sys.path.insert(0, str(folder.resolve()))
+    environment = _made(name, _loaded(name, EntryPoint(name, value, GROUP)), arguments)
+    module = sys.modules[value.partition(":")[0]]
+    if not Path(module.__file__ or "").resolve().is_relative_to(folder.resolve()):
+        raise EnvironmentLoadError(
+            f"environment {name!r}: {module.__name__} was imported from {module.__file__}, not from {folder};"
+            " run this in a process that has not imported it yet"
+        )
+    environment.version = environment.version or str(project.get("version", ""))
+    return environment
+
+
+def _declared(folder: Path) -> tuple[dict[str, Any], str, str]:
+    """The [project] table of the folder's pyproject.toml, and the name and value of its one entry point."""
+    import tomllib  # as in _entries
+
+    path = folder / "pyproject.toml"
+    try:
+        project = tomllib.loads(path.read_text())["project"]
+        entries = project["entry-points"][GROUP]
+        ((name, value),) = entries.items()
+    except OSError as error:
+        raise EnvironmentLoadError(
+            f"{folder} is no environment package: cannot read {path} ({error.strerror})"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise EnvironmentLoadError(f"{path} is not a TOML file: {error}") from error
+    except (KeyError, ValueError, AttributeError) as error:
+        raise EnvironmentLoadError(f'{path} does not declare one entry point under "{GROUP}"') from error
+    return project, name, value
 
 
 def _entries() -> "EntryPoints":

@@ -2,13 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import msgspec
 
 from hone.envs.failures import RolloutFailure, failures_as
+from hone.envs.pacing import take_turn
 from hone.envs.rubric import NO_SCORES
 from hone.envs.sampler import Sampler
 from hone.schema.messages import Message, ToolSpec
@@ -17,7 +20,8 @@ from hone.schema.seeds import derive_seed
 from hone.schema.tasks import Task
 from hone.schema.traces import Failure, FailureClass, Node, Reward, StopReason, Timing, Trace
 
-if TYPE_CHECKING:  # environment.py imports this module
+if TYPE_CHECKING:  # these import this module
+    from hone.envs.agents import Seat
     from hone.envs.environment import Environment
 
 
@@ -43,9 +47,9 @@ class Rollout:
     """One rollout under way, as the environment sees it.
 
     task: what is attempted. attempt: the rollout's number within its group. state: whatever the environment wants to
-    keep for this rollout. info: what the trace shall remember; JSON-like values only. metrics: numbers that the course
+    keep for this rollout. agents: those of a `MultiAgent` environment, by name. info: what the trace shall remember; JSON-like values only. metrics: numbers that the course
     of the rollout measures, beside those of the rubric. tools: what the policy can call from its next turn on. nodes:
-    the messages so far, each the child of the one before.
+    the messages so far, each the child of the one before, unless `append_after` and `turn_after` make branches.
     """
 
     __slots__ = (
@@ -53,9 +57,11 @@ class Rollout:
         "_max_tokens",
         "_max_tool_calls",
         "_max_turns",
+        "_num_begun",
         "_sampler",
         "_sampling",
         "_seed",
+        "agents",
         "attempt",
         "failure",
         "generate_seconds",
@@ -88,6 +94,7 @@ class Rollout:
         self.attempt = attempt
         self.tools = tools
         self.state: Any = None
+        self.agents: dict[str, Seat] = {}
         self.info: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
         self.nodes = [Node(message, index - 1 if index else None) for index, message in enumerate(task.prompt)]
@@ -100,6 +107,7 @@ class Rollout:
         self._sampling = sampling
         self._seed = seed
         self._max_turns = max_turns
+        self._num_begun = 0
         self._max_tool_calls = max_tool_calls
         self._max_tokens = max_tokens
         self._budget_ends = None if budget_seconds is None else time.perf_counter() + budget_seconds
@@ -118,38 +126,122 @@ class Rollout:
         """Add messages of the environment to the conversation; at least one."""
         if not messages:
             raise ValueError("a reply without a message; return None from reply() to end the rollout")
+        self.append_after(self._leaf, *messages)
+
+    def append_after(self, parent: int | None, *messages: Message) -> int | None:
+        """Add messages after node `parent`, or as a new root after None; the node that they end at."""
         for message in messages:
             if not isinstance(message, Message):
                 raise TypeError(f"a reply must be messages, not {type(message).__name__}; use user(...) to make one")
             msgspec.msgpack.encode(message)  # what cannot be sent is refused where it comes from
-            self._add(Node(message, self._leaf))
+            self._add(Node(message, parent))
+            parent = self._leaf
+        return parent
 
     async def turn(self) -> Turn:
         """Let the policy continue the conversation. When a budget is used up, the rollout ends here."""
+        return await self._sample(self.nodes, self._leaf, self.tools, self._next_sampling())
+
+    async def turn_after(
+        self,
+        parent: int,
+        tools: Sequence[ToolSpec],
+        *,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        agent: str = "",
+    ) -> Turn:
+        """Let the policy continue the branch that ends at node `parent`. Several turns may be under way at once.
+
+        stop: stop strings besides those of the rollout. seed: in place of one derived from the turn's number, which
+        depends on the order of turns that are under way at once. A budget of tokens counts finished turns.
+        agent: as whom the policy speaks.
+        """
         sampling = self._next_sampling()
+        sampling = msgspec.structs.replace(
+            sampling, stop=(*sampling.stop, *stop), seed=sampling.seed if seed is None else seed
+        )
+        return await self._sample(self.branch(parent), parent, tools, sampling, agent)
+
+    async def turn_of(
+        self, parent: int, tools: Sequence[ToolSpec], sampler: Sampler, sampling: SamplingParameters, agent: str
+    ) -> Turn:
+        """Let another model than the policy continue a branch. No budget counts it, and it ends no rollout."""
+        self._check_going_on()
+        turn = await self._answer_of(sampler, self.branch(parent), tools, sampling, f"sample {agent}")
+        self._add(Node(turn.message, parent, turn, agent))
+        return turn
+
+    def agent(self, name: str) -> "Seat":
+        """One of the agents of a `MultiAgent` environment."""
+        if name not in self.agents:
+            raise ValueError(
+                f"there is no agent {name!r} in this rollout; there are {', '.join(self.agents) or 'none'}"
+            )
+        return self.agents[name]
+
+    def branch(self, leaf: int | None) -> list[Node]:
+        """The nodes from a root to node `leaf`."""
+        path: list[Node] = []
+        while leaf is not None:
+            path.append(self.nodes[leaf])
+            leaf = self.nodes[leaf].parent
+        return path[::-1]
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What is left of the budget of time; None without one."""
+        return None if self._budget_ends is None else max(0.0, self._budget_ends - time.perf_counter())
+
+    def stop(self, reason: StopReason) -> NoReturn:
+        """End the rollout as truncated, from inside the environment's code, which lets what this raises pass."""
+        self.stop_reason = reason
+        raise Stopped
+
+    async def _sample(
+        self,
+        branch: Sequence[Node],
+        parent: int | None,
+        tools: Sequence[ToolSpec],
+        sampling: SamplingParameters,
+        agent: str = "",
+    ) -> Turn:
+        self._num_begun += 1
+        turn = await self._answer_of(self._sampler, branch, tools, sampling, "sample")
+        self._add(Node(turn.message, parent, turn, agent))
+        self.num_turns += 1
+        if self._max_tokens is not None:
+            self._max_tokens -= turn.num_completion_tokens
+        if turn.finish_reason is FinishReason.LENGTH:
+            self.stop(StopReason.MAX_TOKENS)
+        return turn
+
+    async def _answer_of(
+        self,
+        sampler: Sampler,
+        branch: Sequence[Node],
+        tools: Sequence[ToolSpec],
+        sampling: SamplingParameters,
+        where: str,
+    ) -> Turn:
         started = time.perf_counter()
         try:
-            with failures_as(FailureClass.MODEL, "sample"):
-                turn = await self._sampler.sample(self.nodes, self.tools, sampling)
+            with failures_as(FailureClass.MODEL, where):
+                turn = await sampler.sample(branch, tools, sampling)
                 if turn.finish_reason is FinishReason.CANCELLED:
-                    raise RolloutFailure(FailureClass.CANCELLED, "sample", "the engine gave up the request")
+                    raise RolloutFailure(FailureClass.CANCELLED, where, "the engine gave up the request")
         except RolloutFailure as error:
             self.failure = error.failure
             raise
         finally:
             self.generate_seconds += time.perf_counter() - started
-        self._add(Node(turn.message, self._leaf, turn))
-        self.num_turns += 1
-        if self._max_tokens is not None:
-            self._max_tokens -= turn.num_completion_tokens
-        if turn.finish_reason is FinishReason.LENGTH:
-            self._stop(StopReason.MAX_TOKENS)
+        await take_turn()
         return turn
 
     def count_tool_calls(self, count: int) -> None:
         """Take calls that are about to be executed from their budget; where it does not suffice, the rollout ends."""
         if self._max_tool_calls is not None and self.num_tool_calls + count > self._max_tool_calls:
-            self._stop(StopReason.MAX_TOOL_CALLS)
+            self.stop(StopReason.MAX_TOOL_CALLS)
         self.num_tool_calls += count
 
     def derive_seed(self, purpose: str, *identity: str | int) -> int:
@@ -165,30 +257,60 @@ class Rollout:
 
     def _next_sampling(self) -> SamplingParameters:
         """The parameters of the next turn, if the budgets leave one; the first budget found used up stays the reason."""
+        self._check_going_on()
+        if self._max_turns is not None and self._num_begun >= self._max_turns:
+            self.stop(StopReason.MAX_TURNS)
+        if self._max_tokens is not None and self._max_tokens <= 0:
+            self.stop(StopReason.MAX_TOKENS)
+        if self._budget_ends is not None and time.perf_counter() >= self._budget_ends:
+            self.stop(StopReason.TIMEOUT)
+        budgets = [tokens for tokens in (self._sampling.max_tokens, self._max_tokens) if tokens is not None]
+        return msgspec.structs.replace(
+            self._sampling,
+            seed=self.derive_seed("sampling", self._num_begun),
+            max_tokens=min(budgets, default=None),
+        )
+
+    def _check_going_on(self) -> None:
+        """Nobody speaks in a rollout that is over."""
         if self.failure is not None:
             raise RolloutFailure(self.failure.kind, self.failure.where, self.failure.message)
         if self.stop_reason is not None:
             raise Stopped
-        if self._max_turns is not None and self.num_turns >= self._max_turns:
-            self._stop(StopReason.MAX_TURNS)
-        if self._max_tokens is not None and self._max_tokens <= 0:
-            self._stop(StopReason.MAX_TOKENS)
-        if self._budget_ends is not None and time.perf_counter() >= self._budget_ends:
-            self._stop(StopReason.TIMEOUT)
-        budgets = [tokens for tokens in (self._sampling.max_tokens, self._max_tokens) if tokens is not None]
-        return msgspec.structs.replace(
-            self._sampling,
-            seed=self.derive_seed("sampling", self.num_turns),
-            max_tokens=min(budgets, default=None),
-        )
 
-    def _stop(self, reason: StopReason) -> None:
-        self.stop_reason = reason
-        raise Stopped
+
+@dataclass(frozen=True, slots=True)
+class Underway:
+    """A rollout under way and where it belongs; `underway` is the one in whose context the current code runs."""
+
+    environment: str
+    group: str
+    rollout: Rollout
+
+
+underway: ContextVar[Underway | None] = ContextVar("underway", default=None)
+
+
+class Elsewhere(Protocol):
+    """Where the rollouts of an environment run that is installed in another Python."""
+
+    async def attempt(
+        self,
+        task: Task,
+        attempts: Sequence[int],
+        sampler: Sampler,
+        sampling: SamplingParameters,
+        seed: int,
+        limits: Limits,
+        group: str,
+        as_group: bool,
+    ) -> list[Trace]:
+        """As `run_group`, or as `run_rollout` of the one attempt."""
+        ...
 
 
 class Stopped(Exception):
-    """Ends a rollout from inside `Rollout.turn` or `count_tool_calls`; environment code lets it pass."""
+    """Ends a rollout from inside `turn`, `count_tool_calls` or `stop`; environment code lets it pass."""
 
 
 async def run_rollout(
@@ -201,12 +323,18 @@ async def run_rollout(
     limits: Limits = Limits(),
     *,
     group: str = "",
+    is_alone: bool = True,
 ) -> Trace:
     """Attempt `task` once. Never raises for what happens in there: the trace has either rewards or a failure.
 
     The sampling seed of a turn is derived from (seed, "sampling", task.key, attempt, turn). Only a cancellation of the
-    calling task passes, after the environment's teardown.
+    calling task passes, after the environment's teardown. is_alone: the rollout is its whole group; if not, its trace
+    lacks the group's rewards, which `Rubric.score_group` adds.
     """
+    if environment.elsewhere is not None:
+        traces = await environment.elsewhere.attempt(task, [attempt], sampler, sampling, seed, limits, group, False)
+        return traces[0]
+    await take_turn()
     started_at, stopwatch = time.time(), _Stopwatch()
     rollout = Rollout(
         task,
@@ -222,6 +350,7 @@ async def run_rollout(
     )
     failure: Failure | None = None
     scores = NO_SCORES
+    before = underway.set(Underway(environment.name, group, rollout))
     try:
         async with asyncio.timeout(limits.deadline_seconds):
             with failures_as(FailureClass.ENVIRONMENT, "setup"):
@@ -232,28 +361,34 @@ async def run_rollout(
             scores = await environment.rubric.score(
                 _record(environment, rollout, group, metrics=rollout.metrics), rollout.state
             )
+        failure = rollout.failure  # of code that caught what interrupted it
     except RolloutFailure as error:
         failure = rollout.failure or error.failure
     except TimeoutError:
         late = f"the rollout took longer than {limits.deadline_seconds:g} s"
-        failure = Failure(FailureClass.TIMEOUT, stopwatch.phase, late)
+        failure = rollout.failure or Failure(FailureClass.TIMEOUT, stopwatch.phase, late)
     finally:
         stopwatch.enter("teardown")
         if environment.has_teardown:
             await _teardown(environment, rollout, limits.teardown_seconds)
+        underway.reset(before)
     if scores.failed_metrics:
         rollout.info["failed_metrics"] = scores.failed_metrics
     if rollout.info or rollout.metrics:
         failure = _without_unsendable(rollout) or failure
-    return _record(
+    trace = _record(
         environment,
         rollout,
         group,
         rewards=scores.rewards if failure is None else {},
+        agent_rewards=scores.agent_rewards if failure is None else {},
         metrics=rollout.metrics | scores.metrics if failure is None else {},
         failure=failure,
         timing=stopwatch.timing(started_at, rollout.generate_seconds),
     )
+    if is_alone and environment.scores_groups:
+        [trace] = await environment.rubric.score_group([trace])
+    return trace
 
 
 async def run_group(
@@ -268,12 +403,16 @@ async def run_group(
     group: str = "",
 ) -> list[Trace]:
     """Attempt `task` once for each of `attempts`, at the same time; the traces come in the order of `attempts`."""
+    if environment.elsewhere is not None:
+        return await environment.elsewhere.attempt(task, attempts, sampler, sampling, seed, limits, group, True)
     async with asyncio.TaskGroup() as tasks:
         running = [
-            tasks.create_task(run_rollout(environment, task, attempt, sampler, sampling, seed, limits, group=group))
+            tasks.create_task(
+                run_rollout(environment, task, attempt, sampler, sampling, seed, limits, group=group, is_alone=False)
+            )
             for attempt in attempts
         ]
-    return [rollout.result() for rollout in running]
+    return await environment.rubric.score_group([rollout.result() for rollout in running])
 
 
 async def _drive(environment: "Environment", rollout: Rollout) -> None:
@@ -320,6 +459,7 @@ def _record(
     group: str,
     *,
     rewards: dict[str, Reward] | None = None,
+    agent_rewards: Mapping[str, dict[str, Reward]] = MappingProxyType({}),
     metrics: dict[str, float] | None = None,
     failure: Failure | None = None,
     timing: Timing = Timing(),
@@ -337,6 +477,7 @@ def _record(
         failure=failure,
         timing=timing,
         info=rollout.info,
+        agents={name: seat.record(agent_rewards.get(name, {})) for name, seat in rollout.agents.items()},
     )
 
 

@@ -2,12 +2,12 @@
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from hone.envs.environment import Environment
-from hone.envs.rollout import Limits, run_rollout
+from hone.envs.rollout import Limits, run_group, run_rollout
 from hone.envs.sampler import Sampler
 from hone.schema.rollouts import RolloutRequest, RolloutResult
 from hone.schema.traces import Failure, FailureClass, Trace
@@ -22,8 +22,8 @@ class RolloutRunner:
             runner.start(request)
             await runner.wait_idle()
 
-    deliver: called in this event loop, once for each attempt that is not cancelled. Leaving the context cancels what
-    still runs.
+    deliver: called in this event loop, once for each attempt that is not cancelled. Where an environment scores groups,
+    all attempts of a request are delivered together. Leaving the context cancels what still runs.
     """
 
     def __init__(
@@ -38,25 +38,26 @@ class RolloutRunner:
         self._deliver = deliver
         self._limits = limits
         self._tasks = asyncio.TaskGroup()
-        self._running: dict[str, dict[int, asyncio.Task[Trace]]] = {}
+        self._running: dict[str, dict[int, asyncio.Task[list[Trace]]]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self.num_running = 0
 
     def start(self, request: RolloutRequest) -> None:
         """Begin the attempts of a request; those that run already go on, so that a repeated request is harmless."""
-        group = self._running.setdefault(request.group, {})
+        environment = self._environments.get(request.environment)
+        if environment is not None and environment.scores_groups:
+            if request.attempts and request.group not in self._running:
+                self._begin(request.group, request.attempts, self._group(environment, request))
+            return
         for attempt in request.attempts:
-            if attempt not in group:
-                self.num_running += 1
-                self._idle.clear()
-                group[attempt] = rollout = self._tasks.create_task(self._attempt(request, attempt))
-                rollout.add_done_callback(functools.partial(self._finish, request.group, attempt))
+            if attempt not in self._running.get(request.group, {}):
+                self._begin(request.group, [attempt], self._attempt(environment, request, attempt))
 
     def cancel(self, group: str) -> None:
         """Give up a group; nothing more of it is delivered. An unknown group is none of our business."""
-        for rollout in self._running.pop(group, {}).values():
-            rollout.cancel()
+        for rollouts in set(self._running.pop(group, {}).values()):
+            rollouts.cancel()
 
     def cancel_all(self) -> None:
         """Give up everything under way."""
@@ -77,11 +78,17 @@ class RolloutRunner:
         self.cancel_all()
         await self._tasks.__aexit__(kind, error, trace)
 
-    async def _attempt(self, request: RolloutRequest, attempt: int) -> Trace:
-        environment = self._environments.get(request.environment)
+    def _begin(self, group: str, attempts: list[int], work: Coroutine[Any, Any, list[Trace]]) -> None:
+        self.num_running += len(attempts)
+        self._idle.clear()
+        rollouts = self._tasks.create_task(work)
+        self._running.setdefault(group, {}).update(dict.fromkeys(attempts, rollouts))
+        rollouts.add_done_callback(functools.partial(self._finish, group, attempts))
+
+    async def _attempt(self, environment: Environment | None, request: RolloutRequest, attempt: int) -> list[Trace]:
         if environment is None:
-            return _unknown_environment(request, attempt, list(self._environments))
-        return await run_rollout(
+            return [_unknown_environment(request, attempt, list(self._environments))]
+        trace = await run_rollout(
             environment,
             request.task,
             attempt,
@@ -91,19 +98,34 @@ class RolloutRunner:
             self._limits,
             group=request.group,
         )
+        return [trace]
 
-    def _finish(self, group: str, attempt: int, rollout: asyncio.Task[Trace]) -> None:
-        self.num_running -= 1
+    async def _group(self, environment: Environment, request: RolloutRequest) -> list[Trace]:
+        return await run_group(
+            environment,
+            request.task,
+            request.attempts,
+            self._sampler,
+            request.sampling,
+            request.seed,
+            self._limits,
+            group=request.group,
+        )
+
+    def _finish(self, group: str, attempts: list[int], rollouts: asyncio.Task[list[Trace]]) -> None:
+        self.num_running -= len(attempts)
         if not self.num_running:
             self._idle.set()
-        attempts = self._running.get(group, {})
-        if attempts.get(attempt) is not rollout:  # given up
+        running = self._running.get(group, {})
+        if running.get(attempts[0]) is not rollouts:  # given up
             return
-        del attempts[attempt]
-        if not attempts:
+        for attempt in attempts:
+            del running[attempt]
+        if not running:
             del self._running[group]
-        if not rollout.cancelled() and rollout.exception() is None:
-            self._deliver(RolloutResult(group, attempt, rollout.result()))
+        if not rollouts.cancelled() and rollouts.exception() is None:
+            for trace in rollouts.result():
+                self._deliver(RolloutResult(group, trace.attempt, trace))
 
 
 def _unknown_environment(request: RolloutRequest, attempt: int, known: list[str]) -> Trace:

@@ -84,7 +84,10 @@ class SandboxToolUse(ToolUse):
     async def teardown(self, rollout: Rollout) -> None:
         """Close the sandbox."""
         if rollout.state is not None:
-            await rollout.state.sandbox.close()
+            try:
+                await rollout.state.session.close()
+            finally:
+                await rollout.state.sandbox.close()
 
 
 def python_tool(session: Callable[[Rollout], PythonSession]) -> Tool:

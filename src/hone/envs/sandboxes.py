@@ -130,8 +130,9 @@ class LazySandbox:
     async def close(self) -> None:
         """Give up a creation under way, close what was created. Never raises for a creation that failed."""
         self._is_closed = True
-        self._creation.cancel()
-        await asyncio.wait([self._creation])
+        if not self._creation.done():
+            self._creation.cancel()
+            await asyncio.wait([self._creation])
         if not self._creation.cancelled() and self._creation.exception() is None:
             await self._creation.result().close()
 

@@ -36,6 +36,10 @@ class PythonSession:
                 await self._drop()
                 raise
 
+    async def close(self) -> None:
+        """End the process; the next snippet would begin a new session."""
+        await self._drop()
+
     async def _run(self, code: str) -> str:
         if self._stream is None:
             self._stream = await self._start()

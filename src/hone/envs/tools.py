@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import inspect
 import re
+import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, get_type_hints, overload, runtime_checkable
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, Protocol, get_type_hints, overload, 
 import msgspec
 
 from hone.envs.blocking import call_blocking
-from hone.envs.environment import Environment
+from hone.envs.environment import Environment, WrongAnswer
 from hone.envs.failures import RolloutFailure, deadline, failures_as
 from hone.envs.rollout import Rollout
 from hone.envs.rubric import Rubric
@@ -23,6 +24,7 @@ from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass
 
 TIMEOUT_SECONDS = 60.0
+CLOSE_SECONDS = 60.0
 MAX_CHARACTERS = 20_000
 
 Function = Callable[..., Any]
@@ -31,11 +33,15 @@ ErrorPolicy = Literal["show", "fail"]
 OnError = ErrorPolicy | Mapping[type[BaseException], ErrorPolicy]
 
 
-class ToolArgumentsError(ValueError):
+class ToolError(Exception):
+    """What a tool has to complain of, in words for the policy."""
+
+
+class ToolArgumentsError(ToolError):
     """What the policy gave as arguments does not fit the tool's schema."""
 
 
-class UnknownToolError(LookupError):
+class UnknownToolError(ToolError):
     """The policy called a tool that there is not."""
 
 
@@ -53,6 +59,11 @@ class Tool:
     on_error: OnError = field(default_factory=dict)
     max_characters: int = MAX_CHARACTERS
     function: Function | None = None
+
+    def __post_init__(self) -> None:
+        check_policy(self.on_error, f"tool {self.name}")
+        if self.max_characters < len(CUT_NOTE):
+            raise ValueError(f"max_characters {self.max_characters} of tool {self.name} leaves no room for a result")
 
     @property
     def name(self) -> str:
@@ -118,8 +129,6 @@ def tool(
         own_name = name or str(getattr(function, "__name__", type(function).__name__))
         if not NAME.fullmatch(own_name):
             raise ValueError(f"a tool cannot be called {own_name!r}; give it a name of letters, digits, _ and -")
-        if max_characters < len(CUT_NOTE):
-            raise ValueError(f"tool {own_name}: max_characters {max_characters} leaves no room for a result")
         seconds = _seconds(function, own_name, timeout_seconds, blocking)
         shown, injected = _parameters(function, own_name, hidden or {})
         texts = _described(function, own_name, shown)
@@ -172,10 +181,12 @@ class ToolUse(Environment):
         max_tool_calls: int | None = None,
         on_error: OnError = "show",
         gold: Callable[[Task], Sequence[Message]] | None = None,
+        wrong: Callable[[Task], Mapping[str, WrongAnswer]] | None = None,
     ) -> None:
         self._toolsets = [given for given in tools if isinstance(given, Toolset)]
         self._tools = by_name(as_tool(given) for given in tools if not isinstance(given, Toolset))
         self._on_error = on_error
+        check_policy(on_error, f"environment {name!r}")
         super().__init__(
             name=name,
             rubric=rubric,
@@ -186,6 +197,7 @@ class ToolUse(Environment):
             max_tool_calls=max_tool_calls,
             tools=[one.spec for one in self._tools.values()],
             gold=gold,
+            wrong=wrong,
         )
 
     async def run(self, rollout: Rollout) -> None:
@@ -195,11 +207,7 @@ class ToolUse(Environment):
             tools = await self._open(rollout, stack)
             while True:
                 turn = await rollout.turn()
-                if turn.message.tool_calls:
-                    messages: Sequence[Message] | None = await self._results(rollout, turn.message.tool_calls, tools)
-                else:
-                    with failures_as(FailureClass.ENVIRONMENT, "reply"):
-                        messages = await self.reply(rollout)
+                messages = await self._answer(rollout, turn.message.tool_calls, tools)
                 if messages is None:
                     return
                 rollout.append(*messages)
@@ -212,18 +220,25 @@ class ToolUse(Environment):
         if not self._toolsets:
             return self._tools
         with failures_as(FailureClass.TOOL, "open tools"):
-            opened = [await stack.enter_async_context(toolset.open(rollout)) for toolset in self._toolsets]
+            opened = [await stack.enter_async_context(_opened(toolset, rollout)) for toolset in self._toolsets]
             tools = by_name([*self._tools.values(), *(one for toolset in opened for one in toolset)])
         rollout.tools = [one.spec for one in tools.values()]
+        rollout.info["tools"] = msgspec.to_builtins(rollout.tools)  # what the policy saw, which nothing else records
         return tools
 
-    async def _results(
+    async def _answer(
         self, rollout: Rollout, calls: Sequence[ToolCall], tools: Mapping[str, Tool]
-    ) -> Sequence[Message]:
+    ) -> Sequence[Message] | None:
+        if calls:
+            return await self._results(rollout, calls, tools)
+        with failures_as(FailureClass.ENVIRONMENT, "reply"):
+            return await self.reply(rollout)
+
+    async def _results(self, rollout: Rollout, calls: Sequence[ToolCall], tools: Mapping[str, Tool]) -> list[Message]:
         rollout.count_tool_calls(len(calls))
         started = time.perf_counter()
         outcomes = await _at_once([self._outcome(rollout, call, tools) for call in calls])
-        rollout.metrics["num_tool_calls"] += len(calls)
+        rollout.metrics["num_tool_calls"] = rollout.num_tool_calls
         rollout.metrics["num_tool_errors"] += sum(isinstance(outcome, ShownError) for outcome in outcomes)
         rollout.metrics["tool_seconds"] += time.perf_counter() - started
         for outcome in outcomes:
@@ -245,10 +260,10 @@ class ToolUse(Environment):
         except RolloutFailure as failure:
             error = failure.__cause__
             assert error is not None
-            policies = (self._on_error,) if found is None else (found.on_error, self._on_error)
-            if not is_shown(error, *policies):
+            own, limit = ({}, MAX_CHARACTERS) if found is None else (found.on_error, found.max_characters)
+            if not is_shown(error, own, self._on_error):
                 return failure
-            return ShownError(shortened(_sendable(error_text(error)), MAX_CHARACTERS))
+            return ShownError(shortened(_sendable(error_text(error)), limit))
 
 
 class ShownError(str):
@@ -258,6 +273,17 @@ class ShownError(str):
 
 
 Outcome = str | RolloutFailure
+
+
+def check_policy(on_error: OnError, owner: str) -> None:
+    """Refuse what is no policy on errors: a misspelled one would take effect as the opposite."""
+    kinds, words = ([], [on_error]) if isinstance(on_error, str) else (list(on_error), list(on_error.values()))
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            raise ValueError(f"on_error of {owner} names {kind!r}, which is no type of exception")
+    for word in words:
+        if word not in ("show", "fail"):
+            raise ValueError(f"on_error of {owner} is {word!r}; use 'show' or 'fail'")
 
 
 def is_shown(error: BaseException, *policies: OnError) -> bool:
@@ -273,9 +299,8 @@ def is_shown(error: BaseException, *policies: OnError) -> bool:
 
 def error_text(error: BaseException) -> str:
     """An error as the policy reads it."""
-    if isinstance(error, ToolArgumentsError | UnknownToolError | TimeoutError) and str(error):
-        return f"Error: {error}"
-    return f"Error: {type(error).__name__}: {error}" if str(error) else f"Error: {type(error).__name__}"
+    parts = [type(error).__name__, str(error)] if not isinstance(error, ToolError | TimeoutError) else [str(error)]
+    return ": ".join(["Error", *(part for part in parts if part)])
 
 
 def result_text(result: Any) -> str:
@@ -316,6 +341,22 @@ def _found(name: str, tools: Mapping[str, Tool]) -> Tool:
     if name not in tools:
         raise UnknownToolError(f"there is no tool {name!r}; there are {', '.join(tools) or 'none'}")
     return tools[name]
+
+
+@contextlib.asynccontextmanager
+async def _opened(toolset: Toolset, rollout: Rollout) -> AsyncIterator[Sequence[Tool]]:
+    """The tools of a toolset. Trouble in closing it costs no reward that was earned before; the trace remembers it."""
+    context = toolset.open(rollout)
+    tools = await context.__aenter__()
+    try:
+        yield tools
+    finally:
+        try:
+            with failures_as(FailureClass.TOOL, "close tools"):
+                async with deadline(CLOSE_SECONDS):
+                    await context.__aexit__(*sys.exc_info())
+        except RolloutFailure as failure:
+            rollout.info["close_tools_failure"] = failure.failure.message
 
 
 async def _at_once(calls: Sequence[Coroutine[Any, Any, Outcome]]) -> list[Outcome]:

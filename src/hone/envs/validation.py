@@ -4,11 +4,14 @@ from collections.abc import Iterator, Sequence
 
 from hone.envs.environment import Environment
 from hone.envs.messages import assistant
-from hone.envs.rollout import run_rollout
+from hone.envs.rollout import Limits, run_rollout
 from hone.schema.messages import Message, ToolSpec
 from hone.schema.sampling import FinishReason, SamplingParameters, Turn
 from hone.schema.tasks import Task
 from hone.schema.traces import Node, Trace
+
+MAX_TURNS = 16
+"""Answers that repeat do so for at most so many turns, in an environment that sets no limit itself."""
 
 
 class GoldError(ValueError):
@@ -20,7 +23,7 @@ async def play(environment: Environment, task: Task, *answers: str | Message, tr
 
     truncated: the last answer was cut off by the token budget.
     """
-    return await run_rollout(environment, task, 0, _Answers(answers, truncated), SamplingParameters(), seed=0)
+    return await play_answers(environment, task, Answers(answers, truncated=truncated))
 
 
 async def check_gold(environment: Environment, task: Task) -> Trace:
@@ -39,14 +42,24 @@ async def check_gold(environment: Environment, task: Task) -> Trace:
     return trace
 
 
-class _Answers:
-    def __init__(self, answers: Sequence[str | Message], truncated: bool) -> None:
+async def play_answers(environment: Environment, task: Task, answers: "Answers") -> Trace:
+    """The trace of a policy that says what `answers` gives."""
+    limits = Limits(max_turns=MAX_TURNS if answers.repeats else None)
+    return await run_rollout(environment, task, 0, answers, SamplingParameters(), seed=0, limits=limits)
+
+
+class Answers:
+    """A sampler that gives answers in their order; repeats: the last one again and again."""
+
+    def __init__(self, answers: Sequence[str | Message], repeats: bool = False, truncated: bool = False) -> None:
+        self.repeats = repeats
         self._left: Iterator[str | Message] = iter(answers)
+        self._last = answers[-1] if answers and repeats else None
         self._num_left = len(answers)
         self._truncated = truncated
 
     async def sample(self, branch: Sequence[Node], tools: Sequence[ToolSpec], sampling: SamplingParameters) -> Turn:
-        answer = next(self._left, None)
+        answer = next(self._left, self._last)
         if answer is None:
             raise LookupError("the environment asks for one more turn than there are answers")
         self._num_left -= 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 import uuid
@@ -26,6 +27,7 @@ from hone.schema.sampling import (
     SamplingParameters,
     Turn,
 )
+from hone.schema.seeds import derive_seed
 from hone.schema.traces import Node
 from hone.schema.wire import Wire, WireError
 from hone.text.parsing import parse
@@ -40,6 +42,13 @@ DEADLINE_SECONDS = 600.0
 REPEAT_SECONDS = 10.0
 RECONNECT_MILLISECONDS = 100
 ADMIN_SECONDS = 300.0
+
+BUSY = frozenset({429, 503, 529})
+"""Statuses of an endpoint that will answer later: asked again until the deadline."""
+MAX_TRIES = 6
+"""How often a request is sent that fails otherwise (a broken connection, 408, any other 5xx) before it is given up."""
+BACKOFF_SECONDS = 0.5
+MAX_BACKOFF_SECONDS = 30.0
 
 
 class EngineError(Exception):
@@ -266,15 +275,25 @@ def before_stop(text: str, stops: Sequence[str]) -> str:
 class ChatSampler:
     """Samples turns from any OpenAI-compatible endpoint; the turns carry text, but no tokens. Use as a context.
 
-    base_url includes the version part: http://127.0.0.1:8000/v1.
+    base_url includes the version part: http://127.0.0.1:8000/v1. deadline_seconds: for a turn, all tries together; no
+    shorter wait is hidden in it. backoff_seconds: before the second try, doubled before each further one; an endpoint
+    that names a time (Retry-After) gets it.
     """
 
     def __init__(
-        self, base_url: str, model: str, api_key: str | None = None, *, deadline_seconds: float = DEADLINE_SECONDS
+        self,
+        base_url: str,
+        model: str,
+        api_key: str | None = None,
+        *,
+        deadline_seconds: float = DEADLINE_SECONDS,
+        backoff_seconds: float = BACKOFF_SECONDS,
     ) -> None:
         self._url = base_url.rstrip("/") + "/chat/completions"
         self._model = model
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._deadline_seconds = deadline_seconds
+        self._backoff_seconds = backoff_seconds
         self._http = _Http(deadline_seconds)
 
     async def __aenter__(self) -> Self:
@@ -295,13 +314,40 @@ class ChatSampler:
         }
         if tools:
             body["tools"] = [{"type": "function", "function": msgspec.to_builtins(tool)} for tool in tools]
-        status, answer = await self._http.post(self._url, body, self._headers)
+        status, answer = await self._ask(body, sampling.seed or 0)
         if status == 400 and error_code(answer) == "context_length_exceeded":
             return Turn(message=Message(role="assistant"), finish_reason=FinishReason.LENGTH)
         if status != 200:
-            reason = f"{self._url} answered {status}: {error_message(answer)}"
-            raise EngineRefused(reason) if status < 500 and status != 429 else EngineLost(reason)
+            raise EngineRefused(f"{self._url} answered {status}: {error_message(answer)}")
         return read_turn(answer, time.perf_counter() - started)
+
+    async def _ask(self, body: dict[str, Any], seed: int) -> tuple[int, dict[str, Any]]:
+        """The status and body of the first answer that another try would not change; `EngineLost` without one."""
+        ends = time.monotonic() + self._deadline_seconds
+        for number in itertools.count(1):
+            asked_to_wait = 0.0
+            try:
+                left = max(0.001, ends - time.monotonic())  # zero would be no deadline at all
+                answer = await self._http.request("POST", self._url, body, self._headers, left)
+            except EngineLost as error:
+                trouble, may_go_on = str(error), number < MAX_TRIES
+            else:
+                if answer.status < 500 and answer.status not in (408, 429):
+                    return answer.status, answer.body
+                trouble = f"{self._url} answered {answer.status}: {error_message(answer.body)}"
+                may_go_on = number < MAX_TRIES or answer.status in BUSY
+                asked_to_wait = answer.retry_after_seconds
+            pause = max(asked_to_wait, backoff(number, self._backoff_seconds, seed))
+            if not may_go_on or time.monotonic() + pause >= ends:
+                raise EngineLost(f"{trouble} (given up after {number} {'try' if number == 1 else 'tries'})")
+            await asyncio.sleep(pause)
+        raise AssertionError("counting ends never")
+
+
+def backoff(number: int, seconds: float, seed: int) -> float:
+    """How long to wait after the `number`-th try: doubled each time, and spread so that requests do not return as one."""
+    longest = min(MAX_BACKOFF_SECONDS, seconds * 2.0 ** min(number - 1, 16))
+    return longest * (0.5 + derive_seed(seed, "backoff", number) / 2**64)
 
 
 def message_json(message: Message) -> dict[str, Any]:
@@ -440,34 +486,57 @@ class _Http:
     _session: "aiohttp.ClientSession | None" = field(default=None)
 
     async def post(self, url: str, body: dict[str, Any], headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
-        return await self._request("POST", url, body, headers)
+        answer = await self.request("POST", url, body, headers, self.deadline_seconds)
+        return answer.status, answer.body
 
     async def get(self, url: str, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
-        return await self._request("GET", url, None, headers)
+        answer = await self.request("GET", url, None, headers, self.deadline_seconds)
+        return answer.status, answer.body
 
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
             self._session = None
 
-    async def _request(
-        self, method: str, url: str, body: dict[str, Any] | None, headers: dict[str, str]
-    ) -> tuple[int, dict[str, Any]]:
+    async def request(
+        self, method: str, url: str, body: dict[str, Any] | None, headers: dict[str, str], seconds: float
+    ) -> "_Answer":
+        """One try that takes `seconds` at most; `EngineLost` without an answer."""
         import aiohttp  # of an extra that those who only use the token channel do not need
 
         if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(self.deadline_seconds)
-            )
+            # No limit: whoever asks bounds how much runs at once, and a queue in here would eat the deadline. The pool
+            # of free connections is a deque for each host, so that it costs the same whatever their number.
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        data = None if body is None else msgspec.json.encode(body)
+        if data is not None:
+            headers = headers | {"Content-Type": "application/json"}
         try:
-            async with self._session.request(method, url, json=body, headers=headers) as response:
-                data = await response.read()
+            timeout = aiohttp.ClientTimeout(total=seconds)
+            async with self._session.request(method, url, data=data, headers=headers, timeout=timeout) as response:
+                content = await response.read()
         except TimeoutError as error:
-            raise EngineLost(f"no answer from {url} within {self.deadline_seconds:g} s") from error
+            raise EngineLost(f"no answer from {url} within {seconds:.3g} s") from error
         except aiohttp.ClientError as error:
             raise EngineLost(f"no answer from {url}: {error}") from error
+        retry_after = _seconds(response.headers.get("Retry-After")) if response.status != 200 else 0.0
         with contextlib.suppress(msgspec.DecodeError):
-            answer = msgspec.json.decode(data)
+            answer = msgspec.json.decode(content)
             if isinstance(answer, dict):
-                return response.status, answer
-        return response.status, {"error": data[:500].decode(errors="replace")}
+                return _Answer(response.status, answer, retry_after)
+        return _Answer(response.status, {"error": content[:500].decode(errors="replace")}, retry_after)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: int
+    body: dict[str, Any]
+    retry_after_seconds: float
+
+
+def _seconds(retry_after: str | None) -> float:
+    """The header Retry-After where it is a number; as a date it is left to the backoff."""
+    try:
+        return max(0.0, float(retry_after or 0))
+    except ValueError:
+        return 0.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hone.config.recipe import Recipe
+from hone.envs.remote import interpreter
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,24 @@ def plan_rl(recipe: Recipe, folder: Path) -> list[ProcessPlan]:
     return [
         plan_inference(recipe, folder, threads=recipe.engine.threads or share),
         _python("orchestrator", "hone.orchestrator.loop", str(folder), threads=1, ends_stage=True),
-        *(
-            _python(f"worker-{index}", "hone.envs.worker", str(folder), f"worker-{index}", threads=1)
-            for index in range(recipe.workers.num_workers)
-        ),
+        *_workers(recipe, folder),
         _trainer("hone.trainer.rl", recipe, folder, threads=recipe.trainer.threads or share),
     ]
+
+
+def _workers(recipe: Recipe, folder: Path) -> list[ProcessPlan]:
+    """Env workers for each Python that environments name; those of our own are told apart by a number alone."""
+    environments: dict[str | None, list[str]] = {}
+    for section in recipe.environments:
+        environments.setdefault(section.python, []).append(section.name)
+    plans = []
+    for python, names in environments.items():
+        executable = sys.executable if python is None else str(interpreter(python))
+        label = "worker" if python is None else f"worker-{names[0]}"
+        for index in range(recipe.workers.num_workers):
+            arguments = (str(folder), f"{label}-{index}", *names)
+            plans.append(_python(f"{label}-{index}", "hone.envs.worker", *arguments, threads=1, executable=executable))
+    return plans
 
 
 def plan_inference(
@@ -64,10 +77,17 @@ def _trainer(module: str, recipe: Recipe, folder: Path, threads: int) -> Process
     return _python("trainer", *launcher, str(folder), threads=max(1, threads // ranks), ends_stage=True)
 
 
-def _python(name: str, module: str, *arguments: str, threads: int, ends_stage: bool = False) -> ProcessPlan:
+def _python(
+    name: str,
+    module: str,
+    *arguments: str,
+    threads: int,
+    ends_stage: bool = False,
+    executable: str = sys.executable,
+) -> ProcessPlan:
     return ProcessPlan(
         name=name,
-        command=(sys.executable, "-m", module, *arguments),
+        command=(executable, "-m", module, *arguments),
         # Threads that spin while they wait take the core from the process that they wait for.
         environment={
             "OMP_NUM_THREADS": str(threads),

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from hone.config.load import ConfigError
 from hone.config.recipe import Recipe
-from hone.envs.registry import load_environment
+from hone.envs.remote import environment_of
 from hone.model.families import ModelConfig
 from hone.model.native import library
+from hone.orchestrator.curriculum import check_curriculum
 from hone.text.tokenizer import Tokenizer
 from hone.transport.addresses import allocate
 
@@ -98,7 +99,7 @@ def _strict_numerics_are_possible(recipe: Recipe) -> None:
 
 def _environments_load(recipe: Recipe) -> None:
     for section in recipe.environments:
-        load_environment(section.name, **section.arguments)
+        check_curriculum(section, environment_of(section))
 
 
 def _ports_are_free(recipe: Recipe) -> None:

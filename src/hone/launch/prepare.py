@@ -10,13 +10,13 @@ from pathlib import Path
 
 from hone.config.load import ConfigError, load_recipe
 from hone.config.recipe import Recipe
-from hone.envs.registry import load_environment
+from hone.envs.remote import environment_of
 from hone.model.checkpoint import save_model
 from hone.model.families import ModelConfig
 from hone.model.transformer import Transformer
 from hone.observability import logs
 from hone.schema.seeds import derive_seed
-from hone.text.template import FAMILIES, built_in
+from hone.text.template import FAMILIES, ChatTemplate, built_in
 from hone.text.tokenizer import Tokenizer
 from hone.text.training import train_tokenizer
 from hone.transport.folders import RunFolder
@@ -73,14 +73,20 @@ def _loaded(folder: Path | str, chat_template: str | None) -> Tokenizer:
 
 
 def _training_texts(recipe: Recipe) -> Iterator[str]:
+    """What tasks and gold conversations say; where there are tools, as rendered, descriptions and calls included."""
+    assert recipe.tokenizer.chat_template is not None  # the recipe's own rule
+    template = ChatTemplate(built_in(recipe.tokenizer.chat_template).source)
     for section in recipe.environments:
-        environment = load_environment(section.name, **section.arguments)
+        environment = environment_of(section)
         available = environment.num_train_tasks
         count = NUM_TRAINING_TASKS if available is None else min(available, NUM_TRAINING_TASKS)
         for index in range(count):
             task = environment.train_task(index)
-            yield from (message.content for message in task.prompt)
-            yield from (message.content for message in environment.gold(task) or ())
+            conversation = [*task.prompt, *(environment.gold(task) or ())]
+            if environment.tools:
+                yield template.render(conversation, environment.tools)
+            else:
+                yield from (message.content for message in conversation)
 
 
 def _link_model(recipe: Recipe, target: Path) -> None:

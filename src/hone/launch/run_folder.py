@@ -20,12 +20,12 @@ FREE = (
     "server.",
     "engine.",
     "workers.",
+    "retries.",
     "evaluation.",
     "trainer.",
     "rl.num_steps",
     "rl.max_concurrent",
     "rl.stop_at_reward",
-    "rl.max_attempts",
     "rl.rollout_timeout_seconds",
 )
 

@@ -5,13 +5,15 @@ import contextlib
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from hone.config.recipe import Recipe
-from hone.inference.client import AdminClient, EngineLost
+from hone.inference.client import AdminClient, EngineLost, TokenChannel, TokenSampler
 from hone.launch.plan import ProcessPlan, plan_inference
 from hone.launch.supervise import Supervisor
+from hone.text.rendering import Renderer
+from hone.text.tokenizer import Tokenizer
 from hone.transport.addresses import Addresses, allocate, save_addresses
 from hone.transport.folders import RunFolder
 
@@ -48,6 +50,26 @@ async def _is_ready(client: AdminClient) -> bool:
         return (await client.health()).ready
     except EngineLost:
         return False
+
+
+@contextlib.asynccontextmanager
+async def served_sampler(
+    recipe: Recipe,
+    folder: RunFolder,
+    weights: Path,
+    *,
+    deadline_seconds: float,
+    show: Callable[[str, str], None] | None = None,
+) -> AsyncIterator[TokenSampler]:
+    """A sampler of `weights`, which are served while the body runs; show: gets what the server writes to its terminal."""
+    supervisor = Supervisor(folder.path, recipe.run.max_restarts, show)
+    own_tokenizer = (weights / "tokenizer.json").is_file()
+    renderer = Renderer(Tokenizer.load(weights if own_tokenizer else folder.model))
+    async with (
+        inference_server(recipe, folder, supervisor, weights) as addresses,
+        TokenChannel(addresses.tokens) as channel,
+    ):
+        yield TokenSampler(channel, renderer, deadline_seconds=deadline_seconds)
 
 
 @contextlib.asynccontextmanager

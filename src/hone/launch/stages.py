@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from hone.config.recipe import Recipe
-from hone.envs.registry import load_environment
+from hone.envs.remote import environment_of
 from hone.launch.console import RL_SHOWN, SFT_SHOWN, Bar, StageConsole
 from hone.launch.evaluations import Results, evaluate_weights
 from hone.launch.plan import ProcessPlan, plan_rl, plan_sft
@@ -76,7 +76,7 @@ class Stages:
 
     def _write_conversations(self, count: int) -> None:
         sections = self._recipe.environments
-        environments = {section.name: load_environment(section.name, **section.arguments) for section in sections}
+        environments = {section.name: environment_of(section) for section in sections}
         weights = {section.name: section.weight for section in sections}
         write_gold_conversations(environments, weights, count, self._recipe.run.seed, self._folder.sft_conversations)
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hone.config.recipe import RlSection
-from hone.orchestrator.advantages import advantages, normalised
-from hone.orchestrator.samples import training_samples
+from hone.orchestrator.advantages import normalised
+from hone.orchestrator.samples import Credit, agent_samples, credits_of
 from hone.schema.batches import TrainingBatch
+from hone.schema.rollouts import Heartbeat
 from hone.schema.traces import FailureClass, Timing, Trace
 from hone.transport.batches import batch_from
 
@@ -23,17 +24,17 @@ class MadeBatch:
 
 def make_batch(step: int, groups: Sequence[Sequence[Trace]], section: RlSection) -> MadeBatch:
     """The batch of `step` from the valid traces of its groups: the same from the same traces, whenever it is made."""
-    rewards = [[trace.reward for trace in group] for group in groups]
-    values = [value for group in rewards for value in advantages(section.advantage, group)]
-    if section.batch_normalisation:
-        values = normalised(values)
-    flat_rewards = [reward for group in rewards for reward in group]
     traces = [trace for group in groups for trace in group]
+    credited = [found for group in groups for found in credits_of(group, section.advantage)]
+    if section.batch_normalisation:
+        credited = _normalised(credited)
     samples = [
         sample
-        for trace, reward, value in zip(traces, flat_rewards, values, strict=True)
-        for sample in training_samples(trace, reward, value, section.sampling.temperature)
+        for trace, found in zip(traces, credited, strict=True)
+        for sample in agent_samples(trace, found, section.sampling.temperature)
     ]
+    values = [credit.advantage for found in credited for credit in found.values()]
+    flat_rewards = [trace.reward for trace in traces]
     batch = batch_from(step, len(groups), samples)
     staleness = [step - 1 - sample.version for sample in samples]
     metrics = {
@@ -53,6 +54,11 @@ def make_batch(step: int, groups: Sequence[Sequence[Trace]], section: RlSection)
     return MadeBatch(batch, metrics)
 
 
+def _normalised(credited: Sequence[dict[str, Credit]]) -> list[dict[str, Credit]]:
+    scaled = iter(normalised([credit.advantage for found in credited for credit in found.values()]))
+    return [{name: Credit(credit.reward, next(scaled)) for name, credit in found.items()} for found in credited]
+
+
 @dataclass(slots=True)
 class Tally:
     """What happened since the last batch, trained or not."""
@@ -60,10 +66,18 @@ class Tally:
     num_filtered: int = 0
     num_dropped: int = 0
     num_stale: int = 0
+    num_again: int = 0
     failures: Counter[FailureClass] = field(default_factory=Counter)
+    given_up: Counter[FailureClass] = field(default_factory=Counter)
     environments: list[str] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    stalls: dict[str, float] = field(default_factory=dict)
+
+    def note_stall(self, beat: Heartbeat) -> None:
+        """The longest stall of any worker, and of each environment that was seen in one."""
+        for area in {"", beat.stalled_environment}:
+            self.stalls[area] = max(self.stalls.get(area, 0.0), beat.max_stall_seconds)
 
     def add(self, environment: str, trace: Trace, reward: float) -> None:
         """A valid rollout with its total reward; `environment` is the recipe's name for where it comes from."""
@@ -78,9 +92,16 @@ class Tally:
             "rollout/dropped_groups_count": self.num_dropped,
             "rollout/stale_groups_count": self.num_stale,
             "rollout/failed_count": self.failures.total(),
+            "rollout/again_count": self.num_again,
+            "rollout/given_up_count": self.given_up.total(),
         }
         failures = {f"rollout/failed_{kind}_count": count for kind, count in self.failures.items()}
-        return counts | failures | (self._means() if self.traces else {})
+        failures |= {f"rollout/given_up_{kind}_count": count for kind, count in self.given_up.items()}
+        stalls = {
+            f"rollout/{name}/stall_seconds_max" if name else "rollout/stall_seconds_max": seconds
+            for name, seconds in self.stalls.items()
+        }
+        return counts | failures | stalls | (self._means() if self.traces else {})
 
     def timing(self) -> Timing:
         """From the first beginning to the last end, with the seconds that all rollouts together spent."""
@@ -106,6 +127,8 @@ class Tally:
             values[area + "reward_mean"].append(reward)
             for name, part in trace.rewards.items():
                 values[area + "reward_" + name + "_mean"].append(part.value)
+            for name, earned in trace.agent_rewards.items() if trace.agents else ():
+                values[area + "agent_" + name + "_reward_mean"].append(earned)
             for name, metric in trace.metrics.items():
                 values[area + "metric_" + name + "_mean"].append(metric)
         return {name: _mean(found) for name, found in values.items()}

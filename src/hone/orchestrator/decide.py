@@ -20,6 +20,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
+from hone.envs.retries import NO_FAILURES, Failures, Retries, counted
 from hone.schema.batches import BatchWanted, CheckpointSaved, StepDone
 from hone.schema.traces import FailureClass
 
@@ -43,11 +44,11 @@ class Limits:
     max_staleness: int
     num_steps: int
     max_concurrent: int
-    max_attempts: int = 3
     in_flight_updates: bool = True
     filter_without_signal: bool = True
     evaluate_every: int | None = None
     stop_at_reward: float | None = None
+    retries: Retries = field(default_factory=Retries)
 
 
 # Events. `BatchWanted`, `StepDone` and `CheckpointSaved` of the trainer are events as they are.
@@ -67,21 +68,26 @@ class EngineLost:
 
 @dataclass(frozen=True, slots=True)
 class RolloutFinished:
-    """A rollout has a valid reward; min_version is None where the engine does not tell versions."""
+    """A rollout has a valid reward; min_version is None where the engine does not tell versions.
+
+    agent_rewards: with several agents, what each earned that trains, in a fixed order.
+    """
 
     group: int
     attempt: int
     reward: float
     min_version: int | None
+    agent_rewards: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutFailed:
-    """A rollout has no valid reward."""
+    """A rollout has no valid reward. is_final: it is not tried again, because its group was scored without it."""
 
     group: int
     attempt: int
     kind: FailureClass
+    is_final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +128,11 @@ class StartGroup:
 
 @dataclass(frozen=True, slots=True)
 class RunAgain:
-    """Issue an attempt again; `num_failures` is how often it failed so far (0: it was interrupted, not at fault)."""
+    """Issue an attempt again; `failures` are those so far (none: it was interrupted, not at fault)."""
 
     group: int
     attempt: int
-    num_failures: int
+    failures: Failures
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,14 +289,19 @@ class Group:
     """An outstanding group: admitted, and neither batched nor left out."""
 
     version: int
-    pending: dict[int, int]
-    """Attempts without an outcome, with the number of their failures so far."""
+    pending: dict[int, Failures]
+    """Attempts without an outcome, with their failures so far."""
     rewards: dict[int, float] = field(default_factory=dict)
+    agent_rewards: dict[int, tuple[float, ...]] = field(default_factory=dict)
     min_version: int | None = None
     last_failure: FailureClass | None = None
 
-    def record(self, attempt: int, reward: float, min_version: int | None) -> None:
+    def record(
+        self, attempt: int, reward: float, min_version: int | None, agent_rewards: tuple[float, ...] = ()
+    ) -> None:
         self.rewards[attempt] = reward
+        if agent_rewards:
+            self.agent_rewards[attempt] = agent_rewards
         if min_version is not None:
             self.min_version = min_version if self.min_version is None else min(self.min_version, min_version)
 
@@ -304,7 +315,12 @@ class Group:
 
     @property
     def has_signal(self) -> bool:
-        return max(self.rewards.values()) - min(self.rewards.values()) > EQUAL_REWARDS
+        """Whether rewards differ: in a game whose rewards add up to zero those of each agent, not their sum."""
+        if not self.agent_rewards:
+            return max(self.rewards.values()) - min(self.rewards.values()) > EQUAL_REWARDS
+        return any(
+            max(rewards) - min(rewards) > EQUAL_REWARDS for rewards in zip(*self.agent_rewards.values(), strict=True)
+        )
 
 
 class State:
@@ -395,18 +411,18 @@ class State:
         if group is None or group.pending.pop(event.attempt, None) is None:
             return  # the answer of a worker that was taken for dead
         self.num_running -= 1
-        group.record(event.attempt, event.reward, event.min_version)
+        group.record(event.attempt, event.reward, event.min_version, event.agent_rewards)
         self._settle_group(event.group, group, commands)
 
     def fail(self, event: RolloutFailed, commands: list[Command]) -> None:
         group = self.groups.get(event.group)
         if group is None or event.attempt not in group.pending:
             return
+        failures = group.pending[event.attempt] = counted(group.pending[event.attempt], event.kind)
         if event.kind is not FailureClass.CANCELLED:
-            group.pending[event.attempt] += 1
             group.last_failure = event.kind
-        if group.pending[event.attempt] < self._tries(event.kind):
-            commands.append(RunAgain(event.group, event.attempt, group.pending[event.attempt]))
+        if not event.is_final and self.limits.retries.permit(failures, event.kind):
+            commands.append(RunAgain(event.group, event.attempt, failures))
             return
         del group.pending[event.attempt]
         self.num_running -= 1
@@ -436,12 +452,6 @@ class State:
         return self.num_batches < self.last_step
 
     # Groups.
-
-    def _tries(self, kind: FailureClass) -> float:
-        if kind is FailureClass.CANCELLED:
-            return math.inf
-        # A bug of the environment may depend on what the policy wrote, which a second try writes again: once more, not more.
-        return min(2, self.limits.max_attempts) if kind is FailureClass.ENVIRONMENT else self.limits.max_attempts
 
     def _settle_group(self, number: int, group: Group, commands: list[Command]) -> None:
         if not group.is_complete:
@@ -601,7 +611,7 @@ class State:
         room = (num_steps - self.num_batches) * limits.groups_per_batch - len(self.groups)
         room = min(room, (limits.max_concurrent - self.num_running) // limits.group_size)
         for _ in range(room):
-            group = Group(self.served, dict.fromkeys(range(limits.group_size), 0))
+            group = Group(self.served, dict.fromkeys(range(limits.group_size), NO_FAILURES))
             self.groups[self.next_group] = group
             self._count(self._deadline(group.version), 1)
             self.num_running += limits.group_size

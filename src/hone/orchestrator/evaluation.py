@@ -1,17 +1,21 @@
-"""One evaluation during training: held-out tasks, a bounded number at once, and what their rollouts add up to."""
+"""One evaluation during training: held-out tasks, a bounded number at once, scored as `hone eval` scores them."""
 
 import logging
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from itertools import chain
 from typing import Protocol
 
+import msgspec
+
 from hone.config.recipe import EvaluationSection
+from hone.envs.retries import NO_FAILURES, Failures, Retries, counted, total
+from hone.evals.asked import HeldOut, draw_held_out, sampling_parameters
+from hone.evals.results import EvalResult, Outcome, Usage, outcome_of, summarise
+from hone.evals.statistics import Estimate, estimate_mean
 from hone.orchestrator.dispatch import Key
 from hone.schema.rollouts import RolloutRequest
-from hone.schema.sampling import SamplingParameters
 from hone.schema.seeds import derive_seed
-from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, Trace
 
 logger = logging.getLogger("hone.orchestrator.evaluation")
@@ -20,40 +24,16 @@ PREFIX = "eval-"
 """How the names of evaluation groups begin."""
 
 
-class HeldOut(Protocol):
+class Evaluated(HeldOut, Protocol):
     """What an evaluation needs of an environment."""
 
     @property
-    def num_held_out_tasks(self) -> int | None: ...
+    def version(self) -> str: ...
 
-    def held_out_task(self, index: int) -> Task: ...
+    @property
+    def scores_groups(self) -> bool: ...
 
     def is_solved(self, trace: Trace) -> bool: ...
-
-
-@dataclass(slots=True)
-class _Tally:
-    is_solved: Callable[[Trace], bool]
-    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    num_failed: int = 0
-    versions: set[int] = field(default_factory=set)
-
-    def add(self, trace: Trace) -> None:
-        try:
-            is_solved = float(self.is_solved(trace))
-        except Exception as error:  # code of an environment may raise anything
-            logger.warning("environment %r cannot tell whether a rollout solved its task: %r", trace.environment, error)
-            self.num_failed += 1
-            return
-        self.values["reward"].append(trace.reward)
-        self.values["solved"].append(is_solved)
-        self.values["truncated"].append(float(trace.is_truncated))
-        self.values["completion_tokens"].append(trace.num_completion_tokens)
-        for name, reward in trace.rewards.items():
-            self.values[f"reward_{name}"].append(reward.value)
-        for name, metric in trace.metrics.items():
-            self.values[f"metric_{name}"].append(metric)
-        self.versions.update(run.version for turn in trace.turns for run in turn.versions)
 
 
 class Evaluation:
@@ -62,49 +42,48 @@ class Evaluation:
     def __init__(
         self,
         version: int,
-        environments: dict[str, HeldOut],
+        environments: Mapping[str, Evaluated],
         section: EvaluationSection,
         *,
         run_seed: int,
-        max_attempts: int,
+        retries: Retries,
     ) -> None:
         self.version = version
+        self._environments = environments
+        self._attempts = section.attempts
         self._max_concurrent = section.max_concurrent
-        self._max_attempts = max_attempts
-        self._tallies = {name: _Tally(environment.is_solved) for name, environment in environments.items()}
+        self._retries = retries
+        self._outcomes: dict[str, list[Outcome]] = {name: [] for name in environments}
+        self._usage = {name: Usage() for name in environments}
+        self._versions: set[int] = set()
+        self._requests = deque(self._plan(section, run_seed))
+        self._num_wanted = dict.fromkeys(environments, 0)
+        for request in self._requests:
+            self._num_wanted[request.environment] += len(request.attempts)
+        for name, outcomes in self._outcomes.items():  # the attempts at tasks that could not be made
+            self._num_wanted[name] += len(outcomes)
+        self._running: dict[Key, RolloutRequest] = {}
+        self._failures: dict[Key, Failures] = {}
+
+    def _plan(self, section: EvaluationSection, run_seed: int) -> list[RolloutRequest]:
         # The same seed for every version: what differs between two evaluations is the policy alone.
         seed = derive_seed(run_seed, "evaluation")
-        sampling = section.sampling
-        parameters = SamplingParameters(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            max_tokens=sampling.max_tokens,
-        )
-        self._requests = deque(
-            RolloutRequest(
-                group=f"{PREFIX}{version:06d}-{name}-{index}",
-                environment=name,
-                task=task,
-                attempts=[attempt],
-                sampling=parameters,
-                seed=seed,
-            )
-            for name, environment in environments.items()
-            for index, task in self._tasks_of(name, environment, section)
-            for attempt in range(section.attempts)
-        )
-        self._running: dict[Key, RolloutRequest] = {}
-        self._failures: dict[Key, int] = defaultdict(int)
-
-    def _tasks_of(self, name: str, environment: HeldOut, section: EvaluationSection) -> Iterator[tuple[int, Task]]:
-        for index in range(_num_tasks(environment, section.num_tasks)):
-            try:
-                yield index, environment.held_out_task(index)
-            except Exception as error:  # code of an environment may raise anything
-                logger.warning("environment %r gives no held-out task %d: %r", name, index, error)
-                self._tallies[name].num_failed += section.attempts
+        sampling = sampling_parameters(section.sampling)
+        requests = []
+        for name, environment in self._environments.items():
+            drawn = draw_held_out(environment, section.num_tasks)
+            for index, error in drawn.errors.items():
+                logger.warning("environment %r gives no held-out task %d: %s", name, index, error)
+                self._outcomes[name] += [
+                    Outcome(f"held-out task {index}", attempt, FailureClass.ENVIRONMENT)
+                    for attempt in range(section.attempts)
+                ]
+            requests += [
+                RolloutRequest(f"{PREFIX}{self.version:06d}-{name}-{index}", name, task, attempts, sampling, seed)
+                for index, task in drawn.tasks.items()
+                for attempts in _requests_of(environment, section.attempts)
+            ]
+        return requests
 
     @property
     def is_complete(self) -> bool:
@@ -116,63 +95,96 @@ class Evaluation:
     def start(self) -> list[RolloutRequest]:
         """What may start now."""
         started = []
-        while self._requests and len(self._running) < self._max_concurrent:
+        while self._requests and self._has_room_for(self._requests[0]):
             request = self._requests.popleft()
-            self._running[request.group, request.attempts[0]] = request
+            self._running |= {(request.group, attempt): request for attempt in request.attempts}
             started.append(request)
         return started
 
-    def finish(self, key: Key, trace: Trace) -> None:
-        self._tallies[self._running.pop(key).environment].add(trace)
+    def _has_room_for(self, request: RolloutRequest) -> bool:
+        """A group that is larger than what may run at once runs alone."""
+        return not self._running or len(self._running) + len(request.attempts) <= self._max_concurrent
 
-    def fail(self, key: Key, kind: FailureClass) -> RolloutRequest | None:
-        """The request to send again, or None when the rollout is given up."""
-        self._failures[key] += kind is not FailureClass.CANCELLED
-        if self._failures[key] < self._max_attempts:
-            return self._running[key]
-        self._tallies[self._running.pop(key).environment].num_failed += 1
+    def environment_of(self, key: Key) -> str:
+        """Whose rollout this is, by the name in the recipe."""
+        return self._running[key].environment
+
+    def finish(self, key: Key, trace: Trace) -> None:
+        name = self._running.pop(key).environment
+        self._outcomes[name].append(outcome_of(trace, self._environments[name].is_solved))
+        self._usage[name].add(trace)
+        self._versions.update(run.version for turn in trace.turns for run in turn.versions)
+
+    def fail(self, key: Key, kind: FailureClass, *, is_final: bool = False) -> RolloutRequest | None:
+        """The request to send for this attempt, or None when the rollout is given up, as one that is final is."""
+        failures = self._failures[key] = counted(self._failures.get(key, NO_FAILURES), kind)
+        if not is_final and self._retries.permit(failures, kind):
+            return msgspec.structs.replace(self._running[key], attempts=[key[1]])
+        request = self._running.pop(key)
+        self._outcomes[request.environment].append(Outcome(request.task.key, key[1], kind))
         return None
 
     def num_failures(self, key: Key) -> int:
-        return self._failures[key]
+        return total(self._failures[key])
 
     @property
     def reward(self) -> float:
-        """The mean reward over all valid rollouts; minus infinity when there is none."""
-        rewards = [reward for tally in self._tallies.values() for reward in tally.values["reward"]]
-        return _mean(rewards) if rewards else float("-inf")
+        """The mean reward over the tasks of all environments; minus infinity when there is no valid rollout."""
+        tasks: defaultdict[str, list[float]] = defaultdict(list)
+        for name, outcome in chain.from_iterable(((n, o) for o in found) for n, found in self._outcomes.items()):
+            if outcome.failure is None:
+                tasks[f"{name} {outcome.task}"].append(outcome.reward)
+        estimate = estimate_mean(tasks)
+        return float("-inf") if estimate is None else estimate.mean
+
+    def results(self) -> dict[str, EvalResult]:
+        """By environment, what `hone eval` would write as its result.json."""
+        return {
+            name: summarise(
+                outcomes,
+                environment=name,
+                version=self._environments[name].version,
+                attempts=self._attempts,
+                model=f"v{self.version:06d}",
+                num_wanted=self._num_wanted[name],
+                usage=self._usage[name],
+            )
+            for name, outcomes in self._outcomes.items()
+        }
 
     def report(self) -> dict[str, object]:
         """What is kept in the run's `evals` folder."""
-        versions = set().union(*(tally.versions for tally in self._tallies.values()))
         return {
             "version": self.version,
-            "min_version": min(versions, default=None),
-            "max_version": max(versions, default=None),
+            "min_version": min(self._versions, default=None),
+            "max_version": max(self._versions, default=None),
             "reward_mean": self.reward if self.reward > float("-inf") else None,
             "environments": {
-                name: {
-                    "num_rollouts": len(tally.values["reward"]),
-                    "num_failed": tally.num_failed,
-                    **{f"{key}_mean": _mean(values) for key, values in tally.values.items() if values},
-                }
-                for name, tally in self._tallies.items()
+                name: msgspec.to_builtins(result, str_keys=True) for name, result in self.results().items()
             },
         }
 
     def metrics(self) -> dict[str, float]:
         """The same as flat metrics."""
         values: dict[str, float] = {}
-        for name, tally in self._tallies.items():
-            values[f"eval/{name}/failed_count"] = tally.num_failed
-            values |= {f"eval/{name}/{key}_mean": _mean(found) for key, found in tally.values.items() if found}
+        for name, result in self.results().items():
+            values[f"eval/{name}/failed_count"] = result.num_failed
+            values |= {f"eval/{name}/{key}_mean": e.mean for key, e in _means(result).items() if e is not None}
         return values
 
 
-def _num_tasks(environment: HeldOut, wanted: int) -> int:
-    count = environment.num_held_out_tasks
-    return wanted if count is None else min(wanted, count)
+def _requests_of(environment: Evaluated, attempts: int) -> list[list[int]]:
+    """The attempts of each request: all in one where they are scored together."""
+    numbers = list(range(attempts))
+    return [numbers] if environment.scores_groups else [[number] for number in numbers]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _means(result: EvalResult) -> dict[str, Estimate | None]:
+    return {
+        "reward": result.reward,
+        "solved": result.pass_at.get(1),
+        "truncated": result.truncated,
+        "completion_tokens": result.completion_tokens,
+        **{f"reward_{name}": estimate for name, estimate in result.rewards.items()},
+        **{f"metric_{name}": estimate for name, estimate in result.metrics.items()},
+    }

@@ -6,6 +6,7 @@ furthest of these. Records are buffered and written by `commit` in one transacti
 orchestrator's loop: only then may anybody be told.
 """
 
+import itertools
 import json
 import sqlite3
 from collections import defaultdict
@@ -15,11 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from hone.envs.retries import Failures, total
+from hone.orchestrator.curriculum import Outcome, solve_rate
 from hone.orchestrator.mixture import Draw
 from hone.schema.traces import FailureClass
 from hone.transport.traces import BEGINNING, Location
 
-LAYOUT = 1
+LAYOUT = 2
 BUSY_SECONDS = 30.0
 
 _TABLES = """
@@ -28,6 +31,7 @@ CREATE TABLE IF NOT EXISTS groups (
     number INTEGER PRIMARY KEY,
     environment TEXT NOT NULL,
     draw INTEGER NOT NULL,
+    task_index INTEGER NOT NULL,
     task_key TEXT NOT NULL,
     version INTEGER NOT NULL,
     state TEXT NOT NULL DEFAULT 'running'
@@ -42,6 +46,7 @@ CREATE TABLE IF NOT EXISTS attempts (
     state TEXT NOT NULL DEFAULT 'issued' CHECK (state IN ('issued', 'running', 'finished', 'failed')),
     failure TEXT,
     num_failures INTEGER NOT NULL DEFAULT 0,
+    failures TEXT NOT NULL DEFAULT '{}',
     reward REAL,
     min_version INTEGER,
     segment INTEGER,
@@ -69,14 +74,14 @@ FROM attempts a JOIN groups g ON g.number = a.number LEFT JOIN batches b ON b.st
 """
 
 # In this order within a transaction: rows first, then what happens to them.
-_ADMIT = "INSERT INTO groups (number, environment, draw, task_key, version) VALUES (?, ?, ?, ?, ?)"
+_ADMIT = "INSERT INTO groups (number, environment, draw, task_index, task_key, version) VALUES (?, ?, ?, ?, ?, ?)"
 _ISSUE = "INSERT INTO attempts (number, attempt, state) VALUES (?, ?, ?)"
 _RUN = "UPDATE attempts SET state = 'running' WHERE number = ? AND attempt = ? AND state = 'issued'"
 _FINISH = (
     "UPDATE attempts SET state = 'finished', reward = ?, min_version = ?, segment = ?, offset = ?"
     " WHERE number = ? AND attempt = ? AND state IN ('issued', 'running')"
 )
-_RETRY = "UPDATE attempts SET num_failures = ? WHERE number = ? AND attempt = ?"
+_RETRY = "UPDATE attempts SET num_failures = ?, failures = ? WHERE number = ? AND attempt = ?"
 _FAIL = (
     "UPDATE attempts SET state = 'failed', failure = ?"
     " WHERE number = ? AND attempt = ? AND state IN ('issued', 'running')"
@@ -122,7 +127,7 @@ class AttemptRow:
     attempt: int
     state: str
     failure: FailureClass | None
-    num_failures: int
+    failures: Failures
     reward: float | None
     min_version: int | None
     location: Location | None
@@ -184,7 +189,7 @@ class Ledger:
     # Records.
 
     def admit(self, number: int, draw: Draw, task_key: str, version: int, num_attempts: int) -> None:
-        self._pending[_ADMIT].append((number, draw.environment, draw.number, task_key, version))
+        self._pending[_ADMIT].append((number, draw.environment, draw.number, draw.index, task_key, version))
         self._issued[number] = num_attempts
 
     def run(self, number: int, attempts: Sequence[int]) -> None:
@@ -197,8 +202,8 @@ class Ledger:
         row = (reward, min_version, location.segment, location.offset, number, attempt)
         self._pending[_FINISH].append(row)
 
-    def retry(self, number: int, attempt: int, num_failures: int) -> None:
-        self._pending[_RETRY].append((num_failures, number, attempt))
+    def retry(self, number: int, attempt: int, failures: Failures) -> None:
+        self._pending[_RETRY].append((total(failures), json.dumps(dict(failures)), number, attempt))
 
     def fail(self, number: int, attempt: int, kind: FailureClass) -> None:
         self._pending[_FAIL].append((str(kind), number, attempt))
@@ -268,17 +273,19 @@ class Ledger:
     def outstanding(self) -> list[GroupRow]:
         """Groups that run (by number), then those that are finished (in the order of completion)."""
         rows = self._database.execute(
-            "SELECT number, environment, draw, task_key, version, state FROM groups"
+            "SELECT number, environment, draw, task_index, task_key, version, state FROM groups"
             " WHERE state IN ('running', 'finished') ORDER BY state DESC, completed, number"
         ).fetchall()
         return [
-            GroupRow(number, Draw(environment, draw), task_key, version, state == "finished", self.attempts(number))
-            for number, environment, draw, task_key, version, state in rows
+            GroupRow(
+                number, Draw(environment, draw, index), task_key, version, state == "finished", self.attempts(number)
+            )
+            for number, environment, draw, index, task_key, version, state in rows
         ]
 
     def attempts(self, number: int) -> list[AttemptRow]:
         rows = self._database.execute(
-            "SELECT attempt, state, failure, num_failures, reward, min_version, segment, offset FROM attempts"
+            "SELECT attempt, state, failure, failures, reward, min_version, segment, offset FROM attempts"
             " WHERE number = ? ORDER BY attempt",
             (number,),
         )
@@ -287,12 +294,12 @@ class Ledger:
                 attempt,
                 state,
                 None if failure is None else FailureClass(failure),
-                num_failures,
+                {FailureClass(kind): count for kind, count in json.loads(failures).items()},
                 reward,
                 min_version,
                 None if segment is None else Location(segment, offset),
             )
-            for attempt, state, failure, num_failures, reward, min_version, segment, offset in rows
+            for attempt, state, failure, failures, reward, min_version, segment, offset in rows
         ]
 
     def forget_result(self, number: int, attempt: int) -> None:
@@ -304,9 +311,43 @@ class Ledger:
         )
         self._database.execute("UPDATE groups SET state = 'running' WHERE number = ?", (number,))
 
+    def forget_group(self, number: int) -> None:
+        """Take a running group back to its beginning: its attempts are scored together, and some are gone."""
+        self._database.execute(
+            "UPDATE attempts SET state = 'running', failure = NULL, num_failures = 0, failures = '{}', reward = NULL, segment = NULL,"
+            " offset = NULL WHERE number = ?",
+            (number,),
+        )
+
     def num_drawn(self) -> dict[str, int]:
         """How many tasks were drawn from each environment."""
         return dict(self._database.execute("SELECT environment, MAX(draw) + 1 FROM groups GROUP BY environment"))
+
+    def drawn_tasks(self, environment: str) -> list[int]:
+        """The indices of the tasks that were drawn from an environment, once for each draw."""
+        rows = self._database.execute("SELECT task_index FROM groups WHERE environment = ?", (environment,))
+        return [index for (index,) in rows]
+
+    def tasks_under_way(self, environment: str) -> list[int]:
+        """The indices of the tasks of which a group runs, once for each group."""
+        rows = self._database.execute(
+            "SELECT task_index FROM groups WHERE environment = ? AND state = 'running'", (environment,)
+        )
+        return [index for (index,) in rows]
+
+    def outcomes(self, environment: str, solved_reward: float) -> list[Outcome]:
+        """How the groups of an environment ended that have valid rewards, in the order in which they did."""
+        rows = self._database.execute(
+            "SELECT g.number, g.task_index, a.reward FROM groups g JOIN attempts a ON a.number = g.number"
+            " WHERE g.environment = ? AND g.state IN ('finished', 'batched', 'filtered') AND a.state = 'finished'"
+            " ORDER BY g.completed, a.attempt",
+            (environment,),
+        )
+        groups = itertools.groupby(rows, key=lambda row: (row[0], row[1]))
+        return [
+            Outcome(index, solve_rate([reward for _, _, reward in group], solved_reward))
+            for (_, index), group in groups
+        ]
 
     def next_number(self) -> int:
         return self._one("SELECT COALESCE(MAX(number) + 1, 0) FROM groups")

@@ -28,7 +28,9 @@ import zmq
 from hone.config.load import ConfigError, load_recipe
 from hone.config.recipe import Recipe, RlSection
 from hone.envs.environment import Environment
-from hone.envs.worker import Worker, limits_from, load_environments
+from hone.envs.remote import environment_of
+from hone.envs.retries import Retries, total
+from hone.envs.worker import Worker, limits_from
 from hone.inference.client import AdminClient, TokenChannel, TokenSampler
 from hone.observability import logs
 from hone.observability.logs import fields
@@ -37,12 +39,13 @@ from hone.observability.spans import Spans
 from hone.orchestrator import decide as d
 from hone.orchestrator.audit import group_name
 from hone.orchestrator.batching import Tally, make_batch
+from hone.orchestrator.curriculum import Outcome, curriculum_of, solve_rate
 from hone.orchestrator.dispatch import Dispatch, Key, Lost
 from hone.orchestrator.engine import EngineDriver
 from hone.orchestrator.evaluation import PREFIX, Evaluation
 from hone.orchestrator.ledger import Ledger, LedgerError
 from hone.orchestrator.mixture import Draw, Mixture
-from hone.orchestrator.recovery import read_group_traces, recover
+from hone.orchestrator.recovery import read_group_traces, recover, restore_mixture
 from hone.orchestrator.samples import UntrainableTraceError, check_trainable
 from hone.orchestrator.sockets import RouterSocket
 from hone.schema.batches import (
@@ -58,6 +61,7 @@ from hone.schema.batches import (
 from hone.schema.rollouts import (
     FRAMES_PER_MESSAGE,
     WORKER_CHANNEL,
+    Farewell,
     Heartbeat,
     RolloutCancel,
     RolloutRequest,
@@ -68,8 +72,8 @@ from hone.schema.rollouts import (
 from hone.schema.sampling import SamplingParameters
 from hone.schema.seeds import derive_seed
 from hone.schema.tasks import Task
-from hone.schema.traces import FailureClass, Trace
-from hone.schema.wire import Wire, WireError
+from hone.schema.traces import Failure, FailureClass, Trace
+from hone.schema.wire import ProtocolError, Wire, WireError
 from hone.text.rendering import Renderer
 from hone.text.tokenizer import Tokenizer
 from hone.transport.addresses import Addresses, PortInUseError, load_addresses
@@ -81,6 +85,8 @@ logger = logging.getLogger("hone.orchestrator.loop")
 
 WILL_NEVER_WORK = 2
 SILENT_BEATS = 10
+STALLS_OF_SILENCE = 1.5
+"""So many of the longest stalls are waited for before silence is death: after one, a worker goes on or says farewell."""
 PAUSE_SECONDS = 0.005
 """What arrives within this time shares a tick, and so a transaction."""
 SHORT_PAUSE_SECONDS = 0.001
@@ -114,7 +120,7 @@ def main(arguments: list[str]) -> int:
     logs.configure("orchestrator", folder.path)
     try:
         recipe = load_recipe(folder.config)
-        environments = load_environments(recipe)
+        environments = {section.name: environment_of(section) for section in recipe.environments}
         addresses = load_addresses(folder.addresses)
     except ValueError as error:
         return _complain(error)
@@ -165,12 +171,17 @@ def limits_of(recipe: Recipe, section: RlSection) -> d.Limits:
         max_staleness=section.max_staleness,
         num_steps=section.num_steps,
         max_concurrent=section.max_concurrent or all_in_time,
-        max_attempts=section.max_attempts,
         in_flight_updates=section.in_flight_updates,
         filter_without_signal=section.filter_without_signal,
         evaluate_every=recipe.evaluation.every,
         stop_at_reward=section.stop_at_reward,
+        retries=retries_of(recipe),
     )
+
+
+def retries_of(recipe: Recipe) -> Retries:
+    """The retry policy of a recipe."""
+    return Retries({FailureClass(kind): count for kind, count in recipe.retries.model_dump().items()})
 
 
 def identity_of(recipe: Recipe, section: RlSection) -> dict[str, Any]:
@@ -182,6 +193,14 @@ def identity_of(recipe: Recipe, section: RlSection) -> dict[str, Any]:
         "group_size": section.group_size,
         "max_staleness": section.max_staleness,
     }
+
+
+def mixture_of(recipe: Recipe, environments: Mapping[str, Environment]) -> Mixture:
+    """The mixture of a recipe's environments, with the curricula that it wants."""
+    seed = recipe.run.seed
+    wanted = {e.name: curriculum_of(e, environments[e.name], seed) for e in recipe.environments}
+    curricula = {name: curriculum for name, curriculum in wanted.items() if curriculum is not None}
+    return Mixture({e.name: e.weight for e in recipe.environments}, environments, seed, curricula)
 
 
 class Orchestrator:
@@ -200,15 +219,23 @@ class Orchestrator:
         self._section = section
         self._environments = environments
         self._addresses = addresses
+        self._longest_rollout_seconds = section.rollout_timeout_seconds + max(
+            (environment.rubric.group_seconds for environment in environments.values()), default=0.0
+        )
         self._sampling = SamplingParameters(
             temperature=section.sampling.temperature, max_tokens=section.sampling.max_tokens
         )
-        self._mixture = Mixture({e.name: e.weight for e in recipe.environments}, environments, recipe.run.seed)
+        self._mixture = mixture_of(recipe, environments)
         self._worker_wire = Wire(*WORKER_CHANNEL)
         self._trainer_wire = Wire(*TRAINER_CHANNEL)
         self._state = d.State(limits_of(recipe, section))
-        self._dispatch = Dispatch()
+        self._dispatch = Dispatch(recipe.workers.max_rollouts_per_worker)
+        self._scored_together = {name for name, environment in environments.items() if environment.scores_groups}
+        self._held_back: dict[str, dict[int, tuple[bytes, RolloutResult]]] = {}
+        self._gathered: dict[str, tuple[RolloutRequest, int]] = {}
         self._events: deque[d.Event] = deque()
+        self._reward_of_solved = {e.name: e.reward_of_solved for e in recipe.environments}
+        self._draws: dict[int, Draw] = {}
         self._tasks: dict[int, tuple[str, Task | None]] = {}
         self._traces: dict[int, dict[int, Trace]] = {}
         self._evaluation: Evaluation | None = None
@@ -297,8 +324,8 @@ class Orchestrator:
 
     def _take_from_workers(self) -> None:
         now = time.monotonic()
-        frames: list[bytes] = []
-        results: list[RolloutResult] = []
+        arrived: list[tuple[bytes, RolloutResult]] = []
+        farewells: list[Farewell] = []
         seen: set[Key] = set()
         for identity, messages in self._workers.take():
             for frame in messages:
@@ -307,25 +334,70 @@ class Orchestrator:
                     key = message.group, message.attempt
                     if key not in seen and self._is_welcome(identity, message):
                         seen.add(key)
-                        frames.append(frame)
-                        results.append(message)
+                        arrived += self._hold_back(frame, message) if self._is_whole(key) else [(frame, message)]
                 elif isinstance(message, WorkerHello):
                     self._greet(message, identity, now)
-                elif isinstance(message, Heartbeat) and not self._dispatch.hear(identity, now):
-                    self._take_back(message, identity, now)
+                elif isinstance(message, Heartbeat):
+                    self._tally.note_stall(message)
+                    if not self._dispatch.hear(identity, now):
+                        self._take_back(message, identity, now)
+                elif isinstance(message, Farewell):
+                    farewells.append(message)
             self._dispatch.hear(identity, now)
-        if results:
-            location = self._writer.append(frames)
+        if arrived:
+            location = self._writer.append([frame for frame, _ in arrived])
             self._ledger.note_traces(self._writer.end)
-            for result in results:
+            for _, result in arrived:
                 self._take_result(result, location)
+        for farewell in farewells:  # after the result that tells whose fault it is
+            logger.warning("an env worker ends itself", extra=fields(worker=farewell.worker, reason=farewell.reason))
+            self._lose(self._dispatch.dismiss(farewell.worker))
 
     def _is_welcome(self, identity: bytes, result: RolloutResult) -> bool:
-        """Whether the result is waited for. A failure counts only from the worker that has the attempt now."""
+        """Whether the result is waited for.
+
+        A failure, and a part of a group that is scored as a whole, count only from the worker that has it now.
+        """
         key = result.group, result.attempt
-        if result.trace.failure is not None and not self._dispatch.is_owner(identity, key):
+        if not self._waits_for(key):
             return False
-        return self._waits_for(key)
+        is_any_workers = result.trace.failure is None and not self._is_whole(key)
+        return is_any_workers or self._dispatch.is_owner(identity, key)
+
+    # Groups that are scored together: one request, one outcome.
+
+    def _is_whole(self, key: Key) -> bool:
+        """Whether this attempt, which is waited for, is scored together with the others of its group."""
+        if not self._scored_together:
+            return False
+        name, _ = key
+        if not name.startswith(PREFIX):
+            return self._tasks[int(name)][0] in self._scored_together
+        return self._evaluation is not None and self._evaluation.environment_of(key) in self._scored_together
+
+    def _hold_back(self, frame: bytes, result: RolloutResult) -> list[tuple[bytes, RolloutResult]]:
+        """The results of a group once all are there. One with too few valid rollouts runs again as a whole."""
+        held = self._held_back.setdefault(result.group, {})
+        held[result.attempt] = frame, result
+        if len(held) < self._size_of(result.group):
+            return []
+        del self._held_back[result.group]
+        arrived = [held[attempt] for attempt in sorted(held)]
+        is_evaluated = result.group.startswith(PREFIX)
+        failures = [found for _, other in arrived if (found := _failure_of(other.trace, is_evaluated)) is not None]
+        if len(arrived) - len(failures) >= (1 if is_evaluated else 2):
+            return arrived
+        self._writer.append([frame for frame, other in arrived if other.trace.failure is not None])
+        self._ledger.note_traces(self._writer.end)
+        kind, self._last_failure = failures[0]
+        for _, other in arrived:
+            key = other.group, other.attempt
+            self._dispatch.done(key)
+            self._fail(key, kind)
+        return []
+
+    def _size_of(self, group: str) -> int:
+        return self._recipe.evaluation.attempts if group.startswith(PREFIX) else self._section.group_size
 
     def _waits_for(self, key: Key) -> bool:
         name, attempt = key
@@ -339,8 +411,8 @@ class Orchestrator:
         self._moved_at = time.monotonic()
         self._dispatch.done(key)
         if trace.failure is not None:
-            self._last_failure = f"{trace.failure.kind} at {trace.failure.where}: {trace.failure.message}"
-            self._fail(key, trace.failure.kind)
+            self._last_failure = _complaint_of(trace.failure)
+            self._fail(key, trace.failure.kind, is_final=self._is_whole(key))
         elif result.group.startswith(PREFIX):
             self._finish_evaluated(key, trace)
         else:
@@ -348,33 +420,32 @@ class Orchestrator:
 
     def _finish(self, number: int, attempt: int, trace: Trace, location: Location) -> None:
         try:
-            reward, version = check_trainable(trace)
+            reward, version, agent_rewards = check_trainable(trace)
         except UntrainableTraceError as error:
             self._last_failure = str(error)
-            self._fail((group_name(number), attempt), error.kind)
+            key = group_name(number), attempt
+            self._fail(key, error.kind, is_final=self._is_whole(key))
             return
         self._traces.setdefault(number, {})[attempt] = trace
         self._tally.add(self._tasks[number][0], trace, reward)
         self._ledger.finish(number, attempt, reward, version, location)
-        self._events.append(d.RolloutFinished(number, attempt, reward, version))
+        self._events.append(d.RolloutFinished(number, attempt, reward, version, agent_rewards))
 
-    def _fail(self, key: Key, kind: FailureClass) -> None:
+    def _fail(self, key: Key, kind: FailureClass, *, is_final: bool = False) -> None:
         group, attempt = key
+        self._held_back.pop(group, None)
         if not group.startswith(PREFIX):
             self._tally.failures[kind] += 1
-            self._events.append(d.RolloutFailed(int(group), attempt, kind))
+            self._events.append(d.RolloutFailed(int(group), attempt, kind, is_final))
         elif self._evaluation is not None and self._evaluation.waits_for(key):
-            request = self._evaluation.fail(key, kind)
+            request = self._evaluation.fail(key, kind, is_final=is_final)
             if request is not None:
                 self._submit_later(request, self._evaluation.num_failures(key))
             self._continue_evaluation()
 
     def _greet(self, hello: WorkerHello, identity: bytes, now: float) -> None:
         logger.info("env worker is here", extra=fields(worker=hello.worker, pid=hello.pid))
-        missing = sorted(self._environments.keys() - set(hello.environments))
-        if missing:
-            raise HopelessError(f"worker {hello.worker} lacks environment {missing[0]!r}; install it where workers run")
-        self._lose(self._dispatch.greet(hello.worker, hello.pid, identity, now))
+        self._lose(self._dispatch.greet(hello.worker, hello.pid, identity, frozenset(hello.environments), now))
 
     def _take_back(self, beat: Heartbeat, identity: bytes, now: float) -> None:
         """A worker that stood still for so long that it was taken for dead has gone on: its rollouts run anew."""
@@ -419,6 +490,8 @@ class Orchestrator:
     def _decode(self, wire: Wire, frame: bytes) -> Any:
         try:
             return wire.decode(frame)
+        except ProtocolError as error:
+            raise HopelessError(f"a process of this run has another version of hone: {error}") from error
         except WireError as error:
             logger.error("a message is passed over: %s", error)
             return None
@@ -429,16 +502,20 @@ class Orchestrator:
         match command:
             case d.StartGroup(number, version):
                 self._start_group(number, version)
-            case d.RunAgain(number, attempt, num_failures):
-                if num_failures:
-                    self._ledger.retry(number, attempt, num_failures)
-                self._run_attempts(number, [attempt], num_failures)
+            case d.RunAgain(number, attempt, failures):
+                if failures:
+                    self._ledger.retry(number, attempt, failures)
+                self._tally.num_again += 1
+                self._run_attempts(number, [attempt], total(failures))
             case d.GiveUpAttempt(number, attempt, kind):
+                self._tally.given_up[kind] += 1
                 self._ledger.fail(number, attempt, kind)
             case d.FinishGroup(number):
+                self._tell_curriculum(number, has_outcome=True)
                 self._ledger.finish_group(number)
             case d.FilterGroup(number):
                 self._tally.num_filtered += 1
+                self._tell_curriculum(number, has_outcome=True)
                 self._ledger.filter_group(number)
                 self._forget(number)
             case d.DropGroup(number, kind):
@@ -481,9 +558,23 @@ class Orchestrator:
         draw = self._mixture.draw()
         attempts = list(range(self._section.group_size))
         task = self._task_of(draw)
+        self._draws[number] = draw
         self._tasks[number] = draw.environment, task
         self._ledger.admit(number, draw, "" if task is None else task.key, version, len(attempts))
         self._run_attempts(number, attempts, num_failures=0)
+
+    def _tell_curriculum(self, number: int, has_outcome: bool) -> None:
+        """A group has ended; the ledger, which is told at the same time, says the same after a restart."""
+        draw = self._draws[number]
+        curriculum = self._mixture.curricula.get(draw.environment)
+        if curriculum is None:
+            return
+        if not has_outcome:
+            curriculum.leave_out(draw.index)
+            return
+        rewards = [trace.reward for trace in self._traces[number].values()]
+        rate = solve_rate(rewards, self._reward_of_solved[draw.environment])
+        curriculum.record(Outcome(draw.index, rate))
 
     def _task_of(self, draw: Draw) -> Task | None:
         """None when the environment does not give it: the group fails, the run goes on."""
@@ -511,7 +602,24 @@ class Orchestrator:
         return RolloutRequest(name, environment, task, attempts, self._sampling, seed)
 
     def _submit_later(self, request: RolloutRequest, num_failures: int) -> None:
-        """At once after an interruption; ever later after failures, so that a broken world is not hammered."""
+        """At once after an interruption; ever later after failures, so that a broken world is not hammered.
+
+        What one tick asks for of a group that is scored together becomes one request.
+        """
+        if request.environment in self._scored_together:
+            before, _ = self._gathered.get(request.group, (None, 0))
+            attempts = request.attempts if before is None else [*before.attempts, *request.attempts]
+            self._gathered[request.group] = msgspec.structs.replace(request, attempts=attempts), num_failures
+        else:
+            self._submit_after(request, num_failures)
+
+    def _submit_gathered(self) -> None:
+        for request, num_failures in self._gathered.values():
+            assert len(request.attempts) == self._size_of(request.group), f"{request.attempts} are not the whole group"
+            self._submit_after(request, num_failures)
+        self._gathered.clear()
+
+    def _submit_after(self, request: RolloutRequest, num_failures: int) -> None:
         if num_failures == 0:
             self._dispatch.submit(request)
             return
@@ -526,6 +634,7 @@ class Orchestrator:
             self._wake.set()
 
     def _send_requests(self) -> None:
+        self._submit_gathered()
         outgoing: dict[bytes, list[bytes]] = {}
         for identity, request in self._dispatch.assign(time.monotonic()):
             if not request.group.startswith(PREFIX):
@@ -539,19 +648,24 @@ class Orchestrator:
             self._workers.send(identity, frames[start : start + FRAMES_PER_MESSAGE])
 
     def _forget(self, number: int) -> None:
+        self._draws.pop(number, None)
         self._tasks.pop(number, None)
         self._traces.pop(number, None)
 
     def _drop(self, number: int, reason: str) -> None:
         self._tally.num_dropped += 1
+        self._tell_curriculum(number, has_outcome=False)
         self._ledger.fail_group(number, reason)
         self._forget(number)
 
     def _cancel(self, number: int) -> None:
         name = group_name(number)
+        self._held_back.pop(name, None)
+        self._gathered.pop(name, None)
         message = self._worker_wire.encode(RolloutCancel(name))
         for identity in self._dispatch.withdraw(name):
             self._after_commit.append(partial(self._tell_worker, identity, [message]))
+        self._tell_curriculum(number, has_outcome=False)
         self._ledger.fail_group(number, FailureClass.CANCELLED)
         self._forget(number)
 
@@ -585,7 +699,12 @@ class Orchestrator:
             "batch/ready_groups_count": state.num_ready,
             "batch/ahead_count": state.num_batches - state.trained,
         }
-        self._metrics.write(metrics | tally.metrics() | queues, step)
+        pools = {
+            f"rollout/{name}/pool_{pool}_count": float(count)
+            for name, curriculum in self._mixture.curricula.items()
+            for pool, count in curriculum.sizes().items()
+        }
+        self._metrics.write(metrics | tally.metrics() | queues | pools, step)
         times = tally.timing()
         for name, busy in (("generate", times.generate_seconds), ("score", times.score_seconds)):
             self._spans.record(name, times.started_at, times.total_seconds, step=step, busy_seconds=busy)
@@ -614,7 +733,7 @@ class Orchestrator:
             dict(self._environments),
             self._recipe.evaluation,
             run_seed=self._recipe.run.seed,
-            max_attempts=self._section.max_attempts,
+            retries=self._state.limits.retries,
         )
         self._evaluation_began = time.time()
         self._continue_evaluation()
@@ -629,7 +748,7 @@ class Orchestrator:
         if evaluation is None:
             return
         for request in evaluation.start():
-            self._dispatch.submit(request)
+            self._submit_later(request, num_failures=0)
         if evaluation.is_complete:
             self._evaluation = None
             self._end_evaluation(evaluation)
@@ -650,12 +769,14 @@ class Orchestrator:
 
     def _resume(self) -> None:
         """Take up the run where its ledger has it; the first tick sends what follows."""
-        found = recover(self._ledger, self._folder, limits_of(self._recipe, self._section))
+        limits = limits_of(self._recipe, self._section)
+        found = recover(self._ledger, self._folder, limits, self._scored_together)
         self._ledger.note_steps(self._section.num_steps)
         self._state = found.state
         self._traces = found.traces
-        self._mixture.restore(found.num_drawn)
+        restore_mixture(self._mixture, self._ledger, self._reward_of_solved)
         for number, drawn in found.drawn.items():
+            self._draws[number] = drawn.draw
             self._tasks[number] = drawn.draw.environment, self._same_task(drawn.draw, drawn.task_key)
         for step in found.broken:
             self._make_again(step)
@@ -731,6 +852,7 @@ class Orchestrator:
             ),
             limits=limits_from(self._recipe),
             heartbeat_seconds=self._recipe.workers.heartbeat_seconds,
+            max_stall_seconds=self._recipe.workers.max_stall_seconds,
         )
         await stack.enter_async_context(worker)
         return worker.run()
@@ -751,9 +873,10 @@ class Orchestrator:
         heartbeat = self._recipe.workers.heartbeat_seconds
         if late > heartbeat + 2 * TIMER_SECONDS:  # a message may come just before the timer, which then starts anew
             self._dispatch.forgive(now)
-        for lost in self._dispatch.silent(now, SILENT_BEATS * heartbeat):
+        silence = max(SILENT_BEATS * heartbeat, STALLS_OF_SILENCE * self._recipe.workers.max_stall_seconds)
+        for lost in self._dispatch.silent(now, silence):
             self._lose(lost)
-        for key in self._dispatch.overdue(now, self._section.rollout_timeout_seconds + GRACE_SECONDS):
+        for key in self._dispatch.overdue(now, self._longest_rollout_seconds + GRACE_SECONDS):
             self._last_failure = "the worker did not end the rollout in time"
             self._fail(key, FailureClass.TIMEOUT)
         if self._state.ended and self._folder.is_exported():
@@ -763,9 +886,25 @@ class Orchestrator:
             logger.warning("nothing happens; waiting for %s", self._waiting_for())
 
     def _waiting_for(self) -> str:
-        if self._dispatch.num_queued and not self._dispatch.num_workers:
-            return f"an env worker ({self._dispatch.num_queued} requests are queued)"
+        if unserved := self._dispatch.unserved:
+            return f"an env worker with environment {unserved[0]!r} ({self._dispatch.num_queued} requests are queued)"
         return d.waiting_for(self._state)
+
+
+def _failure_of(trace: Trace, is_evaluated: bool) -> tuple[FailureClass, str] | None:
+    """Why a rollout cannot be used: its class and what is said of it."""
+    if trace.failure is not None:
+        return trace.failure.kind, _complaint_of(trace.failure)
+    try:
+        if not is_evaluated:
+            check_trainable(trace)
+    except UntrainableTraceError as error:
+        return error.kind, str(error)
+    return None
+
+
+def _complaint_of(failure: Failure) -> str:
+    return f"{failure.kind} at {failure.where}: {failure.message}"
 
 
 class _Background:

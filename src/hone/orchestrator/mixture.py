@@ -1,11 +1,13 @@
-"""Which task comes next: environments by weight, tasks in an order derived from the seed; resumable from counts alone."""
+"""Which task comes next: environments by weight, tasks in an order derived from the seed; resumable from the ledger."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from hone.config.load import ConfigError
+from hone.envs.permutation import permuted
+from hone.orchestrator.curriculum import Curriculum
+from hone.orchestrator.quotas import Quotas
 from hone.schema.seeds import derive_seed
 from hone.schema.tasks import Task
 
@@ -21,80 +23,64 @@ class TaskList(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The `number`-th task (from 0) that the mixture takes from `environment`."""
+    """The `number`-th task (from 0) that the mixture takes from `environment`: its train task at `index`."""
 
     environment: str
     number: int
+    index: int
 
 
 class Mixture:
-    """Draws environments so that after n draws each has its share of n to within less than one task.
+    """Draws environments by exact quotas (`Quotas`), and of each the next task.
 
-    The next draw depends on the counts so far and on nothing else, so a resumed run hands its counts back and goes on
-    where the interrupted one stopped. Draw k of an environment is the same task in every process; every task comes
-    once before any comes again.
+    The next environment depends on the counts so far and on nothing else. Draw k of an environment without a curriculum
+    is the same task in every process, and every task comes once before any comes again; a curriculum chooses by what it
+    was told. A resumed run hands back what the ledger remembers and goes on where the interrupted one stopped.
     """
 
-    def __init__(self, weights: Mapping[str, float], tasks: Mapping[str, TaskList], seed: int) -> None:
-        empty = [name for name in weights if tasks[name].num_train_tasks == 0]
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        tasks: Mapping[str, TaskList],
+        seed: int,
+        curricula: Mapping[str, Curriculum] | None = None,
+    ) -> None:
+        empty = [name for name in weights if _count(name, tasks[name]) == 0]
         if empty:
             raise ConfigError(
                 f"environment {empty[0]!r} has no train tasks; give it data, or remove it from the recipe"
             )
-        total = sum(weights.values())
-        self._shares = {name: weight / total for name, weight in weights.items()}
+        self.curricula = dict(curricula or {})
+        self._quotas = Quotas(weights)
         self._tasks = tasks
         self._seed = seed
-        self._counts = dict.fromkeys(weights, 0)
 
     def restore(self, counts: Mapping[str, int]) -> None:
-        """Go on after this many draws of each environment."""
-        unknown = counts.keys() - self._counts.keys()
+        """Go on after this many draws of each environment; its curriculum is restored by itself."""
+        unknown = counts.keys() - self._quotas.counts.keys()
         if unknown:
             raise ConfigError(f"the ledger has tasks of environment {min(unknown)!r}, which the recipe does not list")
-        self._counts |= counts
+        self._quotas.restore(counts)
 
     def draw(self) -> Draw:
-        # The quota method of Balinski and Young: who has not yet its share rounded up, and needs the next seat most.
-        num_draws = sum(self._counts.values()) + 1
-        eligible = [name for name, share in self._shares.items() if self._counts[name] < share * num_draws]
-        name = max(eligible, key=lambda name: self._shares[name] / (self._counts[name] + 1))
-        self._counts[name] += 1
-        return Draw(name, self._counts[name] - 1)
+        name = self._quotas.take()
+        number = self._quotas.counts[name] - 1
+        curriculum = self.curricula.get(name)
+        return Draw(name, number, self._index(name, number) if curriculum is None else curriculum.draw())
 
     def task(self, draw: Draw) -> Task:
-        tasks = self._tasks[draw.environment]
-        count = tasks.num_train_tasks
+        return self._tasks[draw.environment].train_task(draw.index)
+
+    def _index(self, name: str, number: int) -> int:
+        count = self._tasks[name].num_train_tasks
         if count is None:
-            return tasks.train_task(draw.number)
-        epoch, position = divmod(draw.number, count)
-        return tasks.train_task(permuted(position, count, derive_seed(self._seed, "tasks", draw.environment, epoch)))
+            return number
+        epoch, position = divmod(number, count)
+        return permuted(position, count, derive_seed(self._seed, "tasks", name, epoch))
 
 
-def permuted(position: int, count: int, seed: int) -> int:
-    """Where `position` lands in the permutation of range(count) that `seed` selects; no table, any position at once.
-
-    A Feistel network over the smallest even number of bits that holds `count`, walked until it lands inside the range.
-    """
-    half = max(1, (count - 1).bit_length() + 1 >> 1)
-    mask = (1 << half) - 1
-    keys = _round_keys(seed)
-    while True:
-        left, right = position >> half, position & mask
-        for key in keys:
-            left, right = right, left ^ (_scramble(right ^ key) & mask)
-        position = left << half | right
-        if position < count:
-            return position
-
-
-def _round_keys(seed: int) -> Sequence[int]:
-    digest = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=32).digest()
-    return [int.from_bytes(digest[start : start + 8], "little") for start in range(0, 32, 8)]
-
-
-def _scramble(value: int) -> int:
-    """The finaliser of splitmix64: every input bit reaches every output bit."""
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return value ^ value >> 31
+def _count(name: str, tasks: TaskList) -> int | None:
+    try:
+        return tasks.num_train_tasks
+    except Exception as error:  # a source that is opened now, by code of an environment that may raise anything
+        raise ConfigError(f"environment {name!r} cannot count its train tasks: {error}") from error

@@ -1,13 +1,14 @@
 """A run that goes on: the state that its orchestrator died in, from the ledger and the trace segments."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from hone.orchestrator.audit import group_name
 from hone.orchestrator.decide import Group, Limits, State
 from hone.orchestrator.ledger import GroupRow, Ledger
-from hone.orchestrator.mixture import Draw
+from hone.orchestrator.mixture import Draw, Mixture
+from hone.orchestrator.samples import agent_rewards
 from hone.schema.rollouts import RolloutResult
 from hone.schema.traces import Trace
 from hone.schema.wire import WireError
@@ -28,20 +29,22 @@ class Drawn:
 class Recovery:
     """What a restarted orchestrator begins with.
 
-    drawn, traces: of outstanding groups. num_drawn: the cursor of the mixture. orphans: results that reached the
+    drawn, traces: of outstanding groups. orphans: results that reached the
     segments but not the ledger, to be taken as if they arrived now. broken: steps whose batch file must be made again.
     """
 
     state: State
     drawn: dict[int, Drawn]
     traces: dict[int, dict[int, Trace]]
-    num_drawn: dict[str, int]
     orphans: list[tuple[Location, RolloutResult]]
     broken: list[int]
 
 
-def recover(ledger: Ledger, folder: RunFolder, limits: Limits) -> Recovery:
-    """The state of the run in `folder`; that of a new run when the ledger is empty."""
+def recover(ledger: Ledger, folder: RunFolder, limits: Limits, scored_together: Collection[str] = ()) -> Recovery:
+    """The state of the run in `folder`; that of a new run when the ledger is empty.
+
+    scored_together: the environments whose groups are whole or not there at all.
+    """
     rows = ledger.outstanding()
     traces = read_group_traces(ledger, folder, [row.number for row in rows])
     lost = [
@@ -54,18 +57,31 @@ def recover(ledger: Ledger, folder: RunFolder, limits: Limits) -> Recovery:
         for number, attempt in lost:
             ledger.forget_result(number, attempt)
         rows = ledger.outstanding()
+    torn = [row.number for row in rows if row.draw.environment in scored_together and _is_torn(row)]
+    if torn:
+        for number in torn:
+            ledger.forget_group(number)
+            traces.pop(number, None)
+        rows = ledger.outstanding()
     state = State(limits)
     for row in rows:
-        state.restore_group(row.number, _group(row))
+        state.restore_group(row.number, _group(row, traces.get(row.number, {})))
     _restore_steps(state, ledger, folder)
     return Recovery(
         state=state,
         drawn={row.number: Drawn(row.draw, row.task_key) for row in rows},
         traces=traces,
-        num_drawn=ledger.num_drawn(),
-        orphans=_orphans(ledger, folder, state),
+        orphans=_orphans(ledger, folder, state, {r.number for r in rows if r.draw.environment in scored_together}),
         broken=[step for step in range(state.covered + 1, state.num_batches + 1) if not _is_whole(folder, step)],
     )
+
+
+def restore_mixture(mixture: Mixture, ledger: Ledger, reward_of_solved: Mapping[str, float]) -> None:
+    """Let a new mixture go on where the ledger says that the run is, after `recover` has had its say in the ledger."""
+    mixture.restore(ledger.num_drawn())
+    for name, curriculum in mixture.curricula.items():
+        outcomes = ledger.outcomes(name, reward_of_solved[name])
+        curriculum.restore(ledger.drawn_tasks(name), ledger.tasks_under_way(name), outcomes)
 
 
 def read_group_traces(ledger: Ledger, folder: RunFolder, numbers: Iterable[int]) -> dict[int, dict[int, Trace]]:
@@ -84,13 +100,18 @@ def read_group_traces(ledger: Ledger, folder: RunFolder, numbers: Iterable[int])
     return traces
 
 
-def _group(row: GroupRow) -> Group:
-    pending = {a.attempt: a.num_failures for a in row.attempts if a.state in ("issued", "running")}
+def _is_torn(row: GroupRow) -> bool:
+    """Whether some attempts of a running group have an outcome: a trace is lost, or the environment has changed."""
+    return not row.is_finished and any(a.state not in ("issued", "running") for a in row.attempts)
+
+
+def _group(row: GroupRow, traces: Mapping[int, Trace]) -> Group:
+    pending = {a.attempt: a.failures for a in row.attempts if a.state in ("issued", "running")}
     failures = [a.failure for a in row.attempts if a.failure is not None]
     group = Group(row.version, pending, last_failure=failures[-1] if failures else None)
     for a in row.attempts:
         if a.reward is not None:
-            group.record(a.attempt, a.reward, a.min_version)
+            group.record(a.attempt, a.reward, a.min_version, agent_rewards(traces[a.attempt]))
     return group
 
 
@@ -111,14 +132,27 @@ def _restore_steps(state: State, ledger: Ledger, folder: RunFolder) -> None:
     state.last_step = max(state.last_step, state.offered, state.trained)
 
 
-def _orphans(ledger: Ledger, folder: RunFolder, state: State) -> list[tuple[Location, RolloutResult]]:
+def _orphans(
+    ledger: Ledger, folder: RunFolder, state: State, whole: Collection[int]
+) -> list[tuple[Location, RolloutResult]]:
+    """whole: groups that are adopted with all their results, which one frame holds, failures among them; or not."""
     waited_for = {(group_name(number), a): None for number, group in state.groups.items() for a in group.pending}
+    sizes = {group_name(number): len(state.groups[number].pending) for number in whole}
+    together: dict[tuple[Location, str], list[RolloutResult]] = defaultdict(list)
     found = []
     for location, result in read_traces(folder.traces, ledger.traces_end()):
         key = result.group, result.attempt
-        if key in waited_for and result.trace.failure is None:
+        if key not in waited_for:
+            continue
+        if result.group in sizes:
+            together[location, result.group].append(result)
+        elif result.trace.failure is None:
             del waited_for[key]
             found.append((location, result))
+    for (location, group), results in together.items():
+        num_valid = sum(result.trace.failure is None for result in results)
+        if len(results) == sizes[group] and num_valid >= 2:  # with fewer it was to run again
+            found += [(location, result) for result in results]
     return found
 
 

@@ -1,12 +1,13 @@
 """A scored trace to training samples: the tokens of each branch exactly as they were sampled."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from hone.orchestrator.advantages import Estimator, advantages
 from hone.schema.batches import TrainingSample
 from hone.schema.sampling import Turn
-from hone.schema.traces import FailureClass, Trace
+from hone.schema.traces import FailureClass, Node, Trace
 
 
 class UntrainableTraceError(ValueError):
@@ -18,10 +19,19 @@ class UntrainableTraceError(ValueError):
 
 
 class Trainable(NamedTuple):
-    """What a trace brings to its group: the total reward and the lowest version among its sampled tokens."""
+    """What a trace brings to its group: the total reward, the lowest version among the tokens that may train, and with
+    several agents what each of those earned that train."""
 
     reward: float
     min_version: int
+    agent_rewards: tuple[float, ...] = ()
+
+
+class Credit(NamedTuple):
+    """What an agent of a trace earned, and how that compares with the same agent in the other traces of the group."""
+
+    reward: float
+    advantage: float
 
 
 def check_trainable(trace: Trace) -> Trainable:
@@ -29,7 +39,7 @@ def check_trainable(trace: Trace) -> Trainable:
     versions: list[int] = []
     for node in trace.nodes:
         turn = node.turn
-        if turn is None:
+        if turn is None or not learns(trace, node):
             continue
         num_tokens, num_versioned = len(turn.token_ids), 0
         for run in turn.versions:
@@ -49,11 +59,44 @@ def check_trainable(trace: Trace) -> Trainable:
     reward = trace.reward
     if not math.isfinite(reward):
         raise UntrainableTraceError(FailureClass.ENVIRONMENT, f"the reward is {reward}")
-    return Trainable(reward, min(versions))
+    return Trainable(reward, min(versions), agent_rewards(trace))
+
+
+def learns(trace: Trace, node: Node) -> bool:
+    """Whether a turn is one of those that train."""
+    agent = trace.agents.get(node.agent)
+    return agent is None or agent.trains
+
+
+def agent_rewards(trace: Trace) -> tuple[float, ...]:
+    """What each agent earned that trains, in the order of their names; empty for a trace of one policy."""
+    return tuple(reward for _, reward in sorted(trace.agent_rewards.items())) if trace.agents else ()
+
+
+def credits_of(traces: Sequence[Trace], estimator: Estimator) -> list[dict[str, Credit]]:
+    """For each trace of a group the credit of each agent that trains; "" is the policy of a trace without agents.
+
+    An agent that fewer than two traces have is compared with nothing, and not trained.
+    """
+    rewards = [trace.agent_rewards for trace in traces]
+    credited: list[dict[str, Credit]] = [{} for _ in traces]
+    for name in dict.fromkeys(name for found in rewards for name in found):
+        places = [place for place, found in enumerate(rewards) if name in found]
+        if len(places) < 2:
+            continue
+        values = advantages(estimator, [rewards[place][name] for place in places])
+        for place, value in zip(places, values, strict=True):
+            credited[place][name] = Credit(rewards[place][name], value)
+    return credited
 
 
 def training_samples(trace: Trace, reward: float, advantage: float, temperature: float) -> list[TrainingSample]:
-    """One sample for each branch that has tokens to train; `reward` is the trace's, which costs time to add up.
+    """The samples of a trace of one policy; `reward` is the trace's, which costs time to add up."""
+    return agent_samples(trace, {"": Credit(reward, advantage)}, temperature)
+
+
+def agent_samples(trace: Trace, credited: Mapping[str, Credit], temperature: float) -> list[TrainingSample]:
+    """One sample for each branch that has tokens to train: those of agents with a credit.
 
     A node that several branches share trains in the first of them only; in the others its tokens are context.
     """
@@ -61,13 +104,16 @@ def training_samples(trace: Trace, reward: float, advantage: float, temperature:
     trained: set[int] = set()
     branches = [trace.nodes] if is_chain(trace) else trace.branches()
     for branch in branches:
-        turns = [(id(node), node.turn) for node in branch if node.turn is not None]
-        fresh = [turn for identity, turn in turns if identity not in trained and turn.token_ids]
-        if fresh:
-            masks = [identity not in trained for identity, _ in turns]
-            sample = _sample(trace, [turn for _, turn in turns], masks, fresh, advantage, temperature, reward)
-            samples.append(sample)
-        trained.update(identity for identity, _ in turns)
+        turns: list[Turn] = []
+        shares: list[Credit | None] = []
+        for node in branch:
+            if node.turn is None:
+                continue
+            turns.append(node.turn)
+            shares.append(None if id(node) in trained else credited.get(node.agent))
+            trained.add(id(node))
+        if any(share is not None and turn.token_ids for turn, share in zip(turns, shares, strict=True)):
+            samples.append(_sample(trace, turns, shares, temperature))
     return samples
 
 
@@ -76,34 +122,32 @@ def is_chain(trace: Trace) -> bool:
     return all(node.parent == index - 1 for index, node in enumerate(trace.nodes) if index)
 
 
-def _sample(
-    trace: Trace,
-    turns: Sequence[Turn],
-    masks: Sequence[bool],
-    fresh: Sequence[Turn],
-    advantage: float,
-    temperature: float,
-    reward: float,
-) -> TrainingSample:
+def _sample(trace: Trace, turns: Sequence[Turn], shares: Sequence[Credit | None], temperature: float) -> TrainingSample:
+    """The tokens of a branch; those of turns with a share train, the others are context."""
     token_ids: list[int] = []
     loss_mask: list[int] = []
     logprobs: list[float] = []
     advantages: list[float] = []
-    for turn, trains in zip(turns, masks, strict=True):
+    versions: list[int] = []
+    reward = 0.0
+    for turn, share in zip(turns, shares, strict=True):
         context, sampled = len(turn.context_token_ids), len(turn.token_ids)
         token_ids += turn.context_token_ids
         token_ids += turn.token_ids
-        loss_mask += [0] * context + [int(trains)] * sampled
+        loss_mask += [0] * context + [int(share is not None)] * sampled
         logprobs += [0.0] * context
-        logprobs += turn.logprobs if trains else [0.0] * sampled
-        advantages += [0.0] * context + [advantage if trains else 0.0] * sampled
+        logprobs += turn.logprobs if share is not None else [0.0] * sampled
+        advantages += [0.0] * context + [0.0 if share is None else share.advantage] * sampled
+        if share is not None:
+            reward = share.reward
+            versions += [run.version for run in turn.versions if run.count]
     return TrainingSample(
         token_ids=token_ids,
         loss_mask=loss_mask,
         logprobs=logprobs,
         advantages=advantages,
         temperature=temperature,
-        version=min(run.version for turn in fresh for run in turn.versions if run.count),
+        version=min(versions),
         group=trace.group,
         attempt=trace.attempt,
         reward=reward,

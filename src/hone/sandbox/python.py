@@ -16,10 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hone.sandbox.cells import FAILED, READY, REPORT, Cell, Ending, Process
+from hone.sandbox.cells import FAILED, READY, REPORT, Cell
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.host import Host, look
 from hone.sandbox.plan import Image
+from hone.sandbox.programs import Ending, Process
+from hone.sandbox.readiness import until_ready
 from hone.schema.sandboxes import ExecResult
 
 GUEST = Path(__file__).parent / "guest"
@@ -385,12 +387,7 @@ class _Zygote:
                     socket.send_fds(self._socket, [order], descriptors)
                     return
                 except BlockingIOError:
-                    writable: asyncio.Future[None] = loop.create_future()
-                    loop.add_writer(self._socket.fileno(), lambda: writable.done() or writable.set_result(None))  # noqa: B023
-                    try:
-                        await writable
-                    finally:
-                        loop.remove_writer(self._socket.fileno())
+                    await until_ready(self._socket.fileno(), loop.add_writer, loop.remove_writer)
 
     async def close(self) -> None:
         """End it. What it forked into cells lives on."""

@@ -43,12 +43,25 @@ class WorkerHello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     environments: list[str]
 
 
-class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A worker is alive: its rollouts under way and the longest stall of its event loop since the last beat."""
+class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A worker is alive: its rollouts under way and the longest stall of its event loop since the last beat.
+
+    stalled_in: the functions that stood still, with file and line, where the stall was long enough to look at;
+    stalled_environment: whose they were.
+    """
 
     worker: str
     num_running: int
     max_stall_seconds: float
+    stalled_in: str = ""
+    stalled_environment: str = ""
+
+
+class Farewell(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A worker ends itself: what it still runs is not at fault and may run elsewhere."""
+
+    worker: str
+    reason: str
 
 
 class Shutdown(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,7 +70,7 @@ class Shutdown(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str
 
 
-WORKER_CHANNEL = (WorkerHello, Heartbeat, RolloutResult, RolloutRequest, RolloutCancel, Shutdown)
+WORKER_CHANNEL = (WorkerHello, Heartbeat, Farewell, RolloutResult, RolloutRequest, RolloutCancel, Shutdown)
 """What travels between the orchestrator and its env workers."""
 
 FRAMES_PER_MESSAGE = 256

@@ -57,13 +57,15 @@ class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One message of a trace's graph.
 
-    parent: index of the message before it, None for a root. turn: for what the policy wrote, the tokens it saw and
-    wrote; messages of others carry none, because the tokens between two turns belong to the later turn's context.
+    parent: index of the message before it, None for a root. turn: for what a model wrote, the tokens it saw and wrote;
+    messages of others carry none, because the tokens between two turns belong to the later turn's context. agent: in a
+    rollout with several agents, whose turn it is.
     """
 
     message: Message
     parent: int | None = None
     turn: Turn | None = None
+    agent: str = ""
 
 
 class Reward(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -71,6 +73,18 @@ class Reward(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
     value: float
     weight: float = 1.0
+
+
+class AgentRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One of several agents of a rollout: whether its turns train, and what it earned besides the common rewards."""
+
+    trains: bool = True
+    rewards: dict[str, Reward] = {}
+
+    @property
+    def reward(self) -> float:
+        """The weighted sum of its own rewards."""
+        return _total(self.rewards)
 
 
 class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -85,7 +99,10 @@ class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
 
 class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One rollout of one task. Either `failure` is set, or rewards and stop reason are valid."""
+    """One rollout of one task. Either `failure` is set, or rewards and stop reason are valid.
+
+    agents: those of a rollout with several, by name; `rewards` are common to all of them then.
+    """
 
     environment: str
     task: Task
@@ -99,6 +116,7 @@ class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     failure: Failure | None = None
     timing: Timing = Timing()
     info: dict[str, Any] = {}
+    agents: dict[str, AgentRecord] = {}
 
     def __post_init__(self) -> None:
         for index, node in enumerate(self.nodes):
@@ -107,10 +125,24 @@ class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
     @property
     def reward(self) -> float:
-        """The weighted sum of the named rewards; meaningless, hence an error, on a failed trace."""
+        """The weighted sum of the named rewards; meaningless, hence an error, on a failed trace.
+
+        With several agents, the mean of what those earned that train.
+        """
         if self.failure is not None:
             raise ValueError(f"a failed trace has no reward ({self.failure.kind}: {self.failure.message})")
-        return sum(reward.value * reward.weight for reward in self.rewards.values())
+        if not self.agents:
+            return _total(self.rewards)
+        own = [agent.reward for agent in self.agents.values() if agent.trains]
+        return _total(self.rewards) + sum(own) / max(1, len(own))
+
+    @property
+    def agent_rewards(self) -> dict[str, float]:
+        """What each agent that trains earned, the common rewards included; without agents, the one policy's, under ""."""
+        if not self.agents:
+            return {"": self.reward}
+        common = _total(self.rewards)
+        return {name: common + agent.reward for name, agent in self.agents.items() if agent.trains}
 
     @property
     def is_truncated(self) -> bool:
@@ -144,3 +176,7 @@ class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
             path.append(self.nodes[index])
             index = self.nodes[index].parent
         return path[::-1]
+
+
+def _total(rewards: dict[str, Reward]) -> float:
+    return sum(reward.value * reward.weight for reward in rewards.values())

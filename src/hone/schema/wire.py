@@ -13,6 +13,10 @@ class WireError(ValueError):
     """A message that is not what the receiver expects: malformed, of another protocol version, or of another type."""
 
 
+class ProtocolError(WireError):
+    """A message of another protocol version: its sender runs another version of hone."""
+
+
 class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What is on the wire: the protocol version, the name of the type, the encoded body."""
 
@@ -41,7 +45,7 @@ class Wire:
         try:
             envelope = self._envelope.decode(data)
             if envelope.protocol != PROTOCOL:
-                raise WireError(
+                raise ProtocolError(
                     f"message of protocol {envelope.protocol}, this process speaks {PROTOCOL}; run the same version of hone everywhere"
                 )
             decoder = self._decoders.get(envelope.kind)

@@ -41,8 +41,8 @@ def first_and_last(traces: Iterable[Trace], count: int) -> tuple[list[Trace], li
     return first, list(deque(rest, maxlen=count))
 
 
-def view(trace: Trace) -> TraceView:
-    """A trace as it is shown."""
+def view(trace: Trace, max_characters: int = MAX_CHARACTERS) -> TraceView:
+    """A trace as it is shown, with at most so many characters of each message."""
     failure = trace.failure
     return TraceView(
         title=f"{trace.environment} · {_one_line(trace)}",
@@ -50,7 +50,8 @@ def view(trace: Trace) -> TraceView:
         failure="" if failure is None else f"{failure.kind}: {failure.where}: {failure.message}",
         versions=_versions(trace),
         facts=_facts(trace),
-        messages=tuple(_message(node) for node in trace.nodes) or tuple(map(_plain, trace.task.prompt)),
+        messages=tuple(_message(node, max_characters) for node in trace.nodes)
+        or tuple(_plain(message, max_characters) for message in trace.task.prompt),
     )
 
 
@@ -87,17 +88,18 @@ def _facts(trace: Trace) -> str:
     return " · ".join(fact for fact in facts if fact)
 
 
-def _message(node: Node) -> MessageView:
+def _message(node: Node, max_characters: int) -> MessageView:
     turn = node.turn
     detail = "" if turn is None else f"{turn.num_completion_tokens} tokens, {turn.finish_reason}"
-    return _plain(node.message, detail)
+    return _plain(node.message, max_characters, detail)
 
 
-def _plain(message: Message, detail: str = "") -> MessageView:
+def _plain(message: Message, max_characters: int, detail: str = "") -> MessageView:
     calls = "".join(f"\n→ {call.name}({call.arguments})" for call in message.tool_calls)
-    return MessageView(message.role, _short(message.content + calls), _short(message.reasoning or ""), detail)
+    content, reasoning = message.content + calls, message.reasoning or ""
+    return MessageView(message.role, _short(content, max_characters), _short(reasoning, max_characters), detail)
 
 
-def _short(text: str) -> str:
-    left_out = len(text) - MAX_CHARACTERS
-    return text if left_out <= 0 else f"{text[:MAX_CHARACTERS]}… ({left_out} more characters)"
+def _short(text: str, max_characters: int = MAX_CHARACTERS) -> str:
+    left_out = len(text) - max_characters
+    return text if left_out <= 0 else f"{text[:max_characters]}… ({left_out} more characters)"

@@ -1,17 +1,11 @@
 """The report of a run: one HTML file that needs no other file and no network, made from the run's folder alone."""
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from hone.config.load import ConfigError, load_recipe
 from hone.evals.statistics import CONFIDENCE
@@ -19,6 +13,7 @@ from hone.observability.machine import describe_machine
 from hone.schema.traces import Trace
 from hone.studio.charts import Chart, ChartGroup, charts_of, shown
 from hone.studio.excerpts import TraceView, view
+from hone.studio.page import embedded, inlined, plotly, template, write_page
 from hone.studio.run import Run, gather
 from hone.studio.timeline import Span, shares, window
 from hone.transport.folders import RunFolder
@@ -82,19 +77,14 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
     """
     if not run_folder.is_dir():
         raise ValueError(f"{run_folder} is no folder of a run")
-    path = output or run_folder / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(render(gather(RunFolder(run_folder))), encoding="utf-8")
-    temporary.replace(path)
-    return path
+    return write_page(output or run_folder / "report.html", render(gather(RunFolder(run_folder))))
 
 
 def render(run: Run) -> str:
     """The page as text."""
     groups = _plot_groups(run)
     in_window = window(run.spans, WINDOW_SECONDS)
-    return _template().render(
+    return template("report.html.j2").render(
         name=run.folder.path.resolve().name,
         status=_status(run),
         facts=_facts(run),
@@ -112,40 +102,12 @@ def render(run: Run) -> str:
         machine=run.machine or describe_machine(),
         machine_title="Machine and versions" if run.machine else "Machine and versions that wrote this report",
         contents=_contents(run, groups),
-        data=_embedded(_drawn(run, groups, in_window)),
+        data=embedded(_drawn(run, groups, in_window)),
         draws=bool(run.series or run.spans),
-        css=Markup(_source("report.css")),
-        javascript=Markup(_source("report.js")),
-        plotly=_plotly(),
+        css=inlined("report.css"),
+        javascript=inlined("plots.js", "report.js"),
+        plotly=plotly(),
     )
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_source),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("report.html.j2")
-
-
-def _source(name: str) -> str:
-    return (files("hone.studio") / "templates" / name).read_text(encoding="utf-8")
-
-
-@cache
-def _plotly() -> Markup:
-    try:
-        package = files("plotly")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the report draws with plotly; install it with pip install 'hone[train]'") from error
-    return Markup((package / "package_data" / "plotly.min.js").read_text(encoding="utf-8"))
-
-
-def _embedded(data: Mapping[str, Any]) -> Markup:
-    return Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c"))  # no text in it can end the script
 
 
 def _drawn(run: Run, groups: Sequence[PlotGroup], in_window: Sequence[Span]) -> dict[str, Any]:

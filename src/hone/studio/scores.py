@@ -37,7 +37,7 @@ class Score:
 def scores_of(evals: Path) -> list[Score]:
     """The scores of all evaluations before and after training, policies that compare beside one another."""
     results = [(label, read_result(folder)) for label, folder in _folders(evals)]
-    scores = [score for label, result in results for score in _scores(label, result)]
+    scores = [score for label, result in results for score in scores_of_result(label, result)]
     places = {key: place for place, key in enumerate(dict.fromkeys((s.environment, s.score) for s in scores))}
     return sorted(scores, key=lambda score: places[score.environment, score.score])
 
@@ -48,7 +48,8 @@ def _folders(evals: Path) -> Iterator[tuple[str, Path]]:
     yield from sorted(found, key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER))
 
 
-def _scores(label: str, result: EvalResult) -> Iterator[Score]:
+def scores_of_result(label: str, result: EvalResult) -> Iterator[Score]:
+    """The rows of one policy on one environment."""
     for name, estimate in rows_of(result).items():
         yield Score(
             environment=result.environment,

@@ -362,23 +362,50 @@ def read_pairs(name: str, text: str, pair: re.Pattern[str], tools: Sequence[Tool
     return call_if_valid(name, arguments, json.dumps(arguments, ensure_ascii=False))
 
 
-def parameter_types(name: str, tools: Sequence[ToolSpec]) -> Mapping[str, object]:
-    """The JSON type of each parameter of the tool, as its schema declares it."""
-    properties = next((tool.parameters.get("properties") for tool in tools if tool.name == name), None)
-    if not isinstance(properties, dict):
-        return {}
-    return {key: schema.get("type") for key, schema in properties.items() if isinstance(schema, dict)}
+def parameter_types(name: str, tools: Sequence[ToolSpec]) -> Mapping[str, set[str]]:
+    """The JSON types that each parameter of the tool may have, as its schema declares them."""
+    schema = next((tool.parameters for tool in tools if tool.name == name), {})
+    properties = schema.get("properties")
+    return {key: declared_types(one, schema) for key, one in properties.items()} if isinstance(properties, dict) else {}
 
 
-def argument_value(text: str, declared: object) -> Any:
-    """The value that untyped text spells: text if so declared, else JSON if it is, else text."""
-    if declared == "string":
+def declared_types(schema: object, root: Mapping[str, Any], depth: int = 8) -> set[str]:
+    """The JSON types that a schema allows, where it says so in words: by type, values, a union or a reference."""
+    if not isinstance(schema, dict) or not depth:
+        return set()
+    types = schema.get("type", ())
+    found = {types} if isinstance(types, str) else set(types)
+    for value in [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]:
+        found |= json_types(value)
+    for one in [*schema.get("anyOf", ()), *schema.get("oneOf", ())]:
+        found |= declared_types(one, root, depth - 1)
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/$defs/"):
+        found |= declared_types(root.get("$defs", {}).get(reference.removeprefix("#/$defs/")), root, depth - 1)
+    return found
+
+
+def json_types(value: object) -> set[str]:
+    """What JSON schema calls a value; whole numbers go by two names."""
+    if value is None or isinstance(value, bool):
+        return {"null" if value is None else "boolean"}
+    if isinstance(value, int | float):
+        return {"number", "integer"} if value == int(value) else {"number"}
+    return {"string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"}
+
+
+def argument_value(text: str, declared: set[str] | None) -> Any:
+    """The value that untyped text spells: JSON if it is of a declared type, or none is declared; else text."""
+    others = (declared or set()) - {"string"}
+    if declared and not others:
         return text
     try:
         value = json.loads(text, parse_constant=refuse)
-        return value if is_text(json.dumps(value, ensure_ascii=False, allow_nan=False)) else text
+        spelled = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):
         return text
+    is_wrong = declared is not None and "string" in declared and not json_types(value) & others
+    return text if is_wrong or not is_text(spelled) else value
 
 
 HERMES = CallFormat("hermes", read_json_call, "<tool_call>", "</tool_call>")

@@ -3,8 +3,10 @@
 R and C are the rows and columns of a matrix, E the experts that are stacked in one parameter.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -73,24 +75,39 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group["lr"], group["momentum"], group["weight_decay"])
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            nudges = [self._nudge(parameter, group["momentum"]) for parameter in trained]
+            for parameter, direction in zip(trained, orthogonalise_all(nudges), strict=True):
+                scale = ADAMW_UPDATE_RMS * math.sqrt(max(parameter.shape[-2:]))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * scale)
 
-    def _update(self, parameter: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
+    def _nudge(self, parameter: Tensor, momentum: float) -> Tensor:
+        """The gradient with Nesterov's momentum."""
         gradient, state = cast(Tensor, parameter.grad), self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(gradient)
         state["momentum"].lerp_(gradient, 1 - momentum)
-        direction = orthogonalise_sharded(gradient.lerp(state["momentum"], momentum))
-        scale = ADAMW_UPDATE_RMS * math.sqrt(max(parameter.shape[-2:]))
-        parameter.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * scale)
+        return gradient.lerp(state["momentum"], momentum)
 
 
-def orthogonalise_sharded(matrices: Tensor) -> Tensor:
-    """`orthogonalise` of a plain or a sharded tensor, sharded as before."""
-    if not isinstance(matrices, DTensor):
-        return orthogonalise(matrices)
+def orthogonalise_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`orthogonalise` of each, sharded as before; plain tensors of one matrix shape in one batch of products."""
+    found: list[Tensor | None] = [None] * len(tensors)
+    batches: dict[torch.Size, list[int]] = defaultdict(list)
+    for place, tensor in enumerate(tensors):
+        if isinstance(tensor, DTensor):
+            found[place] = orthogonalise_sharded(tensor)
+        else:
+            batches[tensor.shape[-2:]].append(place)
+    for shape, places in batches.items():
+        stacks = [tensors[place].reshape(-1, *shape) for place in places]
+        parts = torch.split(orthogonalise(torch.cat(stacks)), [len(stack) for stack in stacks])
+        for place, part in zip(places, parts, strict=True):
+            found[place] = part.view(tensors[place].shape)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def orthogonalise_sharded(matrices: DTensor) -> Tensor:
     mesh, placements = matrices.device_mesh, matrices.placements
     if matrices.ndim == 3 and placements == (Shard(0),):
         local = orthogonalise(matrices.to_local())
@@ -105,17 +122,36 @@ def orthogonalise(matrices_xRC: Tensor) -> Tensor:
     """The nearest matrix with singular values around 1, by Newton-Schulz; leading dimensions are batches."""
     if matrices_xRC.numel() == 0:
         return matrices_xRC
-    # bfloat16 is precise enough for five iterations, and fast on a GPU only.
-    work: Tensor = matrices_xRC.bfloat16() if matrices_xRC.is_cuda else matrices_xRC.float()
+    work = matrices_xRC.reshape(-1, *matrices_xRC.shape[-2:]).float()
     is_tall = work.shape[-2] > work.shape[-1]
     if is_tall:
         work = work.mT
     work = work / work.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    if work.is_cuda:
+        # Precise enough for five iterations. A CPU keeps float32, in which one rank and two give the same curve.
+        work = work.bfloat16()
     a, b, c = NEWTON_SCHULZ
-    for _ in range(NEWTON_SCHULZ_ITERATIONS):
-        gram = work @ work.mT
-        work = a * work + (b * gram + c * (gram @ gram)) @ work
-    return (work.mT if is_tall else work).to(matrices_xRC.dtype)
+    with onednn_products():
+        for _ in range(NEWTON_SCHULZ_ITERATIONS):
+            gram = work @ work.mT
+            work = torch.baddbmm(work, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), work, beta=a)
+    return (work.mT if is_tall else work).reshape(matrices_xRC.shape).to(matrices_xRC.dtype)
+
+
+@contextlib.contextmanager
+def onednn_products() -> Iterator[None]:
+    """Float32 products on a CPU by oneDNN: on an AMD EPYC twice as fast as the default (90 of 128 x 128: 32 to 69 ms).
+
+    The switch allows oneDNN to round to bfloat16, which it does only where AMX multiplies those: left alone there.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if not torch.cpu.get_capabilities().get("amx_bf16"):
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _adamw(parameters: Sequence[nn.Parameter], section: OptimizerSection) -> AdamW:

@@ -1,21 +1,25 @@
-"""The guardian of one local sandbox: starts its programs behind limits, kills whole trees, dies with its owner.
+"""The guardians of local sandboxes: each starts its programs behind limits, kills whole trees, dies with its owner.
 
-    python -I -S guardian.py CONTROL_FD    (a SOCK_SEQPACKET socket; messages are marshalled dicts)
+    python -I -S guardian.py    (stdin: a SOCK_SEQPACKET socket)
+
+The process that is started so is the *spawner*: for every message with a descriptor, which is the end of another such
+socket, it forks a guardian, which talks over that socket in marshalled dicts. It ends when its socket does.
 
 Owner to guardian: first the options; then {"start": id, argv, env, cwd} with the descriptors of stdin, stdout and
-stderr, {"signal": id, kill} (else an interrupt). Guardian to owner: first {"protections"}; then
+stderr, {"signal": id, kill} (else an interrupt). Guardian to owner: first {"protections", pid}; then
 {"ended": id, status, cpu_seconds, peak_memory_bytes} (status None: nobody knows, the keeper was killed) and
-{"over": reason}. When the owner closes the socket or the lease ends, everything in the sandbox dies.
+{"over": reason}. When the owner shuts the socket or the lease ends, everything in the sandbox dies, and only then the
+guardian's end is closed.
 
 Three kinds of processes: the guardian; one *keeper* per program, which adopts whatever the program leaves behind; the
 programs. With namespaces the guardian is process 1 of the sandbox and a keeper process 1 of its program, so that the
 kernel kills the tree below; without them both are subreapers and walk the tree. The guardian trusts its owner and
-nothing that runs below a keeper. This file starts once per sandbox: it imports little.
+nothing that runs below a keeper.
 """
 
 from __future__ import annotations
 
-# What the modules signal and socket are made of: those themselves take longer to import than all the rest.
+# What the modules signal and socket are made of: those take longer to import than all the rest.
 import _signal as signal  # type: ignore[import-not-found]
 import ctypes
 import marshal
@@ -63,32 +67,74 @@ class suppress:
 
 
 def main() -> None:
-    control = Socket(AF_UNIX, SOCK_SEQPACKET, 0, int(sys.argv[1]))
-    os.set_inheritable(control.fileno(), False)
-    options: dict[str, Any] = marshal.loads(control.recv(MESSAGE_BYTES))
-    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    with suppress(OSError):
-        os.sched_setaffinity(0, options["cores"])
-    has_namespaces = options["namespaces"] and enter_namespaces(options["network"])
-    if has_namespaces:
-        inner = os.fork()
-        if inner:
-            control.close()
-            os.waitpid(inner, 0)  # returns when process 1 and with it everything in the sandbox is gone
+    """Fork a guardian for every request."""
+    os.setsid()
+    os.closerange(1, 4096)
+    requests = Socket(AF_UNIX, SOCK_SEQPACKET, 0, 0)
+    nothing = [os.open(os.devnull, os.O_RDWR) for _ in (1, 2)]
+    are_granted = are_namespaces_granted()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for guardians
+    while True:
+        data, ancillary, _, _ = requests.recvmsg(1, CMSG_SPACE(4))
+        if not data:
             os._exit(0)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    else:
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    landlock = options["landlock"] and landlock_version() > 0
-    control.send(marshal.dumps({"protections": {"namespaces": has_namespaces, "files": landlock}}))
-    try:
-        reason = Guardian(control, options, has_namespaces, landlock).serve()
+        control = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+        with suppress(OSError):  # no room for a process: the owner sees the end of the socket
+            if not os.fork():
+                os.dup2(nothing[0], 0)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                guard(Socket(AF_UNIX, SOCK_SEQPACKET, 0, control), are_granted)
+        os.close(control)
+
+
+def are_namespaces_granted() -> bool:
+    """Whether a guardian can enter namespaces and make more; tried out in a process that ends, for there is no way back.
+
+    Some systems let everybody enter a user namespace and refuse what makes it useful.
+    """
+    child = os.fork()
+    if not child:
         with suppress(OSError):
-            control.send(marshal.dumps({"over": reason}))
+            if enter_namespaces("none"):
+                inner = os.fork()
+                if not inner:
+                    os._exit(1 if libc.unshare(CLONE_NEWPID) else 0)
+                os._exit(os.waitpid(inner, 0)[1] != 0)
+        os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def guard(control: Socket, are_granted: bool) -> None:
+    """Be the guardian of one sandbox. Never returns."""
+    has_namespaces = False
+    options: dict[str, Any] = {}
+    try:
+        options = marshal.loads(control.recv(MESSAGE_BYTES))
+        pid = os.getpid()
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        with suppress(OSError):
+            os.sched_setaffinity(0, options["cores"])
+        has_namespaces = are_granted and options["namespaces"] and enter_namespaces(options["network"])
+        if has_namespaces:
+            inner = os.fork()
+            if inner:
+                os.waitpid(inner, 0)  # returns when process 1 and with it everything in the sandbox is gone
+                remove(options["folder"])
+                os._exit(0)
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        else:
+            libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        landlock = options["landlock"] and landlock_version() > 0
+        control.send(marshal.dumps({"protections": {"namespaces": has_namespaces, "files": landlock}, "pid": pid}))
+        reason = Guardian(control, options, has_namespaces, landlock).serve()
+        control.send(marshal.dumps({"over": reason}))
+    except (OSError, EOFError):
+        pass  # the owner is gone
     finally:
-        if not has_namespaces:
+        if not has_namespaces:  # else the kernel kills them, and /proc, which is the host's, shows other numbers
             kill_descendants()
+            remove(options.get("folder", ""))
         os._exit(0)
 
 
@@ -219,6 +265,7 @@ def run(
     """Become the program. Never returns."""
     try:
         os.setsid()
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, set())
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores these two, and exec hands that on
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -307,8 +354,7 @@ def confine(options: dict[str, Any], has_namespaces: bool) -> None:
         allow(ruleset, path, LANDLOCK_READ)
     for path in DEVICES:
         allow(ruleset, path, everything if path == "/dev/shm" else 0b1110 & everything)
-    for path in options["writable"]:
-        allow(ruleset, path, everything)
+    allow(ruleset, options["folder"], everything)
     if libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0):
         raise OSError(ctypes.get_errno(), "the kernel refused to apply a landlock ruleset")
     os.close(ruleset)
@@ -338,6 +384,19 @@ def kill_descendants() -> None:
             for pid in below:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, number)
+
+
+def remove(folder: str) -> None:
+    """Remove a folder with all that is in it, whatever its programs did to the permissions."""
+    with suppress(OSError):
+        os.chmod(folder, 0o700)  # noqa: PTH101 - pathlib takes 5 ms to import
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    remove(entry.path)
+                else:
+                    os.unlink(entry.path)  # noqa: PTH108
+        os.rmdir(folder)  # noqa: PTH106
 
 
 def process_parents() -> dict[int, int]:

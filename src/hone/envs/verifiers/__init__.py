@@ -1,1 +1,1 @@
-"""Verifiers: code that checks an answer."""
+"""Code that checks answers: functions of an answer and a reference, to be declared as rewards as they are."""

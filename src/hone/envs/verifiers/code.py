@@ -12,6 +12,7 @@ identity. Where a test asks the program itself for a judgement (`assert solution
 """
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import Mapping, Sequence
@@ -118,8 +119,9 @@ class CodeVerifier:
             return (await verifier.verify(code_of(answer), Assertions(info["tests"]))).is_right
 
     timeout_seconds: what the program has for all assertions and calls, or for each of its inputs, by the clock on the
-    wall: leave it room on a busy machine. It begins when the program's process is ready. Trouble with a sandbox is a `RolloutFailure` of class sandbox; tests that cannot be run are a
-    `ValueError`.
+    wall: leave it room on a busy machine. It begins when the program's process is ready.
+
+    Trouble with a sandbox is a `RolloutFailure` of class sandbox; tests that cannot be run are a `ValueError`.
     """
 
     def __init__(
@@ -146,15 +148,14 @@ class CodeVerifier:
         async with (
             LazySandbox(self._sandboxes, self._spec) as around_checker,
             LazySandbox(self._sandboxes, self._spec) as around_candidate,
+            contextlib.AsyncExitStack() as stack,
         ):
             checker = MessageStream(await around_checker.start(guest_command("checker")))
+            stack.push_async_callback(checker.process.close)
             candidate = _Candidate(around_candidate, self._timeout_seconds)
-            try:
-                await candidate.load(program)
-                return await _relay(candidate, checker, job)
-            finally:
-                await candidate.close()
-                await checker.process.close()
+            stack.push_async_callback(candidate.close)
+            await candidate.load(program)
+            return await _relay(candidate, checker, job)
 
     async def _feed(self, program: str, tests: InputsOutputs) -> CodeVerdict:
         if not program.strip():

@@ -1,0 +1,134 @@
+"""An agent program that is started for each rollout: a command, in a folder of its own or in a sandbox."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from hone.envs.failures import failures_as
+from hone.envs.harness.endpoint import Endpoint
+from hone.envs.harness.environment import Harness, OnCrash, ProgramCrash
+from hone.envs.harness.places import LocalRun, ProgramRun, SandboxRun
+from hone.envs.rollout import Rollout
+from hone.envs.rubric import Rubric
+from hone.envs.sandboxes import LazySandbox, SandboxProvider
+from hone.envs.sources import Tasks
+from hone.schema.messages import Message
+from hone.schema.sandboxes import SandboxSpec
+from hone.schema.tasks import Task
+from hone.schema.traces import FailureClass
+
+PLACEHOLDER = re.compile(r"\{(base_url|anthropic_base_url|api_key|model|prompt)\}")
+KEPT_CHARACTERS = 2000
+"""Of each output, in the trace; `ProgramRun.output` has more."""
+CRASH_CHARACTERS = 500
+
+
+def prompt_text(task: Task) -> str:
+    """The messages of the task's prompt, one below the other."""
+    return "\n\n".join(message.content for message in task.prompt)
+
+
+class ProgramHarness(Harness):
+    """The program is a command, started for each rollout in an empty folder, and ended with all that it started.
+
+    command: the program and its arguments, in which {base_url} (OpenAI's, with /v1), {anthropic_base_url}, {api_key},
+    {model} and {prompt} are filled in; no shell reads it. variables: environment variables, with the same placeholders.
+    Besides these the program gets OPENAI_BASE_URL, OPENAI_API_KEY, OPENAI_MODEL, ANTHROPIC_BASE_URL, ANTHROPIC_API_KEY
+    and ANTHROPIC_MODEL, PATH and locale, an empty HOME, and no other variable of this process. prompt: what the program
+    is told of a task; one that does not fit into an argument (128 KiB) is a file that `prepare` writes.
+
+    sandboxes: where programs run that are not trusted, each in a sandbox of this spec; its network must reach the proxy
+    on this machine. None: as a process of this user.
+
+    `rollout.state` is a `ProgramRun`: rewards read the program's files and its output there. A program whose exit code
+    is not 0 has crashed. The trace's info has the exit code and the end of the output under `program`.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        rubric: Rubric,
+        train: Sequence[Task] | Tasks,
+        command: Sequence[str],
+        held_out: Sequence[Task] | Tasks = (),
+        variables: Mapping[str, str] | None = None,
+        prompt: Callable[[Task], str] = prompt_text,
+        sandboxes: SandboxProvider | None = None,
+        spec: SandboxSpec = SandboxSpec(network="host", memory_mb=4096),
+        version: str = "",
+        max_turns: int | None = None,
+        max_tool_calls: int | None = None,
+        gold: Callable[[Task], Sequence[Message]] | None = None,
+        on_crash: OnCrash = "fail",
+        grace_seconds: float = 5.0,
+        model: str = "policy",
+    ) -> None:
+        if isinstance(command, str) or not command:
+            raise ValueError(f"environment {name!r}: command {command!r} must be a list: the program and its arguments")
+        if sandboxes is not None and spec.network == "none":
+            raise ValueError(f"environment {name!r}: a sandbox without network cannot reach the proxy; use 'host'")
+        super().__init__(
+            name=name,
+            rubric=rubric,
+            train=train,
+            held_out=held_out,
+            version=version,
+            max_turns=max_turns,
+            max_tool_calls=max_tool_calls,
+            gold=gold,
+            on_crash=on_crash,
+            grace_seconds=grace_seconds,
+            model=model,
+        )
+        self._command = tuple(command)
+        self._variables = dict(variables or {})
+        self._prompt = prompt
+        self._sandboxes = sandboxes
+        self._spec = spec
+
+    async def prepare(self, rollout: Rollout, run: ProgramRun) -> None:
+        """Write what the program shall find in its folder, before it starts. The default writes nothing."""
+
+    async def setup(self, rollout: Rollout) -> None:
+        """Make the folder or the sandbox."""
+        if self._sandboxes is None:
+            run: ProgramRun = LocalRun()
+        else:
+            run = SandboxRun(LazySandbox(self._sandboxes, self._spec), self._spec.ttl_seconds)
+        rollout.state = run
+        await self.prepare(rollout, run)
+
+    async def drive(self, rollout: Rollout, endpoint: Endpoint) -> None:
+        """Run the command to its end."""
+        run: ProgramRun = rollout.state
+        values = {
+            "base_url": endpoint.base_url,
+            "anthropic_base_url": endpoint.anthropic_base_url,
+            "api_key": endpoint.api_key,
+            "model": endpoint.model,
+            "prompt": self._prompt(rollout.task),
+        }
+        variables = {name: _filled(text, values) for name, text in self._variables.items()}
+        command = [_filled(text, values) for text in self._command]
+        output = run.output
+        try:
+            with failures_as(FailureClass.HARNESS, "start the program"):
+                await run.execute(command, endpoint.variables | variables)
+        finally:
+            rollout.info["program"] = {
+                "exit_code": output.exit_code,
+                "stdout": output.stdout[-KEPT_CHARACTERS:],
+                "stderr": output.stderr[-KEPT_CHARACTERS:],
+            }
+        if output.exit_code:
+            said = (output.stderr.strip() or output.stdout.strip())[-CRASH_CHARACTERS:]
+            raise ProgramCrash(f"{command[0]} ended with exit code {output.exit_code}: {said or 'it said nothing'}")
+
+    async def teardown(self, rollout: Rollout) -> None:
+        """Remove the folder or close the sandbox."""
+        if rollout.state is not None:
+            await rollout.state.close()
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    return PLACEHOLDER.sub(lambda found: values[found[1]], text)
