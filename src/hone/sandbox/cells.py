@@ -18,7 +18,7 @@ from typing import Self
 from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, sweep
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
-from hone.sandbox.plan import Bind, Grants, Image, Operation, Plan, id_maps, plan_cell
+from hone.sandbox.plan import CONFINING, Bind, Grants, Image, Operation, Plan, encode_operations, id_maps, plan_cell
 from hone.sandbox.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Ending, Process
 from hone.sandbox.readiness import until_ready
 from hone.sandbox.spawner import Born, Spawner
@@ -119,6 +119,7 @@ class Cells:
                 if unified is not None:
                     descriptors.append(unified)
                 plan = self._plan(cell, binds, num_tasks=len(tasks))
+                cell.operations = plan.operations
                 order = plan.encode(number, cgroup=-1 if unified is None else len(descriptors) - 1)
                 born = await spawner.order(number, order, descriptors)
         finally:
@@ -204,7 +205,7 @@ class Cell:
     """One sandbox. Nothing in it can name, see or signal anything outside.
 
     root_descriptor: its root folder, for reading and writing files beneath (never by a path without RESOLVE_IN_ROOT).
-    layer_descriptor: its writable layer. uid_base: the outside's id of its root.
+    layer_descriptor: its writable layer. uid_base: the outside's id of its root. operations: the steps of its plan.
     """
 
     def __init__(
@@ -224,6 +225,7 @@ class Cell:
         self.root_descriptor = -1
         self.layer_descriptor = -1
         self.cgroup: CellCgroup | None = None
+        self.operations: tuple[Operation, ...] = ()
         self._nothing = nothing
         self._forget = forget
         self._control: socket.socket | None = None
@@ -272,15 +274,28 @@ class Cell:
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         terminal: tuple[int, int] | None = None,
+        stdin_descriptor: int | None = None,
     ) -> "Process":
-        """Start a program to talk with; `Process.close` it. terminal: rows and columns of one for it to have."""
+        """Start a program to talk with; `Process.close` it.
+
+        terminal: rows and columns of one for it to have. stdin_descriptor: instead of a pipe; the caller's to close.
+        """
         program = Process(self, next(self._numbers))
         try:
-            program.start(argv, env, cwd, has_stdin=True, terminal=terminal)
+            program.start(argv, env, cwd, has_stdin=True, terminal=terminal, stdin_descriptor=stdin_descriptor)
         except BaseException:
             await program.close()
             raise
         return program
+
+    def confinement(self) -> bytes:
+        """As on the wire, the steps of its plan that everything in it has taken."""
+        return encode_operations([step for step in self.operations if step.code in CONFINING])
+
+    @property
+    def process_descriptor(self) -> int:
+        """A pidfd of its first process; still the cell's."""
+        return self._pidfd
 
     async def pause(self) -> None:
         """Stop everything in it where it is, memory and all. `Unsupported` without cgroup v2."""

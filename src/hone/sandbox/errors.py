@@ -16,3 +16,7 @@ class Unsupported(SandboxError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, Outcome.POLICY_DENIED)
+
+
+class ImageError(RuntimeError):
+    """An image cannot be had: there is no such thing, it is broken, or a program that fetches it is missing."""

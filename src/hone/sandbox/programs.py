@@ -11,7 +11,7 @@ import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from hone.sandbox.cgroups import ProgramCgroup
 from hone.sandbox.errors import SandboxError
@@ -33,13 +33,36 @@ HAS_TERMINAL = 1
 DEFAULT_ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/work", "LANG": "C.UTF-8", "TMPDIR": "/tmp"}
 
 
+class Channel(Protocol):
+    """Who starts programs in a cell and says how they ended: its agent, or a warm Python in it."""
+
+    def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Ask for something; raises `SandboxError`."""
+
+    def register(self, identity: int, program: "Process") -> None:
+        """A program is about to be started."""
+
+    def unregister(self, identity: int) -> None:
+        """Nobody waits for this program any more."""
+
+
 class Process:
-    """A program in a cell, with its streams. It dies with the cell; background processes that it left do, too."""
+    """A program in a cell, with its streams. It dies with the cell; background processes that it left do, too.
+
+    channel: who starts it; by default the cell's agent.
+    """
 
     def __init__(
-        self, cell: "Cell", identity: int, *, kept_bytes: int = 0, max_output_bytes: int = MAX_OUTPUT_BYTES
+        self,
+        cell: "Cell",
+        identity: int,
+        *,
+        kept_bytes: int = 0,
+        max_output_bytes: int = MAX_OUTPUT_BYTES,
+        channel: Channel | None = None,
     ) -> None:
         self._cell = cell
+        self._channel: Channel = channel or cell
         self._identity = identity
         self._max_output_bytes = max_output_bytes
         self._loop = asyncio.get_running_loop()
@@ -58,6 +81,7 @@ class Process:
         *,
         has_stdin: bool,
         terminal: tuple[int, int] | None = None,
+        stdin_descriptor: int | None = None,
     ) -> None:
         """Make its streams and let the agent start it; called once, by the cell."""
         self._cell.require_alive()
@@ -67,13 +91,13 @@ class Process:
             if terminal is not None:
                 stdio = self._open_terminal(theirs, terminal)
             else:
-                stdio = self._open_pipes(theirs, has_stdin)
+                stdio = self._open_pipes(theirs, has_stdin, stdin_descriptor)
             self._cgroup = self._cell.cgroup.enter() if self._cell.cgroup is not None else None
             if self._cgroup is not None:
                 stdio.append(self._cgroup.open())
                 theirs.append(stdio[-1])
-            self._cell.register(self._identity, self)
-            self._cell.send(request, stdio)
+            self._channel.register(self._identity, self)
+            self._channel.send(request, stdio)
             self._is_started = True
         except OSError as error:
             raise SandboxError(f"{self._cell.name}: a program cannot be started: {error}") from error
@@ -111,7 +135,7 @@ class Process:
     def signal(self, number: int) -> None:
         """Send a signal to its process group."""
         if not self._ended.done():
-            self._cell.send(REQUEST.pack(SIGNAL, self._identity, number, 0, 0, 0))
+            self._channel.send(REQUEST.pack(SIGNAL, self._identity, number, 0, 0, 0))
 
     def interrupt(self) -> None:
         """Send SIGINT to its process group."""
@@ -124,7 +148,7 @@ class Process:
         if self._cgroup is not None:
             self._cgroup.kill()
         elif not self._ended.done():
-            self._cell.send(REQUEST.pack(KILL_TREE, self._identity, 0, 0, 0, 0))
+            self._channel.send(REQUEST.pack(KILL_TREE, self._identity, 0, 0, 0, 0))
 
     def resize(self, rows: int, columns: int) -> None:
         """Tell it that its terminal has another size."""
@@ -199,9 +223,11 @@ class Process:
         flags = HAS_TERMINAL if has_terminal else 0
         return REQUEST.pack(START, self._identity, flags, len(argv), len(variables), len(strings)) + strings
 
-    def _open_pipes(self, theirs: list[int], has_stdin: bool) -> list[int]:
+    def _open_pipes(self, theirs: list[int], has_stdin: bool, stdin_descriptor: int | None) -> list[int]:
         stdio = []
-        if has_stdin:
+        if stdin_descriptor is not None:
+            stdio.append(stdin_descriptor)
+        elif has_stdin:
             read_end, self._stdin = _pipe(theirs, 0)
             stdio.append(read_end)
         else:
@@ -267,7 +293,7 @@ class Process:
         return Outcome.SIGNALLED if ending.code < 0 else Outcome.EXITED
 
     def _let_go(self) -> None:
-        self._cell.unregister(self._identity)
+        self._channel.unregister(self._identity)
         if self._cgroup is not None:
             self._cgroup.leave()
             self._cgroup = None

@@ -84,3 +84,23 @@ class ExecResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def is_success(self) -> bool:
         """Whether the program ended by itself with exit code 0."""
         return self.outcome is Outcome.EXITED and self.exit_code == 0
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is at a path in a sandbox. kind: file, folder, link, fifo, socket or device. mode: the permission bits."""
+
+    name: str
+    kind: str
+    size_bytes: int
+    mode: int
+    modified_seconds: float
+
+
+class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a tree that was copied had. left_out: paths of what is neither file, folder nor link, or is a link that leads
+    out of the tree; the first hundred.
+    """
+
+    num_files: int
+    num_bytes: int
+    left_out: tuple[str, ...]
