@@ -187,7 +187,7 @@ async def test_the_death_of_the_spawner_takes_its_cells_along_and_the_next_cell_
 
 
 async def test_an_agent_that_talks_nonsense_costs_its_own_cell_only(cells: Cells, cell: Cell) -> None:
-    liar = Cell("liar", SMALL, Image(), 0, 0, lambda _: None)
+    liar = Cell("liar", SMALL, Image(), 0, 0, lambda _: asyncio.sleep(0))
     with liar.open() as theirs:
         theirs.send(b"x" * 39)
         with pytest.raises(SandboxError, match="nonsense"):

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -102,12 +102,14 @@ class Cells:
                 raise Unsupported(f"image {spec.image!r} needs an image store; cells alone know the host's, 'python'")
             image = host_image()
         number = next(self._numbers)
-        uid = self._take_ids()
+        cgroup = self._cgroups.take(spec)
+        uid = cgroup.uid if cgroup is not None else self._take_ids()
         cell = Cell(f"cell-{number}", spec, image, uid, self._nothing, self._forget)
+        cell.cgroup = cgroup
         self._cells.add(cell)
         try:
             async with asyncio.timeout(CREATE_SECONDS):
-                cell.cgroup = self._cgroups.create(cell.name, spec, uid)
+                cell.cgroup = cgroup or self._cgroups.create(cell.name, spec, uid)
                 spawner = await self._spawner(shares_host_network=spec.network == "host")
                 await self._bear(cell, number, spawner, binds)
         except TimeoutError as error:
@@ -188,9 +190,19 @@ class Cells:
                 self._ids.add(uid)
                 return uid
 
-    def _forget(self, cell: "Cell") -> None:
+    async def _forget(self, cell: "Cell") -> None:
+        """All of a cell's processes are gone: keep its ids and cgroup for the next, or let go of them."""
+        assert self._cgroups is not None
         self._cells.discard(cell)
+        cgroup, cell.cgroup = cell.cgroup, None
+        if cgroup is not None and self._cgroups.give_back(cgroup):
+            return
         self._ids.discard(cell.uid_base)
+        deadline = time.monotonic() + KILL_SECONDS
+        while cgroup is not None and not cgroup.remove():  # the last process may be counted for a moment yet
+            if time.monotonic() > deadline:
+                raise SandboxError(f"{cell.name}: its cgroup does not become empty")
+            await asyncio.sleep(0.001)
 
     def _require(self) -> None:
         host = self.host
@@ -208,7 +220,7 @@ class Cell:
     """
 
     def __init__(
-        self, name: str, spec: SandboxSpec, image: Image, uid_base: int, nothing: int, forget: Callable[["Cell"], None]
+        self, name: str, spec: SandboxSpec, image: Image, uid_base: int, nothing: int, forget: Callable[["Cell"], Awaitable[None]]
     ) -> None:
         self.name = name
         self.spec = spec
@@ -230,6 +242,7 @@ class Cell:
         self._numbers = itertools.count(1)
         self._counters = Counters()
         self._hits: dict[Outcome, float] = {}
+        self._is_paused = False
         self._destruction: asyncio.Task[None] | None = None
 
     async def exec(
@@ -303,6 +316,8 @@ class Cell:
 
     def adopt(self, born: "_Born") -> None:
         """It has a first process; called once, by `Cells`."""
+        if self.cgroup is not None:
+            self._counters = self.cgroup.counters()
         self.pid, self._pidfd = born.pid, born.pidfd
 
     async def until_ready(self, operations: Sequence[Operation]) -> None:
@@ -403,42 +418,34 @@ class Cell:
             program.lose(self._loss())
 
     async def _destroy(self) -> None:
+        """The kernel ends the first process when all others in its namespace are gone."""
         self._lose("it is destroyed")
+        if self.cgroup is not None and (self._pidfd < 0 or self._is_paused):
+            self.cgroup.kill()
         try:
-            if self.cgroup is not None:
-                self.cgroup.kill()
             if self._pidfd >= 0:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
                 await _until_over(self._pidfd, self.name)
-            await self._remove_cgroup()
+            await self._forget(self)
         finally:
             for descriptor in (self._pidfd, self.root_descriptor, self.layer_descriptor):
                 if descriptor >= 0:
                     os.close(descriptor)
             self._pidfd = self.root_descriptor = self.layer_descriptor = -1
-            self._forget(self)
-
-    async def _remove_cgroup(self) -> None:
-        """The last of its processes may be counted for a moment after the first one's end."""
-        if self.cgroup is None:
-            return
-        deadline = time.monotonic() + KILL_SECONDS
-        while not self.cgroup.remove():
-            if time.monotonic() > deadline:
-                raise SandboxError(f"{self.name}: its cgroup does not become empty")
-            await asyncio.sleep(0.001)
 
     async def _freeze(self, frozen: bool) -> None:
         if self.cgroup is None or not self.cgroup.can_freeze:
             raise Unsupported("a cell can be paused where there is cgroup v2 only")
         self.require_alive()
         self.cgroup.freeze(frozen)
+        self._is_paused = True  # also while it is being resumed
         deadline = time.monotonic() + KILL_SECONDS
         while self.cgroup.is_frozen() != frozen:
             if time.monotonic() > deadline:
                 raise SandboxError(f"{self.name} cannot be {'paused' if frozen else 'resumed'}")
             await asyncio.sleep(0.0002)
+        self._is_paused = frozen
 
 
 class Process:

@@ -18,6 +18,7 @@ from hone.schema.sandboxes import SandboxSpec
 PREFIX = "hone-cells-"
 PERIOD_MICROSECONDS = 100_000
 RESERVED_PROCESSES = 1  # the agent
+MAX_SPARES = 64  # making and removing a cell's folders is a fifth of its creation
 MAX_LOOKED_AT = 4  # folders of ended programs, when the next one needs a folder
 
 _NUMBERS = itertools.count()
@@ -31,6 +32,7 @@ class Cgroups:
         self.unified: Path | None = None
         self.controllers: dict[str, Path] = {}
         self.unified_controllers: frozenset[str] = frozenset()
+        self._spares: dict[Limits, list[CellCgroup]] = {}
         if folders.unified is not None:
             self.unified = _make(folders.unified / self.name)
         if self.unified is not None and folders.unified is not None:
@@ -43,24 +45,40 @@ class Cgroups:
         """Whether cells' use of memory, pids or cpu is limited."""
         return controller in self.controllers or controller in self.unified_controllers
 
+    def take(self, spec: SandboxSpec) -> "CellCgroup | None":
+        """The folders of a cell of the same limits that is gone, if there are any."""
+        spares = self._spares.get(_limits(spec))
+        return spares.pop() if spares else None
+
     def create(self, name: str, spec: SandboxSpec, uid: int) -> "CellCgroup":
-        """A cell's folders with its limits. uid: who may put processes into those of its programs."""
+        """New folders with a cell's limits. uid: who may put processes into those of its programs."""
         cgroup = CellCgroup(
             name,
             f"{self.unified}/{name}" if self.unified else None,
             {controller: f"{folder}/{name}" for controller, folder in self.controllers.items()},
             self.unified_controllers,
             uid,
+            _limits(spec),
         )
         try:
-            cgroup.make(spec)
+            cgroup.make()
         except BaseException:
             cgroup.remove()
             raise
         return cgroup
 
+    def give_back(self, cgroup: "CellCgroup") -> bool:
+        """Keep the folders of a cell that is gone for the next; False if they are not fit for it, and to be removed."""
+        spares = self._spares.setdefault(cgroup.limits, [])
+        if len(spares) >= MAX_SPARES or not cgroup.is_fit():
+            return False
+        spares.append(cgroup)
+        return True
+
     def close(self) -> None:
-        """Remove the folders of this process; those of cells have to be gone."""
+        """Remove the folders of this process; those of living cells have to be gone."""
+        for cgroup in itertools.chain.from_iterable(self._spares.values()):
+            cgroup.remove()
         for folder in (self.unified, *self.controllers.values()):
             if folder is not None:
                 _remove(folder)
@@ -74,6 +92,15 @@ class Counters:
     processes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a cell may use: bytes, processes, microseconds of every 100,000."""
+
+    memory_bytes: int
+    processes: int
+    quota_microseconds: int
+
+
 class CellCgroup:
     """The folders of one cell."""
 
@@ -84,43 +111,45 @@ class CellCgroup:
         v1: dict[str, str],
         unified_controllers: frozenset[str],
         uid: int,
+        limits: Limits,
     ) -> None:
         self.name = name
+        self.uid = uid
+        self.limits = limits
         self._unified = unified
         self._v1 = v1
         self._unified_controllers = unified_controllers
-        self._uid = uid
         self._numbers = itertools.count()
         self._made: set[int] = set()
         self._left: collections.deque[int] = collections.deque()
+        self._is_killed = False
 
     @property
     def can_freeze(self) -> bool:
         """Whether there is a v2 folder: the cell can be paused, and programs be killed with all they started."""
         return self._unified is not None
 
-    def make(self, spec: SandboxSpec) -> None:
-        """Make the folders and write the limits. Files count: a cell has its memory and its disk on top of it."""
-        memory = (spec.memory_mb + spec.disk_mb) << 20
-        processes = spec.max_processes + RESERVED_PROCESSES
-        quota = max(1000, round(spec.cpus * PERIOD_MICROSECONDS))
+    def make(self) -> None:
+        """Make the folders and write the limits."""
+        memory, processes = str(self.limits.memory_bytes), str(self.limits.processes)
+        quota = self.limits.quota_microseconds
         if self._unified is not None:
             os.mkdir(self._unified)
-            _hand_over(self._unified, self._uid)
+            _hand_over(self._unified, self.uid)
             if "memory" in self._unified_controllers:
-                _write(f"{self._unified}/memory.max", str(memory))
+                _write(f"{self._unified}/memory.max", memory)
                 _write(f"{self._unified}/memory.swap.max", "0", is_optional=True)
             if "pids" in self._unified_controllers:
-                _write(f"{self._unified}/pids.max", str(processes))
+                _write(f"{self._unified}/pids.max", processes)
             if "cpu" in self._unified_controllers:
                 _write(f"{self._unified}/cpu.max", f"{quota} {PERIOD_MICROSECONDS}")
         for controller, folder in self._v1.items():
             os.mkdir(folder)
             if controller == "memory":
-                _write(f"{folder}/memory.limit_in_bytes", str(memory))
-                _write(f"{folder}/memory.memsw.limit_in_bytes", str(memory), is_optional=True)
+                _write(f"{folder}/memory.limit_in_bytes", memory)
+                _write(f"{folder}/memory.memsw.limit_in_bytes", memory, is_optional=True)
             elif controller == "pids":
-                _write(f"{folder}/pids.max", str(processes))
+                _write(f"{folder}/pids.max", processes)
             elif controller == "cpu":
                 _write(f"{folder}/cpu.cfs_quota_us", str(quota))
 
@@ -151,7 +180,7 @@ class CellCgroup:
             folder = f"{self._unified}/{number}"
             os.mkdir(folder)
             self._made.add(number)
-            _hand_over(folder, self._uid)
+            _hand_over(folder, self.uid)
         return ProgramCgroup(self, number, f"{self._unified}/{number}")
 
     def take_back(self, number: int, *, is_killed: bool) -> None:
@@ -185,6 +214,7 @@ class CellCgroup:
 
     def kill(self) -> None:
         """Kill everything in it, where there is v2."""
+        self._is_killed = True
         if self._unified is not None:
             with contextlib.suppress(FileNotFoundError):
                 _write(f"{self._unified}/cgroup.kill", "1")
@@ -207,6 +237,13 @@ class CellCgroup:
                 return number
             self._left.append(number)
         return None
+
+    def is_fit(self) -> bool:
+        """Whether another cell could have the folders: all is over in there, and none has been killed as a whole."""
+        if self._is_killed or (self._unified is not None and _field(f"{self._unified}/cgroup.events", "populated")):
+            return False
+        self._left = collections.deque(sorted(self._made))
+        return True
 
     def remove(self) -> bool:
         """Remove the folders; False while something in them is not quite dead yet."""
@@ -242,6 +279,15 @@ class ProgramCgroup:
     def leave(self) -> None:
         """The program is over."""
         self._cell.take_back(self._number, is_killed=self._is_killed)
+
+
+def _limits(spec: SandboxSpec) -> Limits:
+    """Files count as memory: a cell has its disk on top of what its programs may use."""
+    return Limits(
+        memory_bytes=(spec.memory_mb + spec.disk_mb) << 20,
+        processes=spec.max_processes + RESERVED_PROCESSES,
+        quota_microseconds=max(1000, round(spec.cpus * PERIOD_MICROSECONDS)),
+    )
 
 
 def sweep(folders: CgroupFolders) -> int:
