@@ -130,7 +130,14 @@ def of_type(kind: Any) -> st.SearchStrategy[Any]:
         FailureClass: st.sampled_from(FailureClass),
         FinishReason: st.sampled_from(FinishReason),
         list[int]: tokens,
+<<<<<<< HEAD
         VersionRun: st.builds(VersionRun, st.integers(0, 9), st.integers(1, 9)),
+=======
+        list[float]: st.lists(numbers, max_size=4),
+        list[str]: st.lists(words, max_size=3),
+        tuple[str, ...]: st.lists(words, max_size=3).map(tuple),
+        list[VersionRun]: st.lists(st.builds(VersionRun, st.integers(0, 9), st.integers(1, 9)), max_size=2),
+>>>>>>> helper/boxfiles
     }
     if kind in simple:
         return simple[kind]

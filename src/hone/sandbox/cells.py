@@ -18,13 +18,17 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, ProgramCgroup, sweep
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
 from hone.sandbox.native.build import build
+<<<<<<< HEAD
 from hone.sandbox.plan import Bind, Grants, Image, Operation, Plan, encode_operations, id_maps, plan_cell, plan_spawner, SPAWN
+=======
+from hone.sandbox.plan import CONFINING, Bind, Grants, Image, Operation, encode_operations, plan_cell, plan_spawner, SPAWN
+>>>>>>> helper/boxfiles
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, Usage
 
 CREATE_SECONDS = 30.0
@@ -131,7 +135,13 @@ class Cells:
                 descriptors = [theirs.fileno(), *tasks]
                 if unified is not None:
                     descriptors.append(unified)
+<<<<<<< HEAD
                 plan = self._plan(cell, binds, num_tasks=len(tasks))
+=======
+                grants = self._grants(cell, spawner, num_tasks=len(tasks))
+                plan = plan_cell(cell.spec, cell.image, grants, binds)
+                cell.confinement = encode_operations([step for step in plan.operations if step.code in CONFINING])
+>>>>>>> helper/boxfiles
                 order = plan.encode(number, cgroup=-1 if unified is None else len(descriptors) - 1)
                 born = await spawner.order(number, order, descriptors)
         finally:
@@ -216,7 +226,8 @@ class Cell:
     """One sandbox. Nothing in it can name, see or signal anything outside.
 
     root_descriptor: its root folder, for reading and writing files beneath (never by a path without RESOLVE_IN_ROOT).
-    layer_descriptor: its writable layer. uid_base: the outside's id of its root.
+    layer_descriptor: its writable layer. uid_base: the outside's id of its root. confinement: the steps of its plan, as
+    on the wire, that everything in it has taken.
     """
 
     def __init__(
@@ -230,6 +241,7 @@ class Cell:
         self.root_descriptor = -1
         self.layer_descriptor = -1
         self.cgroup: CellCgroup | None = None
+        self.confinement = b""
         self._nothing = nothing
         self._forget = forget
         self._control: socket.socket | None = None
@@ -278,15 +290,24 @@ class Cell:
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         terminal: tuple[int, int] | None = None,
+        stdin_descriptor: int | None = None,
     ) -> "Process":
-        """Start a program to talk with; `Process.close` it. terminal: rows and columns of one for it to have."""
+        """Start a program to talk with; `Process.close` it.
+
+        terminal: rows and columns of one for it to have. stdin_descriptor: instead of a pipe; the caller's to close.
+        """
         program = Process(self, next(self._numbers))
         try:
-            program.start(argv, env, cwd, has_stdin=True, terminal=terminal)
+            program.start(argv, env, cwd, has_stdin=True, terminal=terminal, stdin_descriptor=stdin_descriptor)
         except BaseException:
             await program.close()
             raise
         return program
+
+    @property
+    def process_descriptor(self) -> int:
+        """A pidfd of its first process; still the cell's."""
+        return self._pidfd
 
     async def pause(self) -> None:
         """Stop everything in it where it is, memory and all. `Unsupported` without cgroup v2."""
@@ -390,7 +411,7 @@ class Cell:
     def _hear(self, report: tuple[int, ...], descriptors: list[int]) -> None:
         kind, identity, status, error, user, system, peak = report
         if kind == ENDED and (program := self._programs.get(identity)) is not None:
-            program.end(_Ending(status, error, (user + system) / 1e6, peak << 10))
+            program.end(Ending(status, error, (user + system) / 1e6, peak << 10))
         elif kind == READY and not self._ready.done() and descriptors:
             self.root_descriptor = descriptors[0]
             self.layer_descriptor = descriptors[1] if len(descriptors) > 1 else -1
@@ -448,17 +469,40 @@ class Cell:
         self._is_paused = frozen
 
 
+class Channel(Protocol):
+    """Who starts programs in a cell and says how they ended: its agent, or a warm Python in it."""
+
+    def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Ask for something; raises `SandboxError`."""
+
+    def register(self, identity: int, program: "Process") -> None:
+        """A program is about to be started."""
+
+    def unregister(self, identity: int) -> None:
+        """Nobody waits for this program any more."""
+
+
 class Process:
-    """A program in a cell, with its streams. It dies with the cell; background processes that it left do, too."""
+    """A program in a cell, with its streams. It dies with the cell; background processes that it left do, too.
+
+    channel: who starts it; by default the cell's agent.
+    """
 
     def __init__(
-        self, cell: Cell, identity: int, *, kept_bytes: int = 0, max_output_bytes: int = MAX_OUTPUT_BYTES
+        self,
+        cell: Cell,
+        identity: int,
+        *,
+        kept_bytes: int = 0,
+        max_output_bytes: int = MAX_OUTPUT_BYTES,
+        channel: Channel | None = None,
     ) -> None:
         self._cell = cell
+        self._channel: Channel = channel or cell
         self._identity = identity
         self._max_output_bytes = max_output_bytes
         self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[_Ending] = self._loop.create_future()
+        self._ended: asyncio.Future[Ending] = self._loop.create_future()
         self._stdin = self._stdout = self._stderr = -1
         self._kept = (_Kept(kept_bytes // 2), _Kept(kept_bytes // 2))
         self._cgroup: ProgramCgroup | None = None
@@ -473,6 +517,7 @@ class Process:
         *,
         has_stdin: bool,
         terminal: tuple[int, int] | None = None,
+        stdin_descriptor: int | None = None,
     ) -> None:
         """Make its streams and let the agent start it; called once, by the cell."""
         self._cell.require_alive()
@@ -482,13 +527,13 @@ class Process:
             if terminal is not None:
                 stdio = self._open_terminal(theirs, terminal)
             else:
-                stdio = self._open_pipes(theirs, has_stdin)
+                stdio = self._open_pipes(theirs, has_stdin, stdin_descriptor)
             self._cgroup = self._cell.cgroup.enter() if self._cell.cgroup is not None else None
             if self._cgroup is not None:
                 stdio.append(self._cgroup.open())
                 theirs.append(stdio[-1])
-            self._cell.register(self._identity, self)
-            self._cell.send(request, stdio)
+            self._channel.register(self._identity, self)
+            self._channel.send(request, stdio)
             self._is_started = True
         except OSError as error:
             raise SandboxError(f"{self._cell.name}: a program cannot be started: {error}") from error
@@ -526,7 +571,7 @@ class Process:
     def signal(self, number: int) -> None:
         """Send a signal to its process group."""
         if not self._ended.done():
-            self._cell.send(REQUEST.pack(SIGNAL, self._identity, number, 0, 0, 0))
+            self._channel.send(REQUEST.pack(SIGNAL, self._identity, number, 0, 0, 0))
 
     def interrupt(self) -> None:
         """Send SIGINT to its process group."""
@@ -539,7 +584,7 @@ class Process:
         if self._cgroup is not None:
             self._cgroup.kill()
         elif not self._ended.done():
-            self._cell.send(REQUEST.pack(KILL_TREE, self._identity, 0, 0, 0, 0))
+            self._channel.send(REQUEST.pack(KILL_TREE, self._identity, 0, 0, 0, 0))
 
     def resize(self, rows: int, columns: int) -> None:
         """Tell it that its terminal has another size."""
@@ -587,7 +632,7 @@ class Process:
         stdout, stderr = (kept.text() for kept in self._kept)
         return ExecResult(self._own_outcome(ending, started), ending.code, stdout, stderr, usage)
 
-    def end(self, ending: "_Ending") -> None:
+    def end(self, ending: "Ending") -> None:
         """The agent says how it ended."""
         if not self._ended.done():
             self._ended.set_result(ending)
@@ -614,9 +659,11 @@ class Process:
         flags = HAS_TERMINAL if has_terminal else 0
         return REQUEST.pack(START, self._identity, flags, len(argv), len(variables), len(strings)) + strings
 
-    def _open_pipes(self, theirs: list[int], has_stdin: bool) -> list[int]:
+    def _open_pipes(self, theirs: list[int], has_stdin: bool, stdin_descriptor: int | None) -> list[int]:
         stdio = []
-        if has_stdin:
+        if stdin_descriptor is not None:
+            stdio.append(stdin_descriptor)
+        elif has_stdin:
             read_end, self._stdin = _pipe(theirs, 0)
             stdio.append(read_end)
         else:
@@ -667,7 +714,7 @@ class Process:
             KILL_SECONDS, self.lose, SandboxError(f"{self._cell.name}: a program does not die")
         )
 
-    def _own_outcome(self, ending: "_Ending", started: float) -> Outcome:
+    def _own_outcome(self, ending: "Ending", started: float) -> Outcome:
         """How it ended; one that failed when a limit was hit failed at that limit."""
         if self._outcome is not None:
             return self._outcome
@@ -684,7 +731,7 @@ class Process:
         return Outcome.SIGNALLED if ending.code < 0 else Outcome.EXITED
 
     def _let_go(self) -> None:
-        self._cell.unregister(self._identity)
+        self._channel.unregister(self._identity)
         if self._cgroup is not None:
             self._cgroup.leave()
             self._cgroup = None
@@ -697,7 +744,9 @@ DEFAULT_ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/work", "LANG": 
 
 
 @dataclass(frozen=True, slots=True)
-class _Ending:
+class Ending:
+    """How a program ended: its wait status, or the error for which it was not started, and what it used."""
+
     status: int
     error: int
     cpu_seconds: float

@@ -66,6 +66,9 @@ class Code(IntEnum):
     BECOME_AGENT = 21
 
 
+CONFINING = frozenset({Code.LIMIT, Code.CORES, Code.DROP_POWERS, Code.LANDLOCK, Code.FILTER})
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One step; what data, a and b are, native/protocol.h says."""
