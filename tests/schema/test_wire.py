@@ -130,14 +130,7 @@ def of_type(kind: Any) -> st.SearchStrategy[Any]:
         FailureClass: st.sampled_from(FailureClass),
         FinishReason: st.sampled_from(FinishReason),
         list[int]: tokens,
-<<<<<<< HEAD
         VersionRun: st.builds(VersionRun, st.integers(0, 9), st.integers(1, 9)),
-=======
-        list[float]: st.lists(numbers, max_size=4),
-        list[str]: st.lists(words, max_size=3),
-        tuple[str, ...]: st.lists(words, max_size=3).map(tuple),
-        list[VersionRun]: st.lists(st.builds(VersionRun, st.integers(0, 9), st.integers(1, 9)), max_size=2),
->>>>>>> helper/boxfiles
     }
     if kind in simple:
         return simple[kind]
@@ -146,6 +139,8 @@ def of_type(kind: Any) -> st.SearchStrategy[Any]:
         return st.one_of(*map(of_type, inner))
     if get_origin(kind) is list:
         return st.lists(of_type(inner[0]), max_size=3)
+    if get_origin(kind) is tuple:
+        return st.lists(of_type(inner[0]), max_size=3).map(tuple)
     if get_origin(kind) is dict:
         return st.dictionaries(of_type(inner[0]), of_type(inner[1]), max_size=2)
     assert issubclass(kind, msgspec.Struct), kind

@@ -24,11 +24,19 @@ from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, ProgramCgroup, s
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
 from hone.sandbox.native.build import build
-<<<<<<< HEAD
-from hone.sandbox.plan import Bind, Grants, Image, Operation, Plan, encode_operations, id_maps, plan_cell, plan_spawner, SPAWN
-=======
-from hone.sandbox.plan import CONFINING, Bind, Grants, Image, Operation, encode_operations, plan_cell, plan_spawner, SPAWN
->>>>>>> helper/boxfiles
+from hone.sandbox.plan import (
+    CONFINING,
+    SPAWN,
+    Bind,
+    Grants,
+    Image,
+    Operation,
+    Plan,
+    encode_operations,
+    id_maps,
+    plan_cell,
+    plan_spawner,
+)
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, Usage
 
 CREATE_SECONDS = 30.0
@@ -135,13 +143,8 @@ class Cells:
                 descriptors = [theirs.fileno(), *tasks]
                 if unified is not None:
                     descriptors.append(unified)
-<<<<<<< HEAD
                 plan = self._plan(cell, binds, num_tasks=len(tasks))
-=======
-                grants = self._grants(cell, spawner, num_tasks=len(tasks))
-                plan = plan_cell(cell.spec, cell.image, grants, binds)
                 cell.confinement = encode_operations([step for step in plan.operations if step.code in CONFINING])
->>>>>>> helper/boxfiles
                 order = plan.encode(number, cgroup=-1 if unified is None else len(descriptors) - 1)
                 born = await spawner.order(number, order, descriptors)
         finally:

@@ -6,7 +6,7 @@ is under credit: nobody sends more bytes than the other side granted, so that on
 
 import msgspec
 
-from hone.schema.sandboxes import ExecResult, FileEntry, PythonResult, SandboxSpec, SandboxStatus, Transfer
+from hone.schema.sandboxes import SandboxSpec
 
 VERSION = 1
 
@@ -130,22 +130,6 @@ class Remove(_Message, frozen=True):
     is_recursive: bool
 
 
-class Pack(_Message, frozen=True):
-    """A tree as a tar archive, which is streamed to the client."""
-
-    call: int
-    sandbox_id: str
-    path: str
-
-
-class Unpack(_Message, frozen=True):
-    """A tar archive, which the client streams, into a folder."""
-
-    call: int
-    sandbox_id: str
-    path: str
-
-
 class Pause(_Message, frozen=True):
     """Stop everything in a sandbox where it is, or let it go on."""
 
@@ -194,7 +178,10 @@ class Ping(_Message, frozen=True):
 
 
 class Data(_Message, frozen=True):
-    """A piece of a stream of a call. stream: 0 is a program's input, 1 its output, 2 its errors. Empty at the end."""
+    """A piece of a stream of a call, empty at its end. stream: 0 is a program's input, 1 its output, 2 its errors.
+
+    From the node, 0 says that the program runs, and 3 has its exit code as text.
+    """
 
     call: int
     stream: int
@@ -216,17 +203,10 @@ class Welcome(_Message, frozen=True):
 
 
 class Done(_Message, frozen=True):
-    """How a call ended."""
+    """How a call ended. result: encoded; its type follows from the call."""
 
     call: int
-    result: (
-        None
-        | int
-        | str
-        | bytes
-        | dict[str, float]
-        | Result
-    )
+    result: msgspec.Raw
 
 
 class Failed(_Message, frozen=True):
@@ -240,3 +220,29 @@ class Failed(_Message, frozen=True):
     message: str
     outcome: str = ""
     number: float = 0.0
+
+
+ToNode = (
+    Hello
+    | Create
+    | UntilReady
+    | Exec
+    | Spawn
+    | Signal
+    | Resize
+    | Python
+    | Read
+    | Write
+    | List
+    | Remove
+    | Pause
+    | Renew
+    | Destroy
+    | Status
+    | Statistics
+    | Cancel
+    | Ping
+    | Data
+    | Credit
+)
+ToClient = Welcome | Done | Failed | Data | Credit | Ping
