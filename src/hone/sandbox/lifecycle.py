@@ -137,7 +137,7 @@ class Lifecycle:
         self._numbers = itertools.count(1)
         self._cells = itertools.count(1)
         self._by_key: dict[tuple[str, str], str] = {}
-        self._queue: collections.deque[str] = collections.deque()
+        self._queue: collections.OrderedDict[str, Lease] = collections.OrderedDict()
         self._makings: dict[int, str | bytes] = {}
         self._dying: set[int] = set()
         self._pools: dict[bytes, _Pool] = {}
@@ -174,7 +174,7 @@ class Lifecycle:
         if key:
             self._by_key[owner, key] = lease.sandbox_id
         self._watch(lease)
-        self._queue.append(lease.sandbox_id)
+        self._queue[lease.sandbox_id] = lease
         self._advance(now)
         return lease
 
@@ -304,13 +304,10 @@ class Lifecycle:
         """Give out what is warm, make what is waited for, then what will be."""
         room = self.limits.max_sandboxes - self.num_cells
         while self._queue:
-            lease = self.leases.get(self._queue[0])
-            if lease is None:
-                self._queue.popleft()
-                continue
+            lease = next(iter(self._queue.values()))
             pool = self._pool(lease.spec)
             if pool.ready:
-                self._queue.popleft()
+                self._queue.popitem(last=False)
                 self._num_warm -= 1
                 self._give(lease, pool.ready.pop(), now)
                 continue
@@ -319,7 +316,7 @@ class Lifecycle:
             if room <= 0:
                 self._drop_one_warm()
                 return
-            self._queue.popleft()
+            self._queue.popitem(last=False)
             lease.stage = Stage.STARTING
             self._make(lease.sandbox_id, lease.spec, now)
             room -= 1
@@ -363,6 +360,7 @@ class Lifecycle:
 
     def _end(self, lease: Lease, problem: str, outcome: Outcome) -> None:
         del self.leases[lease.sandbox_id]
+        self._queue.pop(lease.sandbox_id, None)
         self._by_key.pop((lease.owner, lease.key), None)
         over = self._reasons[lease.sandbox_id] = Over(lease.sandbox_id, problem, outcome)
         if len(self._reasons) > MAX_REMEMBERED:

@@ -52,7 +52,7 @@ class Stream(asyncio.Protocol, Generic[T]):
             if len(self._received) - begin - 4 < size:
                 break
             try:
-                message = self._decoder.decode(memoryview(self._received)[begin + 4 : begin + 4 + size])
+                message = self._decoder.decode(bytes(self._received[begin + 4 : begin + 4 + size]))
             except msgspec.MsgspecError as error:
                 self.close(f"an unreadable message: {error}")
                 return
