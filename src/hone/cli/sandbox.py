@@ -3,6 +3,8 @@
 import asyncio
 import os
 import sys
+import threading
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +13,8 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hone.sandbox.client import Process
+    from hone.sandbox.client import Process, Sandbox
+    from hone.sandbox.lifecycle import Limits
     from hone.sandbox.remote import RemoteNode
 
 app = typer.Typer(help="Sandboxes: run programs nobody trusts, here or on a node.", no_args_is_help=True)
@@ -45,53 +48,29 @@ def run(
         node=node or None,
         token=_token(),
     )
-    code = asyncio.run(_run(sandbox, command))
+    code = asyncio.run(_run(sandbox, command[1:] if command[0] == "--" else command))
     raise typer.Exit(code if code >= 0 else 128 - code)
 
 
-async def _run(sandbox: "object", command: list[str]) -> int:
-    from hone.sandbox.client import Sandbox
-
-    assert isinstance(sandbox, Sandbox)
+async def _run(sandbox: "Sandbox", command: list[str]) -> int:
     async with sandbox:
         process = await sandbox.spawn(command)
         try:
-            reading = asyncio.create_task(_feed(process))
+            threading.Thread(target=_feed, args=(process, asyncio.get_running_loop()), daemon=True).start()
             await asyncio.gather(_show(process, 1), _show(process, 2))
-            code = await process.wait()
-            reading.cancel()
-            await asyncio.wait([reading])
-            return code
+            return await process.wait()
         finally:
             await process.close()
 
 
-async def _feed(process: "Process") -> None:
-    """What comes on standard input. A file is read in a thread that may wait for ever: it is a daemon's."""
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader()
+def _feed(process: "Process", loop: asyncio.AbstractEventLoop) -> None:
+    """Hand standard input on. Reading may wait for ever, which is why this runs in a thread that nobody waits for."""
     try:
-        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin.buffer)
-    except (ValueError, OSError):  # a regular file, or none
-        await _feed_file(process)
+        while data := os.read(0, 1 << 16):
+            asyncio.run_coroutine_threadsafe(process.write(data), loop).result()
+        loop.call_soon_threadsafe(process.end_input)
+    except (OSError, RuntimeError, CancelledError):  # nobody reads any more, or all is over
         return
-    try:
-        while data := await reader.read(1 << 16):
-            await process.write(data)
-        process.end_input()
-    except BrokenPipeError:
-        pass
-    finally:
-        transport.close()
-
-
-async def _feed_file(process: "Process") -> None:
-    try:
-        while data := sys.stdin.buffer.read1(1 << 16):
-            await process.write(data)
-    except (BrokenPipeError, OSError, ValueError):
-        return
-    process.end_input()
 
 
 async def _show(process: "Process", stream: int) -> None:
@@ -120,14 +99,12 @@ def serve(
     asyncio.run(_serve(name, place, address, known, limits))
 
 
-async def _serve(name: str, folder: Path, address: str, tokens: dict[str, str], limits: "object") -> None:
+async def _serve(name: str, folder: Path, address: str, tokens: dict[str, str], limits: "Limits") -> None:
     import signal  # only a node is stopped by it
 
-    from hone.sandbox.lifecycle import Limits
     from hone.sandbox.node import Node
     from hone.sandbox.serve import NodeServer
 
-    assert isinstance(limits, Limits)
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)

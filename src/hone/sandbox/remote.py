@@ -171,10 +171,12 @@ class RemoteNode:
         if self._problem is not None:
             return
         self._problem = problem
-        for waiting in [*self._calls.values(), self._welcome]:
+        for waiting in self._calls.values():
             if not waiting.done():
                 waiting.set_exception(self._loss())
-                waiting.exception()
+        if not self._welcome.done():
+            self._welcome.set_exception(self._loss())
+            self._welcome.exception()  # nobody may be waiting for it
         for process in list(self._processes.values()):
             process.lose(self._loss())
 
