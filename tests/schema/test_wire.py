@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.schema import batches, messages, policies, remote, rollouts, sampling, sandboxes, tasks, traces
+from hone.schema import batches, messages, policies, remote, rollouts, sampling, sandbox_calls, sandboxes, tasks, traces
 from hone.schema.messages import Message, ToolCall, ToolSpec
 from hone.schema.rollouts import Heartbeat, RolloutRequest, RolloutResult, Shutdown
 from hone.schema.sampling import FinishReason, Generate, Generated, SamplingParameters, Turn, VersionRun
@@ -17,7 +17,7 @@ from hone.schema.tasks import Task
 from hone.schema.traces import AgentRecord, Failure, FailureClass, Node, Reward, StopReason, Timing, Trace
 from hone.schema.wire import PROTOCOL, Envelope, Wire, WireError, decode, encode
 
-MODULES = [batches, messages, policies, remote, rollouts, sampling, sandboxes, tasks, traces]
+MODULES = [batches, messages, policies, remote, rollouts, sampling, sandbox_calls, sandboxes, tasks, traces]
 STRUCTS = sorted(
     {
         value
@@ -130,6 +130,7 @@ def of_type(kind: Any) -> st.SearchStrategy[Any]:
         FailureClass: st.sampled_from(FailureClass),
         FinishReason: st.sampled_from(FinishReason),
         list[int]: tokens,
+        msgspec.Raw: st.just(msgspec.Raw(b"\xc0")),
         VersionRun: st.builds(VersionRun, st.integers(0, 9), st.integers(1, 9)),
     }
     if kind in simple:
