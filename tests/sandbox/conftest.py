@@ -1,5 +1,6 @@
 """Cells for tests, and the check that nothing of them is left afterwards."""
 
+import contextlib
 import ctypes
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -42,7 +43,10 @@ async def cell(cells: Cells) -> Cell:
 
 def leftovers() -> set[str]:
     """This process's children and cgroups."""
-    children = {pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+    children = set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            children |= set(path.read_text().split())
     own = f"{PREFIX}{os.getpid()}-*"
     folders = {str(path) for depth in range(5) for path in Path("/sys/fs/cgroup").glob(f"{'*/' * depth}{own}")}
     return children | folders

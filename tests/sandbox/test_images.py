@@ -9,11 +9,13 @@ import os
 import platform
 import stat
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from hone.sandbox.images import ImageError, ImageStore
+from hone.sandbox.errors import ImageError
+from hone.sandbox.images import ImageStore
 
 Files = dict[str, bytes | None]  # None: a folder
 
@@ -209,3 +211,40 @@ def test_a_missing_program_is_named(store: ImageStore, tmp_path: Path, monkeypat
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ImageError, match="install skopeo or crane"):
         store.find("debian:12")
+
+
+def test_a_definition_puts_files_and_variables_on_a_base(store: ImageStore, tmp_path: Path) -> None:
+    (tmp_path / "tool.py").write_text("print(1)")
+    definition = tmp_path / "image.toml"
+    definition.write_text('base = "host"\n[files]\n"/opt/tool.py" = "tool.py"\n[env]\nA = "1"\n')
+    image = store.find(f"build:{definition}")
+    (layer,) = image.layers
+    assert (Path(layer) / "opt" / "tool.py").read_text() == "print(1)"
+    assert image.env["A"] == "1"
+    assert image.binds == store.find("host").binds
+    assert store.find(f"build:{definition}").layers == (layer,)
+    (tmp_path / "tool.py").write_text("print(2)")
+    assert store.find(f"build:{definition}").layers != (layer,)
+
+
+@pytest.mark.parametrize(
+    "text", ['[files]\n"../a" = "image.toml"', 'apt = ["x"]', "base =", '[files]\n"/a" = "missing"']
+)
+def test_a_definition_that_cannot_be_is_told(store: ImageStore, tmp_path: Path, text: str) -> None:
+    (tmp_path / "image.toml").write_text(text)
+    with pytest.raises(ImageError):
+        store.find(f"build:{tmp_path}/image.toml")
+
+
+def test_packages_of_a_definition_are_installed_from_wheels(store: ImageStore, tmp_path: Path) -> None:
+    pytest.importorskip("pip")
+    name = "made-0.1-py3-none-any.whl"
+    with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+        wheel.writestr("made.py", "value = 42\n")
+        wheel.writestr("made-0.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: made\nVersion: 0.1\n")
+        wheel.writestr("made-0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("made-0.1.dist-info/RECORD", "made.py,,\n")
+    (tmp_path / "image.toml").write_text(f'pip = ["{tmp_path / name}"]')
+    image = store.find(f"build:{tmp_path}/image.toml")
+    assert (Path(image.layers[0]) / "opt" / "packages" / "made.py").exists()
+    assert image.env["PYTHONPATH"] == "/opt/packages"

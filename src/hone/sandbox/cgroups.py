@@ -123,6 +123,7 @@ class CellCgroup:
         self._made: set[int] = set()
         self._left: collections.deque[int] = collections.deque()
         self._is_killed = False
+        self.before = Counters()  # what earlier cells in these folders hit
 
     @property
     def can_freeze(self) -> bool:
@@ -134,7 +135,7 @@ class CellCgroup:
         memory, processes = str(self.limits.memory_bytes), str(self.limits.processes)
         quota = self.limits.quota_microseconds
         if self._unified is not None:
-            os.mkdir(self._unified)
+            os.mkdir(self._unified)  # noqa: PTH102
             _hand_over(self._unified, self.uid)
             if "memory" in self._unified_controllers:
                 _write(f"{self._unified}/memory.max", memory)
@@ -144,7 +145,7 @@ class CellCgroup:
             if "cpu" in self._unified_controllers:
                 _write(f"{self._unified}/cpu.max", f"{quota} {PERIOD_MICROSECONDS}")
         for controller, folder in self._v1.items():
-            os.mkdir(folder)
+            os.mkdir(folder)  # noqa: PTH102
             if controller == "memory":
                 _write(f"{folder}/memory.limit_in_bytes", memory)
                 _write(f"{folder}/memory.memsw.limit_in_bytes", memory, is_optional=True)
@@ -178,7 +179,7 @@ class CellCgroup:
         if number is None:
             number = next(self._numbers)
             folder = f"{self._unified}/{number}"
-            os.mkdir(folder)
+            os.mkdir(folder)  # noqa: PTH102
             self._made.add(number)
             _hand_over(folder, self.uid)
         return ProgramCgroup(self, number, f"{self._unified}/{number}")
@@ -243,6 +244,7 @@ class CellCgroup:
         if self._is_killed or (self._unified is not None and _field(f"{self._unified}/cgroup.events", "populated")):
             return False
         self._left = collections.deque(sorted(self._made))
+        self.before = self.counters()
         return True
 
     def remove(self) -> bool:
@@ -355,7 +357,7 @@ def _make(folder: Path) -> Path | None:
 
 def _remove(folder: Path | str) -> bool:
     try:
-        os.rmdir(folder)
+        os.rmdir(folder)  # noqa: PTH106
     except FileNotFoundError:
         return True
     except OSError:

@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hone.sandbox.native.build import cache_folder
+from hone.sandbox.native.build import COMPILERS, cache_folder
 from hone.sandbox.plan import MASKED, Bind, Image
 
 LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
@@ -48,6 +48,7 @@ class Host:
     gid: int
     has_id_ranges: bool
     has_user_namespaces: bool
+    has_compiler: bool
     has_overlay: bool
     has_seccomp: bool
     landlock: int
@@ -74,8 +75,11 @@ def look() -> Host:
         machine=platform.machine(),
         uid=os.geteuid(),
         gid=os.getegid(),
-        has_id_ranges=os.geteuid() == 0 and bool(capabilities >> CAP_SETUID & 1) and bool(capabilities >> CAP_SYS_ADMIN & 1),
+        has_id_ranges=os.geteuid() == 0
+        and bool(capabilities >> CAP_SETUID & 1)
+        and bool(capabilities >> CAP_SYS_ADMIN & 1),
         has_user_namespaces=_allows_user_namespaces(),
+        has_compiler=any(shutil.which(compiler) for compiler in COMPILERS),
         has_overlay="overlay" in _words("/proc/filesystems"),
         has_seccomp="errno" in _words("/proc/sys/kernel/seccomp/actions_avail"),
         landlock=max(0, _landlock()),
@@ -95,6 +99,7 @@ def examine(host: Host) -> tuple[Finding, ...]:
             host.kernel >= MIN_KERNEL,
             "cells: they need mounts by descriptor and processes born in a cgroup",
         ),
+        Finding("C compiler", host.has_compiler, "cells: their two small programs are compiled on first use"),
         Finding("user namespaces", host.has_user_namespaces, "cells; what is left are processes behind Landlock"),
         Finding("seccomp", host.has_seccomp, "cells: system calls could not be filtered"),
         Finding("overlay", host.has_overlay, "images other than the host's"),

@@ -21,8 +21,10 @@ from typing import BinaryIO, TypeVar
 import msgspec
 
 from hone.sandbox.beneath import BadArchive, closing
+from hone.sandbox.errors import ImageError
 from hone.sandbox.files import Limits, Tree
 from hone.sandbox.host import host_image
+from hone.sandbox.image_build import build_image
 from hone.sandbox.plan import Image
 
 HOST_NAMES = ("python", "host")
@@ -37,16 +39,12 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 T = TypeVar("T")
 
 
-class ImageError(RuntimeError):
-    """An image cannot be had: there is no such thing, it is broken, or a program that fetches it is missing."""
-
-
 class ImageStore:
     """Images of this machine. Layers lie in `folder`, one folder for each by the hash of its content.
 
     Names: "python" or "host", this machine's programs and Python; "dir:PATH", a folder as it is; "tar:PATH", a tar
     archive of a root file system, compressed or not; "oci:PATH" or "oci:PATH:TAG", a folder in the OCI image layout;
-    anything else is a reference to a registry ("debian:12", "ghcr.io/name/image@sha256:..."), fetched by skopeo or crane.
+    "build:PATH", what a TOML file defines (`ImageDefinition`); anything else is a reference to a registry ("debian:12", "ghcr.io/name/image@sha256:..."), fetched by skopeo or crane.
 
     folder: by default in this user's cache. Several processes may use one folder.
     """
@@ -67,6 +65,8 @@ class ImageStore:
                 return self._of_folder(Path(rest))
             if kind == "tar":
                 return _image((self._layer_of_archive(Path(rest)),))
+            if kind == "build":
+                return build_image(Path(rest), self.find, self.keep)
             if kind == "oci":
                 return self._of_layout(*_split_tag(rest))
             return self._of_registry(name)

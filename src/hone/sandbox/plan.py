@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import PurePosixPath
-from typing import Literal
 
 from hone.sandbox import seccomp
 from hone.schema.sandboxes import SandboxSpec
@@ -35,6 +34,7 @@ MASKED = ("kcore", "keys", "key-users", "kmsg", "sysrq-trigger", "timer_list", "
 HOSTNAME = "sandbox"
 WORK = "/work"
 INODES_PER_MB = 256
+NUM_NETWORKS = 16  # kept ready; an empty one costs the kernel about 100 KB
 MAX_OPEN_FILES = 4096
 SPAWN = struct.Struct("=QQiIIIII")
 OPERATION = struct.Struct("=IIQQ")
@@ -52,7 +52,7 @@ class Code(IntEnum):
     KEEP = 7
     PIVOT = 8
     HOSTNAME = 9
-    LOOPBACK = 10
+    NETWORKS = 10
     LIMIT = 11
     FILTER = 12
     DROP_POWERS = 13
@@ -164,31 +164,29 @@ def plan_cell(spec: SandboxSpec, image: Image, grants: Grants, binds: Sequence[B
         *(Operation(Code.JOIN, a=index) for index in grants.join),
         *_root(spec, image, (*image.binds, *binds), grants),
         Operation(Code.HOSTNAME, HOSTNAME.encode()),
-        *((Operation(Code.LOOPBACK),) if grants.own_network else ()),
         *_confine(spec, grants),
         Operation(Code.BECOME_AGENT),
     )
+    uid_map, gid_map = id_maps(grants)
     return Plan(
         namespaces=namespaces,
-        **id_maps(grants),
+        uid_map=uid_map,
+        gid_map=gid_map,
         layers=image.layers if grants.num_ids > 1 else (),
         steps=encode_operations(operations),
         operations=operations,
     )
 
 
-def id_maps(grants: Grants) -> dict[Literal["uid_map", "gid_map"], bytes]:
-    """The ids inside and outside, as the kernel wants them."""
-    return {
-        "uid_map": f"0 {grants.uid} {grants.num_ids}\n".encode(),
-        "gid_map": f"0 {grants.gid} {grants.num_ids}\n".encode(),
-    }
+def id_maps(grants: Grants) -> tuple[bytes, bytes]:
+    """The user and group ids inside and outside, as the kernel wants them."""
+    return f"0 {grants.uid} {grants.num_ids}\n".encode(), f"0 {grants.gid} {grants.num_ids}\n".encode()
 
 
 def plan_spawner(*, is_unprivileged: bool, uid: int, gid: int, own_network: bool) -> tuple[Operation, ...]:
     """What the spawner does to itself first: a view of mounts that nothing of the host's changes any more.
 
-    own_network: an empty network, which all its cells without one of their own share.
+    own_network: an empty network, which all its cells without one of their own share, and a few for those that get one.
     """
     namespaces = NEW_MOUNTS | (NEW_NETWORK if own_network else 0) | (NEW_USERS if is_unprivileged else 0)
     identity = (
@@ -205,6 +203,7 @@ def plan_spawner(*, is_unprivileged: bool, uid: int, gid: int, own_network: bool
         _mount("tmpfs", STAGE, "tmpfs", NO_SETUID, "size=1m,nr_inodes=64,mode=755"),
         _folder(f"{STAGE}/nothing", 0o555),
         *_devices(f"{STAGE}/devices"),
+        *((Operation(Code.NETWORKS, a=NUM_NETWORKS),) if own_network else ()),
     )
 
 
@@ -313,9 +312,7 @@ def _confine(spec: SandboxSpec, grants: Grants) -> Iterator[Operation]:
     yield Operation(Code.DROP_POWERS)
     if grants.scopes_abstract_sockets:
         yield Operation(Code.LANDLOCK, struct.pack("=QQQ", 0, 0, 1), a=24)
-    yield Operation(
-        Code.FILTER, seccomp.instructions(has_network=grants.has_sockets, allow_clone3=grants.allow_clone3)
-    )
+    yield Operation(Code.FILTER, seccomp.instructions(has_network=grants.has_sockets, allow_clone3=grants.allow_clone3))
 
 
 class _Tree:

@@ -16,10 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hone.sandbox.cells import FAILED, READY, REPORT, Cell, Ending, Process
+from hone.sandbox.cells import FAILED, READY, REPORT, Cell
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.host import Host, look
 from hone.sandbox.plan import Image
+from hone.sandbox.programs import Ending, Process
+from hone.sandbox.readiness import until_ready
 from hone.schema.sandboxes import ExecResult
 
 GUEST = Path(__file__).parent / "guest"
@@ -352,6 +354,7 @@ class _Zygote:
         self._has_ranges = has_ranges
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._sending = asyncio.Lock()
         self._ready = asyncio.get_running_loop().create_task(self._start())
 
     @property
@@ -369,11 +372,22 @@ class _Zygote:
         assert self._socket is not None
         with cell.cgroup.entrances() as (unified, tasks):
             descriptors = [cell.process_descriptor, control, *([unified] if unified is not None else []), *tasks]
-            order = ORDER.pack(self._has_ranges, unified is not None, len(tasks)) + cell.confinement
+            order = ORDER.pack(self._has_ranges, unified is not None, len(tasks)) + cell.confinement()
             try:
-                socket.send_fds(self._socket, [order], descriptors)
+                await self._send(order, descriptors)
             except OSError as error:
                 raise SandboxError(f"{cell.name}: the zygote does not listen ({error})") from error
+
+    async def _send(self, order: bytes, descriptors: Sequence[int]) -> None:
+        """In a burst of cells it is slower than those who ask."""
+        loop = asyncio.get_running_loop()
+        async with self._sending:
+            while self._socket is not None:
+                try:
+                    socket.send_fds(self._socket, [order], descriptors)
+                    return
+                except BlockingIOError:
+                    await until_ready(self._socket.fileno(), loop.add_writer, loop.remove_writer)
 
     async def close(self) -> None:
         """End it. What it forked into cells lives on."""

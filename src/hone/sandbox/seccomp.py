@@ -20,7 +20,85 @@ TIOCSTI, TIOCLINUX = 0x5412, 0x541C  # typing into a terminal for somebody else
 # What no program of a sandbox needs, and what most escapes from containers were made of: namespaces and mounts, other
 # processes' memory, keys, kernel programs and tracing, modules, clocks, devices, handles that go around paths.
 FORBIDDEN = frozenset(
-    ["_sysctl", "acct", "add_key", "adjtimex", "afs_syscall", "bpf", "chroot", "clock_adjtime", "clock_settime", "create_module", "delete_module", "fanotify_init", "fanotify_mark", "finit_module", "fsconfig", "fsmount", "fsopen", "fspick", "get_kernel_syms", "getpmsg", "init_module", "io_uring_enter", "io_uring_register", "io_uring_setup", "ioperm", "iopl", "kcmp", "kexec_file_load", "kexec_load", "keyctl", "lookup_dcookie", "lsm_get_self_attr", "lsm_list_modules", "lsm_set_self_attr", "migrate_pages", "mount", "mount_setattr", "move_mount", "move_pages", "name_to_handle_at", "nfsservctl", "open_by_handle_at", "open_tree", "open_tree_attr", "perf_event_open", "personality", "pidfd_getfd", "pivot_root", "process_madvise", "process_vm_readv", "process_vm_writev", "ptrace", "putpmsg", "query_module", "quotactl", "quotactl_fd", "reboot", "request_key", "security", "setdomainname", "sethostname", "setns", "settimeofday", "statmount", "listmount", "swapoff", "swapon", "sysfs", "syslog", "tuxcall", "umount2", "unshare", "uselib", "userfaultfd", "ustat", "vhangup", "vserver"]
+    [
+        "_sysctl",
+        "acct",
+        "add_key",
+        "adjtimex",
+        "afs_syscall",
+        "bpf",
+        "chroot",
+        "clock_adjtime",
+        "clock_settime",
+        "create_module",
+        "delete_module",
+        "fanotify_init",
+        "fanotify_mark",
+        "finit_module",
+        "fsconfig",
+        "fsmount",
+        "fsopen",
+        "fspick",
+        "get_kernel_syms",
+        "getpmsg",
+        "init_module",
+        "io_uring_enter",
+        "io_uring_register",
+        "io_uring_setup",
+        "ioperm",
+        "iopl",
+        "kcmp",
+        "kexec_file_load",
+        "kexec_load",
+        "keyctl",
+        "lookup_dcookie",
+        "lsm_get_self_attr",
+        "lsm_list_modules",
+        "lsm_set_self_attr",
+        "migrate_pages",
+        "mount",
+        "mount_setattr",
+        "move_mount",
+        "move_pages",
+        "name_to_handle_at",
+        "nfsservctl",
+        "open_by_handle_at",
+        "open_tree",
+        "open_tree_attr",
+        "perf_event_open",
+        "personality",
+        "pidfd_getfd",
+        "pivot_root",
+        "process_madvise",
+        "process_vm_readv",
+        "process_vm_writev",
+        "ptrace",
+        "putpmsg",
+        "query_module",
+        "quotactl",
+        "quotactl_fd",
+        "reboot",
+        "request_key",
+        "security",
+        "setdomainname",
+        "sethostname",
+        "setns",
+        "settimeofday",
+        "statmount",
+        "listmount",
+        "swapoff",
+        "swapon",
+        "sysfs",
+        "syslog",
+        "tuxcall",
+        "umount2",
+        "unshare",
+        "uselib",
+        "userfaultfd",
+        "ustat",
+        "vhangup",
+        "vserver",
+    ]
 )
 
 
@@ -36,9 +114,7 @@ ARCHITECTURES = {"x86_64": Architecture(AUDIT_X86_64, X86_64), "aarch64": Archit
 
 
 @functools.cache
-def instructions(
-    *, has_network: bool = True, allow_clone3: bool = False, machine: str | None = None
-) -> bytes:
+def instructions(*, has_network: bool = True, allow_clone3: bool = False, machine: str | None = None) -> bytes:
     """The filter for programs of a cell.
 
     Allowed is what is known and not forbidden; the forbidden fails with EPERM, the unknown with ENOSYS, as on an older

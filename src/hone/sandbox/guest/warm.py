@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ast
 import atexit
+import contextlib
 import ctypes
 import gc
 import linecache
 import os
+import pathlib
 import select
 import signal
 import socket
@@ -51,7 +53,9 @@ class CloneArguments(ctypes.Structure):
 class Start:
     """A request to start something, with its descriptors: stdin, stdout, stderr and, maybe, a cgroup to be born in."""
 
-    def __init__(self, identity: int, folder: str, arguments: list[str], variables: dict[str, str], fds: list[int]) -> None:
+    def __init__(
+        self, identity: int, folder: str, arguments: list[str], variables: dict[str, str], fds: list[int]
+    ) -> None:
         self.identity = identity
         self.folder = folder
         self.arguments = arguments
@@ -77,7 +81,7 @@ def fork(cgroup: int = -1, *, as_sibling: bool = False) -> int:
         wanted = CloneArguments(
             flags=flags | CLONE_INTO_CGROUP, exit_signal=0 if as_sibling else signal.SIGCHLD, cgroup=cgroup
         )
-        pid = libc.syscall(CLONE3, ctypes.byref(wanted), ctypes.sizeof(wanted))
+        pid: int = libc.syscall(CLONE3, ctypes.byref(wanted), ctypes.sizeof(wanted))
     else:
         pid = libc.syscall(CLONE, flags | signal.SIGCHLD, 0, 0, 0, 0)
     if pid == 0:
@@ -178,6 +182,7 @@ class Server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(line, [b"fork"], [theirs.fileno(), *start.descriptors])
+        pid: int
         pid, number = struct.unpack("=ii", line.recv(8))
         if pid <= 0:
             ours.close()
@@ -287,10 +292,8 @@ def show_error(error: BaseException | None) -> None:
 
 def flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
 
 
 class Session:
@@ -319,8 +322,8 @@ class Session:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.send(FINE)
         while True:
-            ready, _, _ = select.select([self.source, self.line], [], [])
-            if self.line in ready:
+            ready, _, _ = select.select([self.source, self.line.fileno()], [], [])
+            if self.line.fileno() in ready:
                 self.hear()
             elif self.source in ready:
                 code = self.receive()
@@ -330,8 +333,9 @@ class Session:
                 self.answer(code)
 
     def answer(self, code: str) -> None:
-        os.ftruncate(self.printed, 0)
-        os.lseek(self.printed, 0, os.SEEK_SET)
+        if os.fstat(self.printed).st_size:
+            os.ftruncate(self.printed, 0)
+            os.lseek(self.printed, 0, os.SEEK_SET)
         is_fine = self.run(code)
         self.send((FINE if is_fine else RAISED) + self.shown())
 
@@ -430,10 +434,8 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 def signal_group(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def kill_session(top: int) -> None:
@@ -449,21 +451,17 @@ def kill_session(top: int) -> None:
 
 def sessions() -> list[tuple[int, int]]:
     found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    found.append((int(name), int(file.read().rpartition(b")")[2].split()[3])))
-            except OSError:
-                continue
+    for folder in pathlib.Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+                found.append((int(folder.name), int(fields[3])))
     return found
 
 
 def send(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def main(control: socket.socket) -> None:

@@ -34,7 +34,7 @@ class Programs:
 
 
 def build(compilers: Sequence[str] = COMPILERS) -> Programs:
-    """Both programs, compiled now if this machine has not compiled these sources before."""
+    """Both programs, compiled now if this machine has not compiled these sources before; raises `BuildError`."""
     compiler = _find(compilers)
     folder = cache_folder() / f"cells-{_key(compiler)}"
     if not (folder / "agent").exists():

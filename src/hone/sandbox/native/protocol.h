@@ -20,7 +20,7 @@
    zero, and operations. The first descriptor is the agent's control socket. */
 struct spawn {
     uint64_t identity;
-    uint64_t namespaces; /* CLONE_NEW... */
+    uint64_t namespaces; /* CLONE_NEW...; a new network is one of those that are ready */
     int32_t cgroup;      /* which of the descriptors is the cgroup to be born in; -1: none */
     uint32_t uid_map_bytes;
     uint32_t gid_map_bytes;
@@ -53,7 +53,7 @@ enum {
     OPERATION_KEEP,           /* path of the writable layer, which the agent hands to the node */
     OPERATION_PIVOT,          /* path of the new root */
     OPERATION_HOSTNAME,       /* name */
-    OPERATION_LOOPBACK,       /* bring it up */
+    OPERATION_NETWORKS,       /* keep a empty networks ready, each with a loopback */
     OPERATION_LIMIT,          /* a: resource; b: value */
     OPERATION_FILTER,         /* BPF instructions */
     OPERATION_DROP_POWERS,    /* all capabilities */

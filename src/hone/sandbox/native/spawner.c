@@ -47,6 +47,8 @@ static int descriptors[MAX_DESCRIPTORS];
 static int num_descriptors;
 static int trees[MAX_TREES];
 static int agent;
+static int networks = -1, own_network = -1;
+static pid_t network_maker;
 
 /* mount(2) and friends of libc's headers collide with the kernel's newer ones. */
 static int mount_old(const char *source, const char *target, const char *type, unsigned long flags, const char *data)
@@ -119,6 +121,41 @@ static int make_folder(const struct operation *operation, const char *path)
     return mkdir(path, operation->a) && !(operation->b && errno == EEXIST) ? -1 : 0;
 }
 
+/* Send a message with descriptors. */
+static int pass(int socket, const void *data, size_t size, const int *passed, int num_passed)
+{
+    char control[CMSG_SPACE(MAX_LAYERS * sizeof(int))] = {0};
+    struct iovec part = {(void *)data, size};
+    struct msghdr header = {.msg_iov = &part, .msg_iovlen = 1};
+    if (num_passed) {
+        header.msg_control = control;
+        header.msg_controllen = CMSG_SPACE(num_passed * sizeof(int));
+        struct cmsghdr *first = CMSG_FIRSTHDR(&header);
+        first->cmsg_level = SOL_SOCKET;
+        first->cmsg_type = SCM_RIGHTS;
+        first->cmsg_len = CMSG_LEN(num_passed * sizeof(int));
+        memcpy(CMSG_DATA(first), passed, num_passed * sizeof(int));
+    }
+    return sendmsg(socket, &header, MSG_NOSIGNAL) == (ssize_t)size ? 0 : -1;
+}
+
+/* The next message with its descriptors; 0 when the other side is gone. */
+static ssize_t take(int socket, void *data, size_t size, int *taken, int *num_taken)
+{
+    char control[CMSG_SPACE(MAX_DESCRIPTORS * sizeof(int))];
+    struct iovec part = {data, size};
+    struct msghdr header = {
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+    ssize_t got = recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
+    struct cmsghdr *first = CMSG_FIRSTHDR(&header);
+    *num_taken = 0;
+    if (got > 0 && first && first->cmsg_type == SCM_RIGHTS) {
+        *num_taken = (first->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        memcpy(taken, CMSG_DATA(first), *num_taken * sizeof(int));
+    }
+    return got;
+}
+
 static int bring_loopback_up(void)
 {
     struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING};
@@ -127,6 +164,57 @@ static int bring_loopback_up(void)
         return -1;
     int result = ioctl(descriptor, SIOCSIFFLAGS, &request);
     close(descriptor);
+    return result;
+}
+
+/* Make a network for each byte that comes. It is the slowest of namespaces and the only one that all of the machine's
+   processes queue for, so it is made before it is needed, and by a process that nobody waits for. */
+static void make_networks(int requests)
+{
+    char byte;
+    prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+    while (read(requests, &byte, 1) == 1) {
+        if (unshare(CLONE_NEWNET) || bring_loopback_up())
+            _exit(1);
+        int network = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+        if (network < 0 || pass(requests, "", 1, &network, 1))
+            _exit(1);
+        close(network);
+    }
+    _exit(0);
+}
+
+static int keep_networks(int number)
+{
+    int ends[2];
+    own_network = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+    if (own_network < 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends))
+        return -1;
+    network_maker = fork();
+    if (network_maker == 0) {
+        close(ends[0]);
+        make_networks(ends[1]);
+    }
+    close(ends[1]);
+    networks = ends[0];
+    while (number-- > 0)
+        if (pass(networks, "", 1, NULL, 0))
+            return -1;
+    return network_maker < 0 ? -1 : 0;
+}
+
+/* Go into a network that is ready, and have another one made. */
+static int enter_network(void)
+{
+    char byte;
+    int network, num_taken;
+    if (networks < 0 || take(networks, &byte, 1, &network, &num_taken) != 1 || num_taken != 1) {
+        errno = ENONET;
+        return -1;
+    }
+    pass(networks, "", 1, NULL, 0);
+    int result = setns(network, CLONE_NEWNET);
+    close(network);
     return result;
 }
 
@@ -237,8 +325,8 @@ static int carry_out(const struct operation *operation, const char *data)
         return syscall(SYS_umount2, data, 2 /* MNT_DETACH */);
     case OPERATION_HOSTNAME:
         return sethostname(data, operation->size);
-    case OPERATION_LOOPBACK:
-        return bring_loopback_up();
+    case OPERATION_NETWORKS:
+        return keep_networks(operation->a);
     case OPERATION_LIMIT:
         return limit(operation);
     case OPERATION_FILTER:
@@ -276,41 +364,6 @@ static uint32_t carry_out_all(const char *position, uint32_t num_operations)
     }
     errno = 0;
     return num_operations;
-}
-
-/* Send a message with descriptors. */
-static int pass(int socket, const void *data, size_t size, const int *passed, int num_passed)
-{
-    char control[CMSG_SPACE(MAX_LAYERS * sizeof(int))] = {0};
-    struct iovec part = {(void *)data, size};
-    struct msghdr header = {.msg_iov = &part, .msg_iovlen = 1};
-    if (num_passed) {
-        header.msg_control = control;
-        header.msg_controllen = CMSG_SPACE(num_passed * sizeof(int));
-        struct cmsghdr *first = CMSG_FIRSTHDR(&header);
-        first->cmsg_level = SOL_SOCKET;
-        first->cmsg_type = SCM_RIGHTS;
-        first->cmsg_len = CMSG_LEN(num_passed * sizeof(int));
-        memcpy(CMSG_DATA(first), passed, num_passed * sizeof(int));
-    }
-    return sendmsg(socket, &header, MSG_NOSIGNAL) == (ssize_t)size ? 0 : -1;
-}
-
-/* The next message with its descriptors; 0 when the other side is gone. */
-static ssize_t take(int socket, void *data, size_t size, int *taken, int *num_taken)
-{
-    char control[CMSG_SPACE(MAX_DESCRIPTORS * sizeof(int))];
-    struct iovec part = {data, size};
-    struct msghdr header = {
-        .msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
-    ssize_t got = recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
-    struct cmsghdr *first = CMSG_FIRSTHDR(&header);
-    *num_taken = 0;
-    if (got > 0 && first && first->cmsg_type == SCM_RIGHTS) {
-        *num_taken = (first->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-        memcpy(taken, CMSG_DATA(first), *num_taken * sizeof(int));
-    }
-    return got;
 }
 
 /* What the clone does: it waits until it has its ids, and layers that belong to them, and obeys. */
@@ -385,7 +438,7 @@ static int spawn(const struct spawn *order, const char *rest, pid_t *pid)
 {
     int pidfd = -1, gate[2];
     struct clone_args arguments = {
-        .flags = order->namespaces | CLONE_PIDFD,
+        .flags = (order->namespaces & ~(uint64_t)CLONE_NEWNET) | CLONE_PIDFD,
         .pidfd = (uintptr_t)&pidfd,
         .exit_signal = SIGCHLD,
     };
@@ -393,6 +446,8 @@ static int spawn(const struct spawn *order, const char *rest, pid_t *pid)
         arguments.flags |= CLONE_INTO_CGROUP;
         arguments.cgroup = descriptors[order->cgroup];
     }
+    if (order->namespaces & CLONE_NEWNET && enter_network())
+        return -1;
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, gate))
         return -1;
     *pid = syscall(SYS_clone3, &arguments, sizeof arguments);
@@ -401,6 +456,8 @@ static int spawn(const struct spawn *order, const char *rest, pid_t *pid)
         be_born(order, rest + order->uid_map_bytes + order->gid_map_bytes + order->layers_bytes, gate[0]);
     }
     int error = *pid < 0 ? errno : 0;
+    if (order->namespaces & CLONE_NEWNET && setns(own_network, CLONE_NEWNET))
+        _exit(1);
     if (!error && release(*pid, order, rest, gate[1])) {
         error = errno;
         syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
@@ -437,6 +494,15 @@ static void obey(int socket)
         close(descriptors[i]);
 }
 
+static int leave(void)
+{
+    if (network_maker > 0) {
+        kill(network_maker, SIGKILL);
+        waitpid(network_maker, NULL, 0);
+    }
+    return 0;
+}
+
 int main(int count, char **arguments)
 {
     if (count != 3)
@@ -460,10 +526,10 @@ int main(int count, char **arguments)
         if (poll(watched, 2, -1) < 0 && errno != EINTR)
             return 1;
         if (watched[1].revents)
-            return 0;
+            return leave();
         if (watched[0].revents) {
             if (take(socket, message, sizeof message, descriptors, &num_descriptors) <= 0)
-                return 0;
+                return leave();
             obey(socket);
         }
     }
