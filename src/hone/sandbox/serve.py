@@ -13,9 +13,9 @@ from typing import Any, Self
 
 import msgspec
 
-from hone.sandbox.cells import Process
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.node import Node, NodeSandbox
+from hone.sandbox.programs import Process
 from hone.sandbox.wire import CHUNK_BYTES, WINDOW_BYTES, Credit, Stream, failed
 from hone.schema import sandbox_calls as calls
 
