@@ -131,6 +131,7 @@ def of_type(kind: Any) -> st.SearchStrategy[Any]:
         FinishReason: st.sampled_from(FinishReason),
         list[int]: tokens,
         VersionRun: st.builds(VersionRun, st.integers(0, 9), st.integers(1, 9)),
+        msgspec.Raw: st.just(msgspec.Raw(b"\xc0")),
     }
     if kind in simple:
         return simple[kind]

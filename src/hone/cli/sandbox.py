@@ -24,7 +24,7 @@ Address = Annotated[
 ]
 
 
-@app.command(context_settings={"allow_interspersed_args": False})
+@app.command()
 def run(
     image: Annotated[str, typer.Argument(help='"python" is this machine\'s own programs; dir:, tar:, oci: or a registry.')],
     command: Annotated[list[str], typer.Argument(help="The program and its arguments, after --.")],
@@ -48,7 +48,7 @@ def run(
         node=node or None,
         token=_token(),
     )
-    code = asyncio.run(_run(sandbox, command[1:] if command[0] == "--" else command))
+    code = asyncio.run(_run(sandbox, command))
     raise typer.Exit(code if code >= 0 else 128 - code)
 
 

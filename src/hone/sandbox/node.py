@@ -15,9 +15,9 @@ from typing import Self
 
 from hone.sandbox.beneath import Owner
 from hone.sandbox.cells import Cell, Cells
-from hone.sandbox.errors import SandboxError, Unsupported
+from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.files import Files, Tree
-from hone.sandbox.images import ImageError, ImageStore
+from hone.sandbox.images import ImageStore
 from hone.sandbox.journal import Journal
 from hone.sandbox.lifecycle import Command, Destroy, Give, Lease, Lifecycle, Limits, Make, Over, Stage
 from hone.sandbox.programs import Process
