@@ -112,7 +112,7 @@ def meets(name: str, value: float) -> bool:
 
 
 async def measure(floor: Floor, arguments: argparse.Namespace) -> dict[str, float]:
-    floors, off, none, ended, execs = [], [], [], [], []
+    floors, off, none, ended, exec_floors, execs = [], [], [], [], [], []
     async with Cells() as cells:
         running = await cells.create(SMALL)
         await running.exec(["/bin/true"])
@@ -125,6 +125,9 @@ async def measure(floor: Floor, arguments: argparse.Namespace) -> dict[str, floa
                 started = time.perf_counter()
                 await cell.destroy()
                 ended.append(time.perf_counter() - started)
+        # Apart from the creations: the kernel takes a cell's network down long after the cell is gone.
+        for _ in range(arguments.runs):
+            exec_floors.append(floor())
             started = time.perf_counter()
             assert (await running.exec(["/bin/true"])).is_success
             execs.append(time.perf_counter() - started)
@@ -134,10 +137,10 @@ async def measure(floor: Floor, arguments: argparse.Namespace) -> dict[str, floa
         "create_f": statistics.median(off) / f,
         "create_net_f": statistics.median(none) / f,
         "destroy_f": statistics.median(ended) / f,
-        "exec_f": statistics.median(execs) / f,
+        "exec_f": statistics.median(execs) / statistics.median(exec_floors),
         "create_min_f": min(off) / min(floors),
         "create_net_min_f": min(none) / min(floors),
-        "exec_min_f": min(execs) / min(floors),
+        "exec_min_f": min(execs) / min(exec_floors),
         **await burst(arguments.burst),
         "sustained_per_core": await sustained(arguments.seconds),
     }
@@ -151,7 +154,9 @@ async def burst(number: int) -> dict[str, float]:
         started = time.perf_counter()
         made = await asyncio.gather(*(cells.create(OFF) for _ in range(number)))
         ready = time.perf_counter() - started
-        idle = (before - available_kb()) / number
+        counted = [used for cell in made if (used := cell.usage_bytes()) is not None]
+        # What the kernel charges to a cell, page tables and files included; without a cgroup, what the machine lost.
+        idle = statistics.mean(counted) / 1024 if counted else (before - available_kb()) / number
         started = time.perf_counter()
         results = await asyncio.gather(*(cell.exec(["/bin/true"]) for cell in made))
         executed = time.perf_counter() - started

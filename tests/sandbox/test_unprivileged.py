@@ -38,11 +38,12 @@ def test_cells_keep_their_promises_for_an_unprivileged_user(module: str, tmp_pat
 
 
 def python_for_all() -> str | None:
-    """A Python like this one that any user may start."""
-    version = "print('%d.%d' % __import__('sys').version_info[:2])"
-    for python in (sys.executable, f"/usr/bin/python{sys.version_info[0]}.{sys.version_info[1]}", "/usr/bin/python3"):
-        command = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", python, "-c", version]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.stdout.strip() == f"{sys.version_info[0]}.{sys.version_info[1]}":
-            return python
+    """A Python like this one that any user may start, also from itself: setpriv may yet reach what its user may not."""
+    wanted = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    own = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; print(*sys.version_info[:2], sep=\".\")'])"
+    for python in (sys.executable, f"/usr/bin/python{wanted}", "/usr/bin/python3"):
+        if Path(python).exists():
+            command = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", python, "-c", own]
+            if subprocess.run(command, capture_output=True, text=True, check=False, cwd="/").stdout.strip() == wanted:
+                return python
     return None
