@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hone.sandbox.cells import Cells
 from hone.sandbox.client import Sandbox, embedded_node
 from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.journal import Journal
@@ -314,6 +316,51 @@ def _commands():
                 yield path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
+
+
+EMBEDDED = """
+import asyncio
+from hone.sandbox.client import Sandbox
+async def one():
+    while True:
+        async with Sandbox(memory_mb=64, disk_mb=16) as box:
+            await box.exec(["sh", "-c", "setsid sleep 765432 & sleep 0.01"])
+            print("x", flush=True)
+async def main():
+    await asyncio.gather(*(one() for _ in range(4)))
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("num_kills", [2, pytest.param(40, marks=pytest.mark.slow)])
+async def test_a_process_that_is_killed_at_any_moment_leaves_nothing_after_the_next_sweep(cells, num_kills):
+    chance = random.Random(num_kills)
+    pids = []
+    for _ in range(num_kills):
+        program = subprocess.Popen([sys.executable, "-c", EMBEDDED], stdout=subprocess.PIPE)
+        await asyncio.to_thread(program.stdout.readline)
+        await asyncio.sleep(chance.uniform(0, 0.05))
+        program.kill()
+        await asyncio.to_thread(program.wait)
+        program.stdout.close()
+        pids.append(program.pid)
+    await until_none("765432")
+    async with Cells():  # sweeps
+        pass
+    left = [path for path, _, _ in os.walk("/sys/fs/cgroup") for pid in pids if f"/hone-cells-{pid}-" in path]
+    assert left == []
+
+
+async def test_a_sandbox_with_a_program_in_conversation_is_not_idle(node):
+    async with Sandbox(spec=SandboxSpec(idle_seconds=0.2), node=node) as box:
+        process = await box.spawn(["cat"])
+        await asyncio.sleep(0.5)
+        await process.write(b"here")
+        assert await process.read() == b"here"
+        await process.close()
+        with pytest.raises(SandboxError, match="nothing was asked of it"):
+            await asyncio.sleep(1.5)
+            await box.exec(["true"])
 
 
 def test_a_journal_survives_a_torn_line_and_belongs_to_one(tmp_path):

@@ -162,12 +162,15 @@ class Node:
     @contextlib.contextmanager
     def use(self, lease: Lease) -> Iterator[None]:
         """A call of a sandbox, which is not idle meanwhile."""
-        self._counts["calls"] += 1
         self._lifecycle.begin_use(lease)
         try:
             yield
         finally:
             self._lifecycle.end_use(lease, time.monotonic())
+
+    def count_call(self) -> None:
+        """A sandbox was asked for something."""
+        self._counts["calls"] += 1
 
     async def end(self, sandbox: "NodeSandbox", problem: str) -> None:
         """The lease is over; returns when nothing of the sandbox is left."""
@@ -316,9 +319,11 @@ class NodeSandbox:
         cwd: str = ".",
         terminal: tuple[int, int] | None = None,
     ) -> Process:
-        """As `Cell.spawn`. While it runs the sandbox may count as idle: what keeps it is reading and writing."""
+        """As `Cell.spawn`. While it runs the sandbox is not idle."""
         async with self._use() as cell:
-            return await cell.spawn(argv, env=self._variables(env), cwd=cwd, terminal=terminal)
+            process = await cell.spawn(argv, env=self._variables(env), cwd=cwd, terminal=terminal)
+            self._node.begin(self._hold(process))
+            return process
 
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
@@ -430,6 +435,7 @@ class NodeSandbox:
     async def _use(self) -> AsyncIterator[Cell]:
         cell = await self._living()
         self._num_calls += 1
+        self._node.count_call()
         with self._node.use(self.lease):
             try:
                 yield cell
@@ -445,6 +451,10 @@ class NodeSandbox:
         if self._files is None:
             self._files = self._node.files_of(cell)
         return self._files
+
+    async def _hold(self, process: Process) -> None:
+        with self._node.use(self.lease), contextlib.suppress(SandboxError):
+            await process.wait()
 
     async def _let_go(self) -> None:
         with contextlib.suppress(SandboxError):

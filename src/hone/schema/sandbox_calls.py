@@ -24,15 +24,11 @@ class Hello(_Message, frozen=True):
 
 
 class Create(_Message, frozen=True):
-    """Answered with the id at once; the sandbox may not be ready yet. key: asked twice, it is the same sandbox.
-
-    owner: on whose behalf, for those who may say so.
-    """
+    """Answered with the id at once; the sandbox may not be ready yet. key: asked twice, it is the same sandbox."""
 
     call: int
     spec: SandboxSpec
     key: str
-    owner: str = ""
 
 
 class UntilReady(_Message, frozen=True):
