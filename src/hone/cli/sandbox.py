@@ -26,7 +26,9 @@ Address = Annotated[
 
 @app.command()
 def run(
-    image: Annotated[str, typer.Argument(help='"python" is this machine\'s own programs; dir:, tar:, oci: or a registry.')],
+    image: Annotated[
+        str, typer.Argument(help='"python" is this machine\'s own programs; dir:, tar:, oci: or a registry.')
+    ],
     command: Annotated[list[str], typer.Argument(help="The program and its arguments, after --.")],
     memory_mb: Annotated[int, typer.Option(help="Memory of its programs.")] = 512,
     cpus: Annotated[float, typer.Option(help="Cores.")] = 1.0,

@@ -291,7 +291,9 @@ class _Link:
     generator: AsyncGenerator[None]
 
 
-_remote: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], _Link]] = weakref.WeakKeyDictionary()
+_remote: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], _Link]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class _Inner(Protocol):

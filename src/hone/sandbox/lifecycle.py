@@ -162,7 +162,9 @@ class Lifecycle:
         if key and (known := self._by_key.get((owner, key))) is not None:
             lease = self.leases[known]
             if lease.spec != spec:
-                raise ValueError(f"the key {key!r} stands for {lease.sandbox_id}, a sandbox of another kind; use another key")
+                raise ValueError(
+                    f"the key {key!r} stands for {lease.sandbox_id}, a sandbox of another kind; use another key"
+                )
             return lease
         self._pool(spec).ask(now)
         if len(self._queue) >= self.limits.max_queued:

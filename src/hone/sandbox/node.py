@@ -134,7 +134,9 @@ class Node:
 
     def sandboxes(self, owner: str | None = None) -> tuple[SandboxStatus, ...]:
         """All sandboxes, or those of one owner."""
-        return tuple(one.status() for one in list(self._sandboxes.values()) if owner is None or one.lease.owner == owner)
+        return tuple(
+            one.status() for one in list(self._sandboxes.values()) if owner is None or one.lease.owner == owner
+        )
 
     async def keep_warm(self, spec: SandboxSpec, count: int) -> None:
         """Keep so many cells of this kind ready, within `Limits.max_warm`, whatever the demand."""

@@ -115,7 +115,9 @@ class RemoteNode:
                     host, _, port = rest.removeprefix("//").rpartition(":")
                     await loop.create_connection(lambda: stream, host.strip("[]"), int(port))
                 else:
-                    raise ValueError(f"the address {self.address!r} of a node is neither unix:/path nor tcp://host:port")
+                    raise ValueError(
+                        f"the address {self.address!r} of a node is neither unix:/path nor tcp://host:port"
+                    )
                 self._stream = stream
                 stream.send(calls.Hello(calls.VERSION, self._session, self._token))
                 await self._welcome

@@ -48,7 +48,9 @@ class NodeServer:
         if kind not in ("unix", "tcp") or (kind == "tcp" and not self._rest.rpartition(":")[2].isdecimal()):
             raise ValueError(f"the address {address!r} of a node is neither unix:/path nor tcp://host:port")
         if kind == "tcp" and not tokens:
-            raise ValueError(f"{address} would run programs for everybody who can reach it; give tokens, or a unix: address")
+            raise ValueError(
+                f"{address} would run programs for everybody who can reach it; give tokens, or a unix: address"
+            )
         self.node = node
         self.address = address
         self.grace_seconds = grace_seconds
@@ -215,7 +217,9 @@ class _Client:
         if not isinstance(message, calls.Hello):
             problem = "no greeting"
         elif message.version != calls.VERSION:
-            problem = f"the node speaks version {calls.VERSION}, not {message.version}; install the same hone on both sides"
+            problem = (
+                f"the node speaks version {calls.VERSION}, not {message.version}; install the same hone on both sides"
+            )
         elif (owner := self._server.owner(message, self.stream.peer_uid())) is None:
             problem = "the node does not let you in; check the token"
         if owner is None or problem:
