@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from hone.envs.harness.recorder import Recorder
 
 OnCrash = Literal["fail", "score"]
+"""A program that ends in an error is a failure, or scored with what there is."""
 Agent = Callable[[Rollout, Endpoint], Awaitable[None]]
+"""The async function that an `SdkHarness` runs for each rollout."""
 
 
 class ProgramCrash(Exception):
