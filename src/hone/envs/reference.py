@@ -61,7 +61,7 @@ PARTS = (
     Part(
         "Rewards",
         "What rollouts are judged by: [Rewards](../guides/rewards.md).",
-        ("Rubric", "reward", "metric", "group_reward", "group_metric", "Measure"),
+        ("Rubric", "reward", "metric", "group_reward", "group_metric", "Measure", "hone.envs.rubric.Scores"),
     ),
     Part(
         "Reading answers",
@@ -108,6 +108,7 @@ PARTS = (
             *("ExecResult", "Outcome", "Sandbox", "SandboxProvider"),
             "hone.schema.sandboxes.Usage",
             "hone.envs.sandboxes.Process",
+            "hone.envs.local_processes.LocalSandbox",
             "hone.envs.sandbox_tools.python_tool",
             "hone.envs.sandbox_tools.shell_tool",
         ),
@@ -259,11 +260,8 @@ class _Source:
     def default(self, node: ast.expr) -> str:
         """As it is written, and the value of a constant instead of its name."""
         text = self.of(node)
-        return (
-            repr(getattr(importlib.import_module(self.module), text))
-            if text.isupper() and text.isidentifier()
-            else text
-        )
+        is_constant = text.isidentifier() and text.isupper()
+        return repr(getattr(importlib.import_module(self.module), text)) if is_constant else text
 
 
 @cache
@@ -293,9 +291,8 @@ def _entry(name: str) -> Entry:
 def _bound(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.ClassDef | Function):
         return [node.name]
-    return (
-        [target.id for target in node.targets if isinstance(target, ast.Name)] if isinstance(node, ast.Assign) else []
-    )
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _function(name: str, nodes: Sequence[ast.stmt], source: _Source) -> Entry:
@@ -369,11 +366,10 @@ def _decorators(node: Function) -> set[str]:
 
 def _text_below(body: Sequence[ast.stmt], place: int) -> str:
     """The text under an assignment that explains it."""
-    below = body[place + 1] if place + 1 < len(body) else None
-    is_text = (
-        isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
-    )
-    return " ".join(below.value.value.split()) if is_text else ""
+    match body[place + 1 : place + 2]:
+        case [ast.Expr(value=ast.Constant(value=str() as text))]:
+            return _on_one_line(text)
+    return ""
 
 
 def _signature(
