@@ -61,7 +61,11 @@ def test_a_function_is_shown_as_it_is_called_and_its_parameters_as_a_list() -> N
     columns = only("columns")
     assert columns.code.startswith("columns(\n    prompt: str,\n    reference: str | None = None,\n    *,\n")
     assert columns.code.endswith(") -> TaskOf")
-    assert "\n- `reference`: text or a number.\n" in reference_page()
+    page = reference_page()
+    assert "\n- `reference`: text or a number.\n" in page
+    assert (
+        "\n- `num_prompt_tokens`, `num_completion_tokens`, `num_cached_tokens`: as the endpoint counts them.\n" in page
+    )
 
 
 def test_overloads_are_shown_and_constants_by_their_values() -> None:

@@ -457,17 +457,21 @@ def _listed(paragraph: str, known: Sequence[str]) -> str:
     if not known:
         return paragraph
     names = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
-    entry = re.compile(rf"(?:^|(?<=[.;] )|(?<=[.;]\n)|(?<=\n))((?:{names})(?:, (?:{names}))*): ")
+    entry = re.compile(rf"(?:^|(?<=[.;] )|(?<=[.;]\n)|(?<=\n))((?:{names})(?:,\s+(?:{names}))*):\s")
     starts = list(entry.finditer(paragraph))
     if not starts:
         return paragraph
     before = paragraph[: starts[0].start()].strip()
     ends = [start.start() for start in starts[1:]] + [len(paragraph)]
     rows = [
-        f"- {', '.join(f'`{name}`' for name in start[1].split(', '))}: {_sentence(paragraph[start.end() : end])}"
+        f"- {_as_code(start[1])}: {_sentence(paragraph[start.end() : end])}"
         for start, end in zip(starts, ends, strict=True)
     ]
     return "\n".join([*([before, ""] if before else []), *rows])
+
+
+def _as_code(names: str) -> str:
+    return ", ".join(f"`{name}`" for name in re.split(r",\s+", names))
 
 
 def _sentence(text: str) -> str:
