@@ -33,6 +33,8 @@ async def cells(adopts_orphans: None) -> AsyncIterator[Cells]:
             yield cells
     except Unsupported as error:
         pytest.skip(str(error))
+    import subprocess
+    for pid in leftovers()-before: print("LEFT", subprocess.run(["ps","-o","pid,ppid,stat,etime,args","-p",pid],capture_output=True,text=True).stdout)
     assert leftovers() - before == set()
 
 

@@ -8,6 +8,8 @@ import contextlib
 import itertools
 import os
 import re
+import select
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from hone.schema.sandboxes import SandboxSpec
 PREFIX = "hone-cells-"
 PERIOD_MICROSECONDS = 100_000
 RESERVED_PROCESSES = 1  # the agent
+DYING_SECONDS = 2.0  # what was killed needs a moment; its folders cannot go before
 MAX_SPARES = 64  # making and removing a cell's folders is a fifth of its creation
 MAX_LOOKED_AT = 4  # folders of ended programs, when the next one needs a folder
 
@@ -301,11 +304,23 @@ def sweep(folders: CgroupFolders) -> int:
                 continue
             with contextlib.suppress(OSError):
                 _write(own / "cgroup.kill", "1")
+                _wait_until_empty(own)
             for folder in sorted(own.rglob("*/"), reverse=True):
                 if _remove(folder) and folder.parent == own and parent == folders.unified:
                     num_cells += 1
             _remove(own)
     return num_cells
+
+
+def _wait_until_empty(folder: Path) -> None:
+    """Until no process is left in a cgroup of version 2 or below it; the kernel announces the change of its events."""
+    ends = time.monotonic() + DYING_SECONDS
+    with (folder / "cgroup.events").open() as events:
+        changes = select.poll()
+        changes.register(events, select.POLLPRI)
+        while "populated 1" in events.read() and (left := ends - time.monotonic()) > 0:
+            changes.poll(left * 1000)
+            events.seek(0)
 
 
 def _is_orphan(name: str) -> bool:
