@@ -28,6 +28,8 @@ class Loaded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     has_difficulty: bool
     scores_groups: bool
     group_seconds: float
+    tools: list[ToolSpec]
+    tools_are_known: bool
 
 
 class TaskWanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
