@@ -2,7 +2,8 @@
 
 A run is started (after SFT), and at random moments one of its processes gets SIGKILL: each kind in turn, `--kills`
 times each; also the launcher itself, which is then started again by the same command. At the end the ledger must say
-that no finished rollout was lost and none was trained twice, and the run must have reached its reward.
+that no finished rollout was lost and none was trained twice, and the run must have reached the reward of the same run
+left alone.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ RECIPE = ROOT / "recipes/tiny/reverse.toml"
 HONE = str(Path(sys.executable).with_name("hone"))
 KINDS = ("inference", "orchestrator", "worker-0", "trainer", "launcher")
 DEADLINE_SECONDS = 3600.0
+LAST_STEPS = 10
 
 
 def main() -> None:
@@ -34,23 +37,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    draw = random.Random(derive_seed(arguments.seed, "kills"))
+    victims = [kind for _ in range(arguments.kills) for kind in draw.sample(KINDS, len(KINDS))]
     with tempfile.TemporaryDirectory() as scratch:
-        kills = torment(Path(scratch), arguments)
-        folder = Path(scratch) / "crash"
-        result = audit(folder)
-        rewards = [
-            line["train/reward_mean"]
-            for line in map(json.loads, (folder / "metrics.jsonl").open())
-            if "train/reward_mean" in line
-        ]
+        kills = torment(Path(scratch) / "crash", arguments.steps, victims, draw)
+        torment(Path(scratch) / "alone", arguments.steps, [], draw)
+        result = audit(Path(scratch) / "crash")
+        rewards, undisturbed = (trained_rewards(Path(scratch) / name) for name in ("crash", "alone"))
     harness.show_table("after the kills", ["process", "kills"], [(kind, kills.count(kind)) for kind in KINDS])
-    final = sum(rewards[-5:]) / len(rewards[-5:])
-    print(f"first reward {rewards[0]:.3f}, final {final:.3f}; {result}")
+    final, expected = (statistics.fmean(curve[-LAST_STEPS:]) for curve in (rewards, undisturbed))
+    print(f"first reward {rewards[0]:.3f}, final {final:.3f}, left alone {expected:.3f}; {result}")
     harness.finish(
         "crash",
         {
             "claim": "SIGKILL of every process at random moments: nothing lost, nothing trained twice, the run goes on",
-            "ratio": final / rewards[0],
+            "ratio": final / expected,
             "kills": {kind: kills.count(kind) for kind in KINDS},
             "lost": result.lost,
             "trained_twice": result.trained_twice,
@@ -58,18 +59,18 @@ def main() -> None:
             "too_stale": result.too_stale,
             "reward_first": rewards[0],
             "reward_final": final,
+            "reward_left_alone": expected,
         },
         "torch",
     )
 
 
-def torment(scratch: Path, arguments: argparse.Namespace) -> list[str]:
-    """Run RL to its end under fire; returns who was killed."""
-    draw = random.Random(derive_seed(arguments.seed, "kills"))
-    victims = [kind for _ in range(arguments.kills) for kind in draw.sample(KINDS, len(KINDS))]
+def torment(folder: Path, num_steps: int, victims: list[str], draw: random.Random) -> list[str]:
+    """Run SFT, then RL to its end under fire, the last victim first; returns who was killed."""
     command = [
-        HONE, "rl", str(RECIPE), f"--run.folder={scratch}", "--run.name=crash", f"--rl.num_steps={arguments.steps}",
-        "--run.max_restarts=1000", "--trainer.checkpoint_every=5", "--rl.optimizer.warmup_steps=5",
+        HONE, "rl", str(RECIPE), f"--run.folder={folder.parent}", f"--run.name={folder.name}",
+        f"--rl.num_steps={num_steps}", "--run.max_restarts=1000", "--trainer.checkpoint_every=5",
+        "--rl.optimizer.warmup_steps=5",
     ]  # fmt: skip
     subprocess.run([HONE, "sft", *command[2:]], check=True)
     launcher = subprocess.Popen(command)
@@ -80,9 +81,15 @@ def torment(scratch: Path, arguments: argparse.Namespace) -> list[str]:
         if launcher.poll() is not None:
             launcher = subprocess.Popen(command)
         time.sleep(draw.uniform(0.5, 6.0))  # a random moment
-        if victims and kill(victims[-1], launcher, scratch / "crash"):
+        if victims and kill(victims[-1], launcher, folder):
             killed.append(victims.pop())
     return killed
+
+
+def trained_rewards(folder: Path) -> list[float]:
+    """The mean reward of each step's batch."""
+    lines = map(json.loads, (folder / "metrics.jsonl").open())
+    return [line["train/reward_mean"] for line in lines if "train/reward_mean" in line]
 
 
 def kill(kind: str, launcher: subprocess.Popen, folder: Path) -> bool:

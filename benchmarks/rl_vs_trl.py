@@ -31,11 +31,11 @@ TRL_DEADLINE_SECONDS = 220.0
 TRIES = {
     "trl": ["lr 3e-5", "lr 1e-4 (chosen)", "lr 2e-4", "lr 3e-4", "lr 1e-3"],
     "hone": [
-        "lr 3e-4, batch 256",
-        "lr 3e-4, batch 256, warm-up 15",
-        "lr 2e-4, batch 256, warm-up 10, constant",
-        "lr 2e-4, batch 128, warm-up 15 (chosen)",
-        "muon, lr 3e-4, batch 256, warm-up 5",
+        "adamw: lr 3e-4, batch 256; the same with warm-up 15; lr 2e-4, warm-up 10, constant; lr 2e-4, batch 128, warm-up 15",
+        "adamw, lr 2e-4, staleness 4; lr 3e-4, warm-up 30; group-normalised advantages; PPO clip; betas (0.9, 0.95)",
+        "muon, batch 256: lr 3e-4, 4e-4, 6e-4, 8e-4; batch 512, lr 8e-4; batch 128, lr 6e-4",
+        "muon, lr 4e-4, batch 128: staleness 2 and 3; 150 and 200 steps; PPO clip; groups of 16; group-normalised",
+        "muon, batch 256, lr 5e-4 down to 0.3 of it (chosen); batch 192, lr 4e-4 down to 0.3 of it",
     ],
 }
 

@@ -15,6 +15,8 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import harness
@@ -52,24 +54,39 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one(json.loads(arguments.one))))
         return
-    sides = {"hone": measure([sys.executable, __file__, "--one"], arguments.runs, arguments.share)}
+    sides = {"hone": Side([sys.executable, __file__, "--one"], arguments.runs, arguments.share)}
     if arguments.peer:
         command = [str(peer_python()), str(HERE / "rollouts_verifiers.py")]
-        sides["verifiers"] = measure(command, PEER_RUNS, PEER_SHARE * arguments.share)
-    report(sides)
+        sides["verifiers"] = Side(command, PEER_RUNS, PEER_SHARE * arguments.share)
+    report(measure(sides))
 
 
-def measure(command: list[str], runs: int, share: float) -> dict[str, dict[str, object]]:
-    """Every setting in fresh processes, `runs` times; medians with least and greatest."""
-    figures: dict[str, dict[str, object]] = {}
-    for name, setting in SETTINGS.items():
-        wanted = {**setting, "rollouts": max(setting["concurrent"], int(setting["rollouts"] * share))}
+@dataclass(frozen=True)
+class Side:
+    """What to start for a measurement, how often, and for which share of the rollouts."""
+
+    command: list[str]
+    runs: int
+    share: float
+
+
+def measure(sides: Mapping[str, Side]) -> dict[str, dict[str, dict[str, object]]]:
+    """Every setting in fresh processes, the sides in turns; medians with least and greatest, by side and setting."""
+    figures: dict[str, dict[str, dict[str, object]]] = {name: {} for name in sides}
+    for setting_name, setting in SETTINGS.items():
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         with chat_server(LATENCY_SECONDS) as url:
-            found = [run([*command, json.dumps({**wanted, "url": url})]) for _ in range(runs)]
-        figures[name] = {key: harness.summary([run[key] for run in found]) for key in found[0]}
-    with chat_server(MEMORY_LATENCY_SECONDS) as url:
-        setting = {"concurrent": 2048, "rollouts": 2048, "turns": 1, "url": url}
-        figures["memory_2048"] = run([*command, json.dumps(setting)])
+            for turn in range(max(side.runs for side in sides.values())):
+                for name, side in sides.items():
+                    if turn < side.runs:
+                        count = max(setting["concurrent"], int(setting["rollouts"] * side.share))
+                        found[name].append(run([*side.command, json.dumps({**setting, "rollouts": count, "url": url})]))
+        for name, runs in found.items():
+            figures[name][setting_name] = {key: harness.summary([one[key] for one in runs]) for key in runs[0]}
+    for name, side in sides.items():
+        with chat_server(MEMORY_LATENCY_SECONDS) as url:
+            setting = {"concurrent": 2048, "rollouts": 2048, "turns": 1, "url": url}
+            figures[name]["memory_2048"] = run([*side.command, json.dumps(setting)])
     return figures
 
 

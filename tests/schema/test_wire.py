@@ -137,6 +137,8 @@ def of_type(kind: Any) -> st.SearchStrategy[Any]:
     inner = get_args(kind)
     if isinstance(kind, UnionType):
         return st.one_of(*map(of_type, inner))
+    if get_origin(kind) is tuple:
+        return st.lists(of_type(inner[0]), max_size=3).map(tuple)
     if get_origin(kind) is list:
         return st.lists(of_type(inner[0]), max_size=3)
     if get_origin(kind) is dict:

@@ -19,7 +19,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     cpus: float = 1.0
     disk_mb: int = 256
     max_processes: int = 256
-    network: Literal["none", "host"] = "none"
+    network: Literal["none", "off", "host"] = "none"
     ttl_seconds: float = 600.0
     env: dict[str, str] = {}
 
@@ -30,7 +30,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
 
 class Outcome(StrEnum):
-    """How a program in a sandbox ended. Each is a result of the program; infrastructure trouble is a failure instead."""
+    """How a program in a sandbox ended, or why it has no end that anybody knows (`is_infra`)."""
 
     EXITED = "exited"
     """By itself, with an exit code."""
@@ -40,8 +40,23 @@ class Outcome(StrEnum):
     """Killed: it ran longer than it was given."""
     OUT_OF_MEMORY = "out_of_memory"
     """It failed at its limit of memory."""
+    PIDS_LIMIT = "pids_limit"
+    """It failed at its limit of processes and threads."""
+    DISK_FULL = "disk_full"
+    """It failed with its disk full."""
     OUTPUT_LIMIT = "output_limit"
     """Killed: it wrote more than anybody will read."""
+    AGENT_LOST = "agent_lost"
+    """The sandbox ended beneath it."""
+    NODE_LOST = "node_lost"
+    """The machine of the sandbox is gone."""
+    POLICY_DENIED = "policy_denied"
+    """What was asked for is not allowed, or cannot be kept safe, where it was asked for."""
+
+    @property
+    def is_infra(self) -> bool:
+        """Whether it is trouble of the infrastructure: a failure, never a result of the program."""
+        return self in (Outcome.AGENT_LOST, Outcome.NODE_LOST, Outcome.POLICY_DENIED)
 
 
 class Usage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,3 +84,23 @@ class ExecResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def is_success(self) -> bool:
         """Whether the program ended by itself with exit code 0."""
         return self.outcome is Outcome.EXITED and self.exit_code == 0
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is at a path in a sandbox. kind: file, folder, link, fifo, socket or device. mode: the permission bits."""
+
+    name: str
+    kind: str
+    size_bytes: int
+    mode: int
+    modified_seconds: float
+
+
+class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a tree that was copied had. left_out: paths of what is neither file, folder nor link, or is a link that leads
+    out of the tree; the first hundred.
+    """
+
+    num_files: int
+    num_bytes: int
+    left_out: tuple[str, ...]

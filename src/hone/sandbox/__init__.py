@@ -1,0 +1,1 @@
+"""Runs programs nobody trusts: cells of this machine, nodes of many cells, and a gateway in front of many nodes."""

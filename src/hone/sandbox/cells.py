@@ -1,0 +1,473 @@
+"""Cells: sandboxes of this machine made by the kernel's own means, each a small tree of processes below an agent."""
+
+import asyncio
+import contextlib
+import itertools
+import math
+import os
+import random
+import signal
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, sweep
+from hone.sandbox.errors import SandboxError, Unsupported
+from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
+from hone.sandbox.plan import CONFINING, Bind, Grants, Image, Operation, Plan, encode_operations, id_maps, plan_cell
+from hone.sandbox.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Ending, Process
+from hone.sandbox.readiness import until_ready
+from hone.sandbox.spawner import Born, Spawner
+from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec
+
+CREATE_SECONDS = 30.0
+NUM_IDS = 1 << 16
+FIRST_ID, LAST_ID = 1 << 20, 1 << 31
+MAX_PLANS = 256
+
+REPORT = struct.Struct("=IIiiQQQ")
+READY, FAILED, ENDED = 1, 2, 3
+
+
+class Cells:
+    """Makes cells; an async context manager. Leaving it destroys all of its cells; so does the death of this process.
+
+    Example::
+
+        async with Cells() as cells:
+            cell = await cells.create(SandboxSpec(memory_mb=256))
+            result = await cell.exec(["python3", "-c", "print(6 * 7)"])
+            await cell.destroy()
+
+    is_weak_allowed: whether to go on where this machine cannot filter system calls. host: facts about the machine, by
+    default as they are.
+    """
+
+    def __init__(self, *, host: Host | None = None, is_weak_allowed: bool = False) -> None:
+        self.host = host or look()
+        self._is_weak_allowed = is_weak_allowed
+        self._cgroups: Cgroups | None = None
+        self._spawners: dict[bool, Spawner] = {}
+        self._cells: set[Cell] = set()
+        self._numbers = itertools.count(1)
+        self._ids: set[int] = set()
+        self._plans: dict[tuple[object, ...], _KnownPlan] = {}
+        self._nothing = -1
+
+    async def __aenter__(self) -> Self:
+        self._require()
+        self._nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        sweep(self.host.cgroups)
+        self._cgroups = Cgroups(self.host.cgroups)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await asyncio.gather(*(cell.destroy() for cell in list(self._cells)))
+        finally:
+            for spawner in self._spawners.values():
+                await spawner.close()
+            if self._cgroups is not None:
+                self._cgroups.close()
+            os.close(self._nothing)
+
+    async def create(self, spec: SandboxSpec, image: Image | None = None, *, binds: Sequence[Bind] = ()) -> "Cell":
+        """A cell that is ready. image: by default the host's programs. binds: more of the host for it to see.
+
+        Raises `SandboxError`; a cancelled creation leaves nothing behind.
+        """
+        if self._cgroups is None:
+            raise RuntimeError("Cells is an async context manager: use `async with`")
+        if image is None:
+            if spec.image != "python":
+                raise Unsupported(f"image {spec.image!r} needs an image store; cells alone know the host's, 'python'")
+            image = host_image()
+        number = next(self._numbers)
+        cgroup = self._cgroups.take(spec)
+        uid = cgroup.uid if cgroup is not None else self._take_ids()
+        cell = Cell(f"cell-{number}", spec, image, uid, self._nothing, self._forget)
+        cell.cgroup = cgroup
+        self._cells.add(cell)
+        try:
+            async with asyncio.timeout(CREATE_SECONDS):
+                cell.cgroup = cgroup or self._cgroups.create(cell.name, spec, uid)
+                spawner = await self._spawner(shares_host_network=spec.network == "host")
+                await self._bear(cell, number, spawner, binds)
+        except TimeoutError as error:
+            await cell.destroy()
+            raise SandboxError(f"{cell.name} was not ready within {CREATE_SECONDS:g} s") from error
+        except OSError as error:
+            await cell.destroy()
+            raise SandboxError(f"{cell.name} cannot be made: {error}") from error
+        except BaseException:
+            await asyncio.shield(cell.destroy())
+            raise
+        return cell
+
+    async def _bear(self, cell: "Cell", number: int, spawner: "Spawner", binds: Sequence[Bind]) -> None:
+        assert cell.cgroup is not None
+        theirs = cell.open()
+        try:
+            with cell.cgroup.entrances() as (unified, tasks):
+                descriptors = [theirs.fileno(), *tasks]
+                if unified is not None:
+                    descriptors.append(unified)
+                plan = self._plan(cell, binds, num_tasks=len(tasks))
+                cell.operations = plan.operations
+                order = plan.encode(number, cgroup=-1 if unified is None else len(descriptors) - 1)
+                born = await spawner.order(number, order, descriptors)
+        finally:
+            theirs.close()
+        cell.adopt(await born)
+        await cell.until_ready(plan.operations)
+
+    def _plan(self, cell: "Cell", binds: Sequence[Bind], num_tasks: int) -> Plan:
+        """Its plan. Many cells are alike in all but their ids."""
+        grants = self._grants(cell, num_tasks)
+        spec = cell.spec
+        key = (id(cell.image), *binds, replace(grants, uid=0, gid=0), spec.memory_mb, spec.disk_mb, spec.max_processes)
+        known = self._plans.get(key)
+        if known is None or known.image is not cell.image:
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            known = self._plans[key] = _KnownPlan(cell.image, plan_cell(spec, cell.image, grants, binds))
+        uid_map, gid_map = id_maps(grants)
+        return replace(known.plan, uid_map=uid_map, gid_map=gid_map)
+
+    def _grants(self, cell: "Cell", num_tasks: int) -> Grants:
+        assert self._cgroups is not None
+        network = cell.spec.network
+        can_share = self.host.landlock >= LANDLOCK_ABSTRACT_SOCKETS
+        cores = sorted(self.host.cores)
+        return Grants(
+            uid=cell.uid_base,
+            gid=cell.uid_base if self.host.has_id_ranges else self.host.gid,
+            num_ids=NUM_IDS if self.host.has_id_ranges else 1,
+            cores=frozenset(random.sample(cores, min(len(cores), math.ceil(cell.spec.cpus)))),
+            join=tuple(range(1, 1 + num_tasks)),
+            has_memory_limit=self._cgroups.has("memory"),
+            has_process_limit=self._cgroups.has("pids"),
+            allow_clone3=cell.cgroup is not None and cell.cgroup.can_freeze,
+            own_network=network == "none" or (network == "off" and not can_share),
+            has_sockets=network != "off",
+            scopes_abstract_sockets=network == "off" and can_share,
+            masked=self.host.masked,
+        )
+
+    async def _spawner(self, *, shares_host_network: bool) -> "Spawner":
+        spawner = self._spawners.get(shares_host_network)
+        if spawner is None or spawner.is_lost:
+            if spawner is not None:
+                await spawner.close()
+            spawner = self._spawners[shares_host_network] = Spawner(self.host, own_network=not shares_host_network)
+        await spawner.until_started()
+        return spawner
+
+    def _take_ids(self) -> int:
+        """The first of a cell's ids: a range of its own, or the only one there is."""
+        if not self.host.has_id_ranges:
+            return self.host.uid
+        while True:
+            uid = random.randrange(FIRST_ID, LAST_ID, NUM_IDS)
+            if uid not in self._ids:
+                self._ids.add(uid)
+                return uid
+
+    async def _forget(self, cell: "Cell") -> None:
+        """All of a cell's processes are gone: keep its ids and cgroup for the next, or let go of them."""
+        assert self._cgroups is not None
+        self._cells.discard(cell)
+        cgroup, cell.cgroup = cell.cgroup, None
+        if cgroup is not None and self._cgroups.give_back(cgroup):
+            return
+        self._ids.discard(cell.uid_base)
+        deadline = time.monotonic() + KILL_SECONDS
+        while cgroup is not None and not cgroup.remove():  # the last process may be counted for a moment yet
+            if time.monotonic() > deadline:
+                raise SandboxError(f"{cell.name}: its cgroup does not become empty")
+            await asyncio.sleep(0.001)
+
+    def _require(self) -> None:
+        host = self.host
+        if host.kernel < MIN_KERNEL or not host.has_user_namespaces:
+            raise Unsupported("this machine has no user namespaces for cells; `hone sandbox doctor` says more")
+        if not host.has_seccomp and not self._is_weak_allowed:
+            raise Unsupported("this kernel cannot filter system calls; is_weak_allowed=True goes on without")
+
+
+class Cell:
+    """One sandbox. Nothing in it can name, see or signal anything outside.
+
+    root_descriptor: its root folder, for reading and writing files beneath (never by a path without RESOLVE_IN_ROOT).
+    layer_descriptor: its writable layer. uid_base: the outside's id of its root. operations: the steps of its plan.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: SandboxSpec,
+        image: Image,
+        uid_base: int,
+        nothing: int,
+        forget: Callable[["Cell"], Awaitable[None]],
+    ) -> None:
+        self.name = name
+        self.spec = spec
+        self.image = image
+        self.uid_base = uid_base
+        self.pid = 0
+        self.root_descriptor = -1
+        self.layer_descriptor = -1
+        self.cgroup: CellCgroup | None = None
+        self.operations: tuple[Operation, ...] = ()
+        self._nothing = nothing
+        self._forget = forget
+        self._control: socket.socket | None = None
+        self._pidfd = -1
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._failure: tuple[int, int] | None = None
+        self._over: str | None = None
+        self._programs: dict[int, Process] = {}
+        self._numbers = itertools.count(1)
+        self._counters = Counters()
+        self._hits: dict[Outcome, float] = {}
+        self._is_paused = False
+        self._destruction: asyncio.Task[None] | None = None
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        timeout_seconds: float = 60.0,
+        kept_bytes: int = 64 << 10,
+        max_output_bytes: int = MAX_OUTPUT_BYTES,
+    ) -> ExecResult:
+        """Run a program to its end. At the timeout it is killed with all that it started.
+
+        kept_bytes: of each of stdout and stderr, half of it from the beginning and half from the end.
+        max_output_bytes: a program that writes more to one of them is killed (`Outcome.OUTPUT_LIMIT`).
+        Background processes of a program that ended by itself live on until the cell is destroyed.
+        Raises `SandboxError` when the cell is or goes lost, `ValueError` for what cannot be asked.
+        """
+        started = time.perf_counter()
+        program = Process(self, next(self._numbers), kept_bytes=kept_bytes, max_output_bytes=max_output_bytes)
+        try:
+            program.start(argv, env, cwd, has_stdin=bool(stdin))
+            return await program.complete(stdin, timeout_seconds, started)
+        finally:
+            await program.close()
+
+    async def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        terminal: tuple[int, int] | None = None,
+        stdin_descriptor: int | None = None,
+    ) -> "Process":
+        """Start a program to talk with; `Process.close` it.
+
+        terminal: rows and columns of one for it to have. stdin_descriptor: instead of a pipe; the caller's to close.
+        """
+        program = Process(self, next(self._numbers))
+        try:
+            program.start(argv, env, cwd, has_stdin=True, terminal=terminal, stdin_descriptor=stdin_descriptor)
+        except BaseException:
+            await program.close()
+            raise
+        return program
+
+    def confinement(self) -> bytes:
+        """As on the wire, the steps of its plan that everything in it has taken."""
+        return encode_operations([step for step in self.operations if step.code in CONFINING])
+
+    @property
+    def process_descriptor(self) -> int:
+        """A pidfd of its first process; still the cell's."""
+        return self._pidfd
+
+    async def pause(self) -> None:
+        """Stop everything in it where it is, memory and all. `Unsupported` without cgroup v2."""
+        await self._freeze(True)
+
+    async def resume(self) -> None:
+        """Let it go on."""
+        await self._freeze(False)
+
+    async def destroy(self) -> None:
+        """Kill everything in it and let go of it; returns when it is gone. Harmless when repeated."""
+        if self._destruction is None:
+            self._destruction = asyncio.ensure_future(self._destroy())
+        await asyncio.shield(self._destruction)
+
+    def usage_bytes(self) -> int | None:
+        """What memory it uses now, files included; None where no cgroup counts."""
+        return self.cgroup.memory_bytes() if self.cgroup is not None else None
+
+    def open(self) -> socket.socket:
+        """Make the agent's control socket and return the agent's end; called once, by `Cells`."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._control = ours
+        self._loop.add_reader(ours.fileno(), self._receive)
+        return theirs
+
+    def adopt(self, born: Born) -> None:
+        """It has a first process; called once, by `Cells`."""
+        if self.cgroup is not None:
+            self._counters = self.cgroup.before
+        self.pid, self._pidfd = born.pid, born.pidfd
+
+    async def until_ready(self, operations: Sequence[Operation]) -> None:
+        """Wait for the agent; called once, by `Cells`, with the plan's steps to name the one that failed."""
+        try:
+            await self._ready
+        except SandboxError as error:
+            if self._failure is None:
+                raise
+            step, number = self._failure
+            what = str(operations[step]) if step < len(operations) else "the plan"
+            raise SandboxError(f"{self.name} cannot be made: {what}: {os.strerror(number)}") from error
+
+    def require_alive(self) -> None:
+        """Raises why nothing can be asked of it any more, if so."""
+        if self._control is None:
+            raise self._loss()
+
+    def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Ask the agent for something."""
+        self.require_alive()
+        assert self._control is not None
+        try:
+            socket.send_fds(self._control, [data], descriptors)
+        except OSError as error:
+            raise SandboxError(f"{self.name}: its agent does not listen ({error})") from error
+
+    def _loss(self) -> SandboxError:
+        return SandboxError(f"{self.name}: {self._over or 'it was never opened'}")
+
+    def register(self, identity: int, program: "Process") -> None:
+        """A program is about to be started."""
+        self._programs[identity] = program
+
+    def unregister(self, identity: int) -> None:
+        """Nobody waits for this program any more."""
+        self._programs.pop(identity, None)
+
+    def limits_hit_since(self, when: float) -> frozenset[Outcome]:
+        """Which limits were hit after a moment of `time.perf_counter`, or after the last time somebody asked."""
+        before, self._counters = self._counters, self.cgroup.counters() if self.cgroup else Counters()
+        now = time.perf_counter()
+        if self._counters.memory > before.memory:
+            self._hits[Outcome.OUT_OF_MEMORY] = now
+        if self._counters.processes > before.processes:
+            self._hits[Outcome.PIDS_LIMIT] = now
+        return frozenset(outcome for outcome, moment in self._hits.items() if moment > when)
+
+    def is_disk_full(self) -> bool:
+        """Whether there is no room for another file, or for more in one."""
+        room = os.fstatvfs(self.root_descriptor)
+        return room.f_bavail == 0 or room.f_favail == 0
+
+    def _receive(self) -> None:
+        assert self._control is not None
+        for _ in range(64):  # then others have their turn
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._control, REPORT.size + 1, 2)
+            except BlockingIOError:
+                return
+            except OSError:
+                data, descriptors = b"", []
+            if len(data) != REPORT.size:
+                self._lose("its agent is gone" if not data else "its agent talks nonsense")
+                return
+            self._hear(REPORT.unpack(data), descriptors)
+            if self._over is not None:
+                return
+
+    def _hear(self, report: tuple[int, ...], descriptors: list[int]) -> None:
+        kind, identity, status, error, user, system, peak = report
+        if kind == ENDED and (program := self._programs.get(identity)) is not None:
+            program.end(Ending(status, error, (user + system) / 1e6, peak << 10))
+        elif kind == READY and not self._ready.done() and descriptors:
+            self.root_descriptor = descriptors[0]
+            self.layer_descriptor = descriptors[1] if len(descriptors) > 1 else -1
+            self._ready.set_result(None)
+            return
+        elif kind == FAILED:
+            self._failure = (identity, error)
+            self._lose("its first process failed")
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def _lose(self, reason: str) -> None:
+        """Whoever waits for something in here, and whoever comes later, learns the reason."""
+        if self._over is not None:
+            return
+        self._over = reason
+        if self._control is not None:
+            self._loop.remove_reader(self._control.fileno())
+            self._control.close()
+            self._control = None
+        if not self._ready.done():
+            self._ready.set_exception(self._loss())
+            self._ready.exception()  # nobody waits for it when the creation was cancelled
+        for program in list(self._programs.values()):
+            program.lose(self._loss())
+
+    async def _destroy(self) -> None:
+        """The kernel ends the first process when all others in its namespace are gone."""
+        self._lose("it is destroyed")
+        if self.cgroup is not None and (self._pidfd < 0 or self._is_paused):
+            self.cgroup.kill()
+        try:
+            if self._pidfd >= 0:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                await _until_over(self._pidfd, self.name)
+            await self._forget(self)
+        finally:
+            for descriptor in (self._pidfd, self.root_descriptor, self.layer_descriptor):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._pidfd = self.root_descriptor = self.layer_descriptor = -1
+
+    async def _freeze(self, frozen: bool) -> None:
+        if self.cgroup is None or not self.cgroup.can_freeze:
+            raise Unsupported("a cell can be paused where there is cgroup v2 only")
+        self.require_alive()
+        self.cgroup.freeze(frozen)
+        self._is_paused = True  # also while it is being resumed
+        deadline = time.monotonic() + KILL_SECONDS
+        while self.cgroup.is_frozen() != frozen:
+            if time.monotonic() > deadline:
+                raise SandboxError(f"{self.name} cannot be {'paused' if frozen else 'resumed'}")
+            await asyncio.sleep(0.0002)
+        self._is_paused = frozen
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownPlan:
+    image: Image
+    plan: Plan
+
+
+async def _until_over(pidfd: int, name: str) -> None:
+    """Wait for the end of a process."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(KILL_SECONDS):
+            await until_ready(pidfd, loop.add_reader, loop.remove_reader)
+    except TimeoutError as error:
+        raise SandboxError(f"{name}: its first process does not die") from error

@@ -1,0 +1,22 @@
+"""What goes wrong with a sandbox that is not its programs' doing."""
+
+from hone.schema.sandboxes import Outcome
+
+
+class SandboxError(RuntimeError):
+    """Trouble of the infrastructure: nobody's answer, never a result. outcome: which trouble."""
+
+    def __init__(self, message: str, outcome: Outcome = Outcome.AGENT_LOST) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+
+class Unsupported(SandboxError):
+    """This machine cannot keep the promise that was asked for, and nothing weaker was allowed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, Outcome.POLICY_DENIED)
+
+
+class ImageError(RuntimeError):
+    """An image cannot be had: there is no such thing, it is broken, or a program that fetches it is missing."""

@@ -1,0 +1,243 @@
+"""What this machine can do for cells, and the image that is the machine itself."""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hone.sandbox.native.build import COMPILERS, cache_folder
+from hone.sandbox.plan import MASKED, Bind, Image
+
+LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
+LANDLOCK_ABSTRACT_SOCKETS = 6  # the ABI that can keep programs from other cells' abstract sockets
+CAP_SYS_ADMIN, CAP_SETUID = 21, 7
+MIN_KERNEL = (5, 14)
+SYSTEM_LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+ETC = (
+    *("ld.so.cache", "alternatives", "ssl/certs", "ssl/openssl.cnf", "mime.types", "localtime", "timezone"),
+    *("nsswitch.conf", "services", "protocols", "shells", "magic", "debian_version", "os-release"),
+)
+PASSWD = b"root:x:0:0:root:/work:/bin/sh\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n"
+GROUP = b"root:x:0:\ntty:x:5:\nnogroup:x:65534:\n"
+HOSTS = b"127.0.0.1 localhost sandbox\n::1 localhost\n"
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupFolders:
+    """Where this process may make cgroups: its own folder in the v2 tree, and by v1 controller. None: nowhere."""
+
+    unified: Path | None = None
+    unified_controllers: frozenset[str] = frozenset()
+    v1: dict[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The facts that plans depend on."""
+
+    kernel: tuple[int, int]
+    machine: str
+    uid: int
+    gid: int
+    has_id_ranges: bool
+    has_user_namespaces: bool
+    has_compiler: bool
+    has_overlay: bool
+    has_seccomp: bool
+    landlock: int
+    cores: frozenset[int]
+    masked: tuple[str, ...]
+    cgroups: CgroupFolders
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of `hone sandbox doctor`. lost: what cells do without where it is missing; empty if nothing."""
+
+    name: str
+    is_there: bool
+    lost: str = ""
+
+
+def look() -> Host:
+    """This machine, as this process may use it. Reads a few files and changes nothing."""
+    numbers = platform.release().split("-")[0].split(".")
+    capabilities = _capabilities()
+    return Host(
+        kernel=(int(numbers[0]), int(numbers[1])),
+        machine=platform.machine(),
+        uid=os.geteuid(),
+        gid=os.getegid(),
+        has_id_ranges=os.geteuid() == 0
+        and bool(capabilities >> CAP_SETUID & 1)
+        and bool(capabilities >> CAP_SYS_ADMIN & 1),
+        has_user_namespaces=_allows_user_namespaces(),
+        has_compiler=any(shutil.which(compiler) for compiler in COMPILERS),
+        has_overlay="overlay" in _words("/proc/filesystems"),
+        has_seccomp="errno" in _words("/proc/sys/kernel/seccomp/actions_avail"),
+        landlock=max(0, _landlock()),
+        cores=frozenset(os.sched_getaffinity(0)),
+        masked=tuple(name for name in MASKED if _is_open_to_all(Path("/proc", name))),
+        cgroups=find_cgroups(),
+    )
+
+
+def examine(host: Host) -> tuple[Finding, ...]:
+    """What is there, and what is lost without what is not."""
+    folders = host.cgroups
+    controllers = folders.unified_controllers | frozenset(folders.v1)
+    return (
+        Finding(
+            f"Linux {MIN_KERNEL[0]}.{MIN_KERNEL[1]}",
+            host.kernel >= MIN_KERNEL,
+            "cells: they need mounts by descriptor and processes born in a cgroup",
+        ),
+        Finding("C compiler", host.has_compiler, "cells: their two small programs are compiled on first use"),
+        Finding("user namespaces", host.has_user_namespaces, "cells; what is left are processes behind Landlock"),
+        Finding("seccomp", host.has_seccomp, "cells: system calls could not be filtered"),
+        Finding("overlay", host.has_overlay, "images other than the host's"),
+        Finding("id ranges", host.has_id_ranges, "ids of their own: a cell's programs have this user's id outside"),
+        Finding("cgroup v2", folders.unified is not None, "pause, and the death of daemons at a timeout of their exec"),
+        Finding("cgroup memory", "memory" in controllers, "a limit on the sum of memory; each process has its own"),
+        Finding("cgroup pids", "pids" in controllers, "nothing: the kernel counts processes by user namespace"),
+        Finding("cgroup cpu", "cpu" in controllers, "parts of cores; whole cores are kept by affinity"),
+        Finding(
+            f"Landlock ABI {LANDLOCK_ABSTRACT_SOCKETS}",
+            host.landlock >= LANDLOCK_ABSTRACT_SOCKETS,
+            'the cheap network="off": such cells get a network namespace each',
+        ),
+    )
+
+
+def find_cgroups(
+    mountinfo: Path = Path("/proc/self/mountinfo"), membership: Path = Path("/proc/self/cgroup")
+) -> CgroupFolders:
+    """This process's own folders in the cgroup trees that it may write to."""
+    own = {}
+    for line in _lines(membership):
+        _, controllers, path = line.split(":", 2)
+        own[controllers] = path
+    unified, v1 = None, {}
+    for line in _lines(mountinfo):
+        left, _, right = line.partition(" - ")
+        kind, _, options = right.split(" ", 2)
+        root, target = left.split(" ")[3:5]
+        if kind == "cgroup2":
+            unified = _writable(target, root, own.get("")) or unified
+        elif kind == "cgroup":
+            for controllers, path in own.items():
+                for controller in {"memory", "pids", "cpu"} & set(controllers.split(",")) & set(options.split(",")):
+                    if (folder := _writable(target, root, path)) is not None:
+                        v1[controller] = folder
+    available = set(_words(str(unified / "cgroup.controllers"))) if unified else set()
+    return CgroupFolders(unified, frozenset(available & {"memory", "pids", "cpu"}), v1)
+
+
+@functools.cache
+def host_image() -> Image:
+    """The machine's own programs and this Python, read-only, below a root with nothing else of the machine's."""
+    links, binds = [], [Bind("/usr", "/usr"), Bind(str(_etc()), "/etc")]
+    for name in SYSTEM_LINKS:
+        path = Path(name)
+        if path.is_symlink():
+            links.append((name, str(path.readlink())))
+        elif path.is_dir():
+            binds.append(Bind(name, name))
+    for prefix in sorted({sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parent.parent)}):
+        if not any(Path(prefix).is_relative_to(bind.source) for bind in binds):
+            binds.append(Bind(prefix, prefix))
+    folders = dict.fromkeys([str(Path(sys.prefix) / "bin"), "/usr/local/bin", "/usr/bin", "/bin"])
+    return Image(binds=tuple(binds), links=tuple(links), env={"PATH": ":".join(folders)})
+
+
+def _etc() -> Path:
+    """A folder with what programs need of /etc and nothing that is this machine's alone, kept in the cache folder.
+
+    One folder to see instead of a dozen files: every file would cost a cell a tenth of a millisecond's worth of mounts.
+    """
+    digest = hashlib.sha256(repr((ETC, PASSWD, GROUP, HOSTS, os.geteuid())).encode())
+    for name in ETC:
+        with contextlib.suppress(OSError):
+            digest.update(f"{name} {Path('/etc', name).stat().st_mtime_ns}".encode())
+    folder = cache_folder() / f"etc-{digest.hexdigest()[:24]}"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            unfinished = Path(temporary) / "etc"
+            unfinished.mkdir()
+            _copy_etc(unfinished)
+            unfinished.chmod(0o755)
+            with contextlib.suppress(OSError):  # somebody else was faster
+                unfinished.rename(folder)
+    return folder
+
+
+def _copy_etc(to: Path) -> None:
+    for name in ETC:
+        source, target = Path("/etc", name), to / name
+        with contextlib.suppress(OSError, shutil.Error):
+            target.parent.mkdir(exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, symlinks=True)
+            elif source.exists():
+                shutil.copy(source, target)
+    for name, content in (("passwd", PASSWD), ("group", GROUP), ("hosts", HOSTS), ("resolv.conf", b"")):
+        (to / name).write_bytes(content)
+    (to / "mtab").symlink_to("/proc/self/mounts")
+
+
+def _is_open_to_all(path: Path) -> bool:
+    try:
+        return bool(path.stat().st_mode & 0o006)
+    except OSError:
+        return False
+
+
+def _writable(target: str, root: str, own: str | None) -> Path | None:
+    """The folder of cgroup `own` in a tree of which `target` shows what lies below `root`."""
+    if own is None or not Path(own).is_relative_to(root):
+        return None
+    folder = Path(target) / Path(own).relative_to(root)
+    return folder if os.access(folder, os.W_OK) and os.access(folder / "cgroup.procs", os.W_OK) else None
+
+
+def _allows_user_namespaces() -> bool:
+    for path, refused in (
+        ("/proc/sys/user/max_user_namespaces", "0"),
+        ("/proc/sys/kernel/unprivileged_userns_clone", "0"),
+        ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1"),
+    ):
+        is_about_all = path.endswith("max_user_namespaces")
+        if _words(path) == [refused] and (is_about_all or os.geteuid() != 0):
+            return False
+    return Path("/proc/self/ns/user").exists()
+
+
+def _landlock() -> int:
+    return int(
+        ctypes.CDLL(None).syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_CREATE_RULESET_VERSION)
+    )
+
+
+def _capabilities() -> int:
+    for line in _lines(Path("/proc/self/status")):
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+def _words(path: str) -> list[str]:
+    return [word for line in _lines(Path(path)) for word in line.split()]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,100 @@
+"""Compiles spawner and agent on first use into the user's cache folder."""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+COMPILERS = ("cc", "gcc", "clang")
+COMPILE_SECONDS = 60
+FLAGS = ("-O2", "-std=gnu11", "-s", "-static")
+# The agent has no libc, and nothing may call for one.
+AGENT_FLAGS = ("-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pie", "-no-pie",
+               "-fno-tree-loop-distribute-patterns", "-Wl,--build-id=none", "-Wl,-z,noseparate-code")  # fmt: skip
+
+
+class BuildError(RuntimeError):
+    """There is no compiler, or it does not compile the programs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """Where the spawner lies, and the agent's content."""
+
+    spawner: Path
+    agent: bytes
+
+
+def build(compilers: Sequence[str] = COMPILERS) -> Programs:
+    """Both programs, compiled now if this machine has not compiled these sources before; raises `BuildError`."""
+    compiler = _find(compilers)
+    folder = cache_folder() / f"cells-{_key(compiler)}"
+    if not (folder / "agent").exists():
+        _compile_into(compiler, folder)
+    return Programs(folder / "spawner", (folder / "agent").read_bytes())
+
+
+def cache_folder() -> Path:
+    """The user's, or one for this user beneath the temporary folder where there is no home to write to."""
+    wanted = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = (Path(wanted) if wanted else Path.home() / ".cache") / "hone" / "native"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except (OSError, RuntimeError):
+        fallback = Path(tempfile.gettempdir()) / f"hone-native-{os.getuid()}"
+        fallback.mkdir(mode=0o700, exist_ok=True)
+        status = fallback.stat(follow_symlinks=False)
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise BuildError(f"{fallback} is not this user's alone; set XDG_CACHE_HOME") from None
+        return fallback
+
+
+def _find(compilers: Sequence[str]) -> Path:
+    for compiler in compilers:
+        if found := shutil.which(compiler):
+            return Path(found).resolve()
+    raise BuildError(f"no C compiler found (looked for {', '.join(compilers)})")
+
+
+def _key(compiler: Path) -> str:
+    """Changes with the sources, the flags and the compiler."""
+    digest = hashlib.sha256()
+    for source in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    status = compiler.stat()
+    digest.update(repr((FLAGS, AGENT_FLAGS, str(compiler), status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()[:24]
+
+
+def _compile_into(compiler: Path, folder: Path) -> None:
+    """Compiled beside its place and renamed, so that processes that compile at once do not see half of it."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / "programs"
+        unfinished.mkdir()
+        for name, flags in (("spawner", FLAGS), ("agent", (*FLAGS, *AGENT_FLAGS))):
+            _compile(compiler, [*flags, str(SOURCES / f"{name}.c"), "-o", str(unfinished / name)])
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not (folder / "agent").exists():
+                raise
+
+
+def _compile(compiler: Path, arguments: list[str]) -> None:
+    try:
+        done = subprocess.run(
+            [str(compiler), *arguments], capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{compiler} takes more than {COMPILE_SECONDS} seconds") from error
+    if done.returncode:
+        raise BuildError(f"{compiler} does not compile the programs of cells: {done.stderr.strip()[-2000:]}")

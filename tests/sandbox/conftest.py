@@ -1,0 +1,52 @@
+"""Cells for tests, and the check that nothing of them is left afterwards."""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.cgroups import PREFIX
+from hone.sandbox.errors import Unsupported
+from hone.schema.sandboxes import SandboxSpec
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@pytest.fixture(scope="session")
+def adopts_orphans() -> Iterator[None]:
+    """Whatever outlives its parent becomes a child of this process, and is seen."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@pytest.fixture
+async def cells(adopts_orphans: None) -> AsyncIterator[Cells]:
+    before = leftovers()
+    try:
+        async with Cells() as cells:
+            yield cells
+    except Unsupported as error:
+        pytest.skip(str(error))
+    assert leftovers() - before == set()
+
+
+@pytest.fixture
+async def cell(cells: Cells) -> Cell:
+    return await cells.create(SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64))
+
+
+def leftovers() -> set[str]:
+    """This process's children and cgroups."""
+    children = set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            children |= set(path.read_text().split())
+    own = f"{PREFIX}{os.getpid()}-*"
+    folders = {str(path) for depth in range(5) for path in Path("/sys/fs/cgroup").glob(f"{'*/' * depth}{own}")}
+    return children | folders
