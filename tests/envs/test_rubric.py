@@ -353,6 +353,6 @@ async def test_a_failure_that_names_what_no_encoding_carries_can_still_be_sent()
         raise FileNotFoundError("there is no \udcff.txt")
 
     with pytest.raises(RolloutFailure) as raised:
-        await Rubric([reads]).score(TRACE)
+        await Rubric([reads]).score(trace_of())
     assert "there is no \\udcff.txt" in raised.value.failure.message
     msgspec.msgpack.encode(raised.value.failure)

@@ -101,6 +101,6 @@ def test_tools_that_are_opened_for_each_rollout_are_not_left_out_silently(tmp_pa
     environment = ToolUse(
         name="served", rubric=Rubric([exact]), train=[task], tools=[server], gold=lambda task: [assistant("4")]
     )
-    with pytest.raises(ValueError, match="'served' opens tools for each rollout .* run `hone synth`"):
+    with pytest.raises(ValueError, match=r"'served' opens tools for each rollout .* run `hone synth`"):
         write(tmp_path / "gold.jsonl", {"served": environment}, {"served": 1}, 1)
     assert not (tmp_path / "gold.jsonl").exists()
