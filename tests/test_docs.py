@@ -90,7 +90,7 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             assert words[0] in command.commands, f"`{piece}`: there is no command {words[0]}"
             command = command.commands[words.pop(0)]
         options = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
-        for word in words:
+        for word in words[: words.index("--")] if "--" in words else words:
             option = word.partition("=")[0]
             if option.startswith("--") and "." in option:
                 explain(option.removeprefix("--"))

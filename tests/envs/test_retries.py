@@ -1,6 +1,6 @@
 from hone.config.load import recipe_from
 from hone.envs.retries import DEFAULT, NO_FAILURES, Retries, counted, total
-from hone.orchestrator.loop import retries_of
+from hone.orchestrator.settings import retries_of
 from hone.schema.traces import FailureClass
 
 

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from hone.envs.retries import DEFAULT, NO_FAILURES
 from hone.orchestrator import decide as d
+from hone.orchestrator import events as e
 from hone.schema.batches import BatchWanted, CheckpointSaved, StepDone
 from hone.schema.traces import FailureClass
 
@@ -49,7 +50,7 @@ class World:
         self.asked = self.trainer_ended = self.run_ended = False
         self.evaluating = None
         self.evaluated = []
-        self.tell(d.EngineServes(0))
+        self.tell(e.EngineServes(0))
 
     def tell(self, event):
         self.state, commands = d.decide(self.state, event)
@@ -59,45 +60,45 @@ class World:
 
     def perform(self, command):
         match command:
-            case d.StartGroup(group, version):
+            case e.StartGroup(group, version):
                 assert group not in self.groups
                 assert group not in self.outcomes
                 assert version <= self.engine
                 self.groups[group] = d.Group(version, dict.fromkeys(range(self.limits.group_size), NO_FAILURES))
                 self.running |= {(group, attempt): self.engine for attempt in range(self.limits.group_size)}
                 assert self.limits.in_flight_updates or self.to_load is None
-            case d.RunAgain(group, attempt, failures):
+            case e.RunAgain(group, attempt, failures):
                 assert all(count <= DEFAULT[kind] for kind, count in failures.items())
                 self.groups[group].pending[attempt] = failures
                 self.running[group, attempt] = self.engine
-            case d.GiveUpAttempt(group, attempt):
+            case e.GiveUpAttempt(group, attempt):
                 del self.groups[group].pending[attempt]
-            case d.FinishGroup(group):
+            case e.FinishGroup(group):
                 assert not self.groups[group].pending
                 self.complete.append(group)
-            case d.FilterGroup(group) | d.DropGroup(group):
+            case e.FilterGroup(group) | e.DropGroup(group):
                 assert not self.groups[group].pending
                 self.leave(group, type(command).__name__)
-            case d.FormBatch(step, groups):
+            case e.FormBatch(step, groups):
                 self.form(step, groups)
-            case d.OfferBatch(step):
+            case e.OfferBatch(step):
                 assert step in self.batches
                 assert step == self.trainer_step + 1
                 self.has_batch, self.asked = step, False
-            case d.EndTraining(last_step):
+            case e.EndTraining(last_step):
                 assert last_step == self.limits.num_steps == self.trainer_step
                 self.trainer_ended, self.asked = True, False
-            case d.LoadWeights(version):
+            case e.LoadWeights(version):
                 assert self.to_load is None
                 assert self.limits.in_flight_updates or (not self.running and self.evaluating is None)
                 self.to_load = version
-            case d.StartEvaluation(version):
+            case e.StartEvaluation(version):
                 assert self.evaluating is None
                 assert self.limits.in_flight_updates or self.to_load is None
                 self.evaluating = version
-            case d.EndRun():
+            case e.EndRun():
                 self.run_ended = True
-            case d.MarkTrained(step) | d.ForgetBatches(step):
+            case e.MarkTrained(step) | e.ForgetBatches(step):
                 assert step <= len(self.batches)
             case _:
                 raise AssertionError(command)
@@ -154,36 +155,36 @@ class World:
         del self.groups[group].pending[attempt]
         self.groups[group].record(attempt, reward, version)
         self.versions[group] = min(version, self.versions.get(group, version))
-        self.tell(d.RolloutFinished(group, attempt, reward, version))
+        self.tell(e.RolloutFinished(group, attempt, reward, version))
 
     def rollout_fails(self, dice):
         key = dice.choice(sorted(self.running))
         del self.running[key]
-        self.tell(d.RolloutFailed(*key, dice.choice(KINDS), is_final=dice.random() < 0.2))
+        self.tell(e.RolloutFailed(*key, dice.choice(KINDS), is_final=dice.random() < 0.2))
 
     def late_answer(self, dice):
         group = dice.choice(sorted(self.outcomes))
         before = len(self.outcomes), len(self.batches)
-        self.tell(d.RolloutFinished(group, 0, 1.0, 0))
-        self.tell(d.RolloutFailed(group, 0, FailureClass.WORKER))
+        self.tell(e.RolloutFinished(group, 0, 1.0, 0))
+        self.tell(e.RolloutFailed(group, 0, FailureClass.WORKER))
         assert (len(self.outcomes), len(self.batches)) == before
 
     def engine_restarts(self, dice):
-        self.tell(d.EngineLost())
+        self.tell(e.EngineLost())
         self.engine, self.to_load = self.published, None
-        self.tell(d.EngineServes(self.engine))
+        self.tell(e.EngineServes(self.engine))
 
     def engine_swaps(self, dice):
         self.engine = self.to_load
 
     def engine_acknowledges(self, dice):
         self.engine, self.to_load = self.to_load, None
-        self.tell(d.EngineServes(self.engine))
+        self.tell(e.EngineServes(self.engine))
 
     def evaluation_ends(self, dice):
         version, self.evaluating = self.evaluating, None
         self.evaluated.append(version)
-        self.tell(d.EvaluationFinished(version, 0.5))
+        self.tell(e.EvaluationFinished(version, 0.5))
 
     def trainer_asks(self, dice):
         self.asked = True
@@ -215,8 +216,8 @@ class World:
         self.state = state
         self.running = {}
         self.evaluating = self.to_load = None
-        self.tell(d.Resumed())
-        self.tell(d.EngineServes(self.engine))
+        self.tell(e.Resumed())
+        self.tell(e.EngineServes(self.engine))
         if self.asked:
             self.tell(BatchWanted(self.trainer_step + 1))
 

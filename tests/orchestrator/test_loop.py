@@ -20,8 +20,9 @@ from hone.envs import Rubric, SingleTurn, Task, Tasks, group_reward, reward, use
 from hone.observability.metrics import read_metrics
 from hone.orchestrator.audit import audit
 from hone.orchestrator.engine import WeightsRefusedError
+from hone.orchestrator.errors import HopelessError
 from hone.orchestrator.ledger import Ledger, LedgerError
-from hone.orchestrator.loop import HopelessError, main
+from hone.orchestrator.loop import main
 from hone.schema.rollouts import Farewell, RolloutResult
 from hone.schema.sampling import Answers, FinishReason, Generated, GenerateMany, VersionRun
 from hone.schema.traces import Failure, FailureClass, Trace
@@ -153,7 +154,7 @@ async def test_a_rollout_without_tokens_is_a_failure(make_run):
 
 
 async def test_an_environment_that_always_raises_ends_the_run_with_what_it_said(make_run, monkeypatch):
-    monkeypatch.setattr("hone.orchestrator.loop.RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("hone.orchestrator.requests.RETRY_SECONDS", 0.001)
     run = make_run({"num_steps": 1})
     async with run.world() as (_, worker, _):
         worker.outcome = lambda request, attempt: failed(request, attempt, FailureClass.ENVIRONMENT)

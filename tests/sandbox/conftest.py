@@ -47,6 +47,14 @@ def leftovers() -> set[str]:
     for path in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):  # a thread that has ended
             children |= set(path.read_text().split())
-    own = f"{PREFIX}{os.getpid()}-*"
-    folders = {str(path) for depth in range(5) for path in Path("/sys/fs/cgroup").glob(f"{'*/' * depth}{own}")}
-    return children | folders
+    own = f"{PREFIX}{os.getpid()}-"
+    folders = {path for path, _, _ in os.walk("/sys/fs/cgroup") if Path(path).name.startswith(own)}
+    return {pid for pid in children if not _is_over(pid)} | folders
+
+
+def _is_over(pid: str) -> bool:
+    """An orphan that this process was given when it had ended already: elsewhere the machine's first process gets it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.schema import batches, messages, policies, remote, rollouts, sampling, sandboxes, tasks, traces
+from hone.schema import batches, messages, policies, remote, rollouts, sampling, sandbox_calls, sandboxes, tasks, traces
 from hone.schema.messages import Message, ToolCall, ToolSpec
 from hone.schema.rollouts import Heartbeat, RolloutRequest, RolloutResult, Shutdown
 from hone.schema.sampling import FinishReason, Generate, Generated, SamplingParameters, Turn, VersionRun
@@ -17,7 +17,7 @@ from hone.schema.tasks import Task
 from hone.schema.traces import AgentRecord, Failure, FailureClass, Node, Reward, StopReason, Timing, Trace
 from hone.schema.wire import PROTOCOL, Envelope, Wire, WireError, decode, encode
 
-MODULES = [batches, messages, policies, remote, rollouts, sampling, sandboxes, tasks, traces]
+MODULES = [batches, messages, policies, remote, rollouts, sampling, sandbox_calls, sandboxes, tasks, traces]
 STRUCTS = sorted(
     {
         value
@@ -131,6 +131,7 @@ def of_type(kind: Any) -> st.SearchStrategy[Any]:
         FinishReason: st.sampled_from(FinishReason),
         list[int]: tokens,
         VersionRun: st.builds(VersionRun, st.integers(0, 9), st.integers(1, 9)),
+        msgspec.Raw: st.just(msgspec.Raw(b"\xc0")),
     }
     if kind in simple:
         return simple[kind]
@@ -141,6 +142,8 @@ def of_type(kind: Any) -> st.SearchStrategy[Any]:
         return st.lists(of_type(inner[0]), max_size=3).map(tuple)
     if get_origin(kind) is list:
         return st.lists(of_type(inner[0]), max_size=3)
+    if get_origin(kind) is tuple:
+        return st.lists(of_type(inner[0]), max_size=3).map(tuple)
     if get_origin(kind) is dict:
         return st.dictionaries(of_type(inner[0]), of_type(inner[1]), max_size=2)
     assert issubclass(kind, msgspec.Struct), kind

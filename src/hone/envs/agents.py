@@ -175,13 +175,14 @@ class Fixed:
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[Sampler]:
+        """The sampler as it is."""
         yield self._sampler
 
 
 class ChatModel:
     """A model behind an OpenAI-compatible address, for example a simulated user; its connections last while it is used.
 
-    base_url includes the version part: http://127.0.0.1:8000/v1. api_key_variable: environment variable with the key.
+    base_url: with the version part, as in http://127.0.0.1:8000/v1. api_key_variable: environment variable with the key.
     deadline_seconds: for one turn.
     """
 
@@ -196,6 +197,7 @@ class ChatModel:
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[Sampler]:
+        """A client, which the rollouts of an event loop share and the last one closes."""
         loop = asyncio.get_running_loop()
         opened = self._opened.get(loop)
         if opened is None:

@@ -35,6 +35,7 @@ class Check:
 
     @property
     def has_passed(self) -> bool:
+        """Whether no problem was found; also true of what could not be tried."""
         return not self.problems
 
     def note(self, place: str, *complaints: str) -> None:

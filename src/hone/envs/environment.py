@@ -13,6 +13,7 @@ from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, Trace
 
 WrongAnswer = str | Sequence[Message] | None
+"""A text, said at every turn; messages, one a turn; None: leave the generic attack of this name out."""
 
 
 class Environment(ABC):

@@ -24,6 +24,7 @@ CLOSE_SECONDS = 15.0
 PROBE_SECONDS = 5.0
 
 MakeClient = Callable[[], AbstractAsyncContextManager["mcp.Client"]]
+"""Makes a client of the `mcp` package, connected while it is entered."""
 
 
 class Settings(TypedDict, total=False):

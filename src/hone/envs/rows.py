@@ -46,6 +46,7 @@ class Row(dict[str, Any]):
 
 
 TaskOf = Callable[[Row], Task]
+"""Makes a task of a row; `columns` gives the usual ones."""
 
 
 def columns(

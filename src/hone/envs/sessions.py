@@ -14,8 +14,10 @@ INTERRUPT_SECONDS = 2.0
 class PythonSession:
     """Snippets of Python that run one after another in one process, which starts with the first.
 
-    timeout_seconds: for each snippet. One that is late is interrupted, and the session goes on; if it does not heed the
-    interrupt, or ends its process, the session starts anew. The output says so. The session ends with its sandbox.
+    timeout_seconds: for each snippet.
+
+    A snippet that is late is interrupted, and the session goes on; if it does not heed the interrupt, or ends its process,
+    the session starts anew. The output says so. The session ends with its sandbox.
     """
 
     def __init__(self, sandbox: Sandbox, timeout_seconds: float = 30.0) -> None:

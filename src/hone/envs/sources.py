@@ -13,6 +13,7 @@ MAX_MISSES = 1_000_000
 """So many tasks of an endless source in a row may fail a filter before it is taken for one that nothing passes."""
 
 Count = int | None | Callable[[], int | None]
+"""How many tasks there are, None for endless, or a function that finds out."""
 
 
 class TaskSourceError(ValueError):

@@ -28,9 +28,13 @@ CLOSE_SECONDS = 60.0
 MAX_CHARACTERS = 20_000
 
 Function = Callable[..., Any]
+"""A function of the author's, sync or async."""
 Hidden = Callable[[Rollout], Any]
+"""Gives the value of a parameter that the policy does not see, for each call."""
 ErrorPolicy = Literal["show", "fail"]
+"""The policy reads the error, or it ends the rollout as a failure."""
 OnError = ErrorPolicy | Mapping[type[BaseException], ErrorPolicy]
+"""One word for all errors, or one by type of exception, of which the nearest decides."""
 
 
 class ToolError(Exception):
@@ -67,6 +71,7 @@ class Tool:
 
     @property
     def name(self) -> str:
+        """As the policy calls it."""
         return self.spec.name
 
     def __call__(self, *positional: Any, **named: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from hone.inference.client import AdminClient, EngineError, EngineRefused
 from hone.observability.logs import fields
 from hone.observability.spans import Spans
-from hone.orchestrator.decide import EngineLost, EngineServes
+from hone.orchestrator.events import EngineLost, EngineServes
 from hone.transport.folders import RunFolder
 
 logger = logging.getLogger("hone.orchestrator.engine")

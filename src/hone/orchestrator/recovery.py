@@ -1,20 +1,26 @@
 """A run that goes on: the state that its orchestrator died in, from the ledger and the trace segments."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from hone.config.recipe import RlSection
+from hone.observability.logs import fields
 from hone.orchestrator.audit import group_name
+from hone.orchestrator.batching import make_batch
 from hone.orchestrator.decide import Group, Limits, State
-from hone.orchestrator.ledger import GroupRow, Ledger
+from hone.orchestrator.ledger import GroupRow, Ledger, LedgerError
 from hone.orchestrator.mixture import Draw, Mixture
 from hone.orchestrator.samples import agent_rewards
 from hone.schema.rollouts import RolloutResult
 from hone.schema.traces import Trace
 from hone.schema.wire import WireError
-from hone.transport.batches import read_batch
+from hone.transport.batches import read_batch, write_batch
 from hone.transport.folders import RunFolder
 from hone.transport.traces import Location, read_frame, read_traces
+
+logger = logging.getLogger("hone.orchestrator.recovery")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,21 @@ def restore_mixture(mixture: Mixture, ledger: Ledger, reward_of_solved: Mapping[
     for name, curriculum in mixture.curricula.items():
         outcomes = ledger.outcomes(name, reward_of_solved[name])
         curriculum.restore(ledger.drawn_tasks(name), ledger.tasks_under_way(name), outcomes)
+
+
+def make_batch_again(ledger: Ledger, folder: RunFolder, step: int, section: RlSection) -> None:
+    """A batch whose file a power cut or a person has damaged, from the traces that it was made of."""
+    logger.warning("a batch file is missing or damaged and is made again", extra=fields(step=step))
+    [row] = [row for row in ledger.batches() if row.step == step]
+    traces = read_group_traces(ledger, folder, row.groups)
+    missing = [number for number in row.groups if number not in traces]
+    if missing:
+        raise LedgerError(
+            f"the batch of step {step} and traces of its group {missing[0]} are gone from {folder.path};"
+            f" restore them, or start a new run"
+        )
+    groups = [[trace for _, trace in sorted(traces[number].items())] for number in row.groups]
+    write_batch(folder.batch_of(step), make_batch(step, groups, section).batch)
 
 
 def read_group_traces(ledger: Ledger, folder: RunFolder, numbers: Iterable[int]) -> dict[int, dict[int, Trace]]:

@@ -2,14 +2,19 @@
 
 import asyncio
 import errno
+import logging
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import zmq
 
+from hone.orchestrator.errors import HopelessError
+from hone.schema.wire import ProtocolError, Wire, WireError
 from hone.transport.addresses import PortInUseError
+
+logger = logging.getLogger("hone.orchestrator.sockets")
 
 LINGER_MILLISECONDS = 1_000
 PING_MILLISECONDS = 2_000
@@ -17,6 +22,9 @@ SILENCE_MILLISECONDS = 30_000
 BIND_SECONDS = 5.0
 """The orchestrator before this one may still be about to let its ports go."""
 BIND_RETRY_SECONDS = 0.1
+
+AfterCommit = Callable[[Callable[[], None]], None]
+"""Has something done once the ledger has recorded this tick: nobody is told what a crash could take back."""
 
 
 class RouterSocket:
@@ -93,3 +101,14 @@ class RouterSocket:
             self._inbox.append((identity, frames))
         if len(self._inbox) > before:
             self._wake()
+
+
+def decode(wire: Wire, frame: bytes) -> Any:
+    """The message of a frame, None for what is none; raises `HopelessError` for one of another version of hone."""
+    try:
+        return wire.decode(frame)
+    except ProtocolError as error:
+        raise HopelessError(f"a process of this run has another version of hone: {error}") from error
+    except WireError as error:
+        logger.error("a message is passed over: %s", error)
+        return None

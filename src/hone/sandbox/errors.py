@@ -20,3 +20,11 @@ class Unsupported(SandboxError):
 
 class ImageError(RuntimeError):
     """An image cannot be had: there is no such thing, it is broken, or a program that fetches it is missing."""
+
+
+class Busy(SandboxError):
+    """As many sandboxes wait as may; ask again after `retry_after_seconds`, or somewhere else."""
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(f"{message}; ask again in {retry_after_seconds:.2g} s", Outcome.NODE_LOST)
+        self.retry_after_seconds = retry_after_seconds

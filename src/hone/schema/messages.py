@@ -5,10 +5,11 @@ from typing import Any, Literal
 import msgspec
 
 Role = Literal["system", "user", "assistant", "tool"]
+"""Who speaks; environments reply as user or tool."""
 
 
 class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The model's wish to call a tool; `arguments` is JSON text exactly as the model wrote it."""
+    """The model's wish to call a tool. arguments: JSON text, exactly as the model wrote it."""
 
     id: str
     name: str
@@ -16,7 +17,7 @@ class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ToolSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tool as the model sees it; `parameters` is a JSON schema of an object."""
+    """A tool as the model sees it. parameters: a JSON schema of an object."""
 
     name: str
     description: str
@@ -24,7 +25,11 @@ class ToolSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One message of a conversation."""
+    """One message of a conversation.
+
+    content: text. reasoning: what a policy thought before it, where the chat template tells it apart. tool_calls: of the
+    assistant. tool_call_id: of a tool's message, the call that it answers. name: of the speaker, where a template has it.
+    """
 
     role: Role
     content: str = ""

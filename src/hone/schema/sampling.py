@@ -21,8 +21,10 @@ class FinishReason(StrEnum):
 class SamplingParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the next tokens are drawn.
 
-    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; seed None draws one from the request's identity.
-    max_tokens None means up to the engine's context. logit_bias is added to the logits before the temperature.
+    temperature: 0 is greedy. top_p, top_k, min_p: 1, 0 and 0 are off. max_tokens: None means up to the engine's context.
+    seed: None draws one from the request's identity. stop, stop_token_ids: what ends a completion besides the end token.
+    ignore_eos: go on behind that. logit_bias: added to the logits before the temperature. top_logprobs: how many other
+    tokens to tell at each place, at most 20.
     """
 
     temperature: float = 1.0
@@ -64,7 +66,10 @@ class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     context_token_ids: tokens the model saw since the previous turn of the branch (the whole prompt in the first turn).
     token_ids: the sampled tokens, end token included. logprobs: one per sampled token, of the distribution that was
     sampled from (after temperature). versions: the policy version of each, as run lengths that add up to
-    len(token_ids). All four are empty when the endpoint does not tell tokens.
+    len(token_ids). num_prompt_tokens, num_completion_tokens, num_cached_tokens: as the endpoint counts them. seconds: from
+    the request to its answer.
+
+    Token ids, logprobs and versions are empty when the endpoint does not tell tokens.
     """
 
     message: Message

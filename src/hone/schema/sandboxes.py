@@ -11,7 +11,8 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
     image: its root file system; "python" is the runtime's default with a Python in it. memory_mb: for its programs.
     cpus: cores. disk_mb: what it may write. max_processes: alive at once. network: none, or the host's.
-    ttl_seconds: the lease; when it is over, the sandbox is gone. env: variables of every program in it.
+    ttl_seconds: the lease; when it is over, the sandbox is gone, as it is when nothing is asked of it for idle_seconds.
+    env: variables of every program in it.
     """
 
     image: str = "python"
@@ -21,12 +22,15 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     max_processes: int = 256
     network: Literal["none", "off", "host"] = "none"
     ttl_seconds: float = 600.0
+    idle_seconds: float | None = None
     env: dict[str, str] = {}
 
     def __post_init__(self) -> None:
         for name in ("memory_mb", "cpus", "disk_mb", "max_processes", "ttl_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} of a sandbox is not positive")
+        if self.idle_seconds is not None and not self.idle_seconds > 0:
+            raise ValueError(f"idle_seconds {self.idle_seconds} of a sandbox is not positive; None is without")
 
 
 class Outcome(StrEnum):
@@ -104,3 +108,30 @@ class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_files: int
     num_bytes: int
     left_out: tuple[str, ...]
+
+
+class PythonResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a snippet of a Python session did.
+
+    text: what it and its children printed, the value of its last line if that is an expression, and its traceback.
+    is_success: it raised nothing. is_late: it was interrupted at its timeout. is_over: its process is gone, and with it
+    all variables; the next snippet begins a new session.
+    """
+
+    text: str
+    is_success: bool
+    is_late: bool = False
+    is_over: bool = False
+
+
+class SandboxStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A sandbox as its node sees it. stage: queued, starting or ready. memory_bytes: None where nobody counts."""
+
+    sandbox_id: str
+    owner: str
+    stage: str
+    image: str
+    age_seconds: float
+    seconds_left: float
+    num_calls: int
+    memory_bytes: int | None

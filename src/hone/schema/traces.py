@@ -34,9 +34,13 @@ class FailureClass(StrEnum):
     MODEL = "model"
     """The engine or endpoint did not answer."""
     TOOL = "tool"
+    """A tool or its server broke, or raised what its policy on errors lets fail."""
     SANDBOX = "sandbox"
+    """A sandbox could not be made, died, or outlived its lease."""
     JUDGE = "judge"
+    """A judge did not answer in time, or gave no verdict that can be read."""
     HARNESS = "harness"
+    """The agent program could not be started, crashed, or took no turn."""
     ENVIRONMENT = "environment"
     """The environment's own code raised, or returned what is no reward (NaN, a wrong type)."""
     TIMEOUT = "timeout"
@@ -44,6 +48,7 @@ class FailureClass(StrEnum):
     WORKER = "worker"
     """The process that ran the rollout died."""
     CANCELLED = "cancelled"
+    """Nobody wants the rollout any more, or the engine gave up its request."""
 
 
 class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,9 +104,12 @@ class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
 
 class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One rollout of one task. Either `failure` is set, or rewards and stop reason are valid.
+    """The record of one rollout of one task. Either `failure` is set, or rewards and stop reason are valid.
 
-    agents: those of a rollout with several, by name; `rewards` are common to all of them then.
+    environment, environment_version: what was attempted. group: the id of the rollouts that are compared with one
+    another; attempt: the number among them. nodes: the messages, the task's prompt first. rewards, metrics: by the names
+    of their functions. info: what environment and harness remember. agents: those of a rollout with several, by name;
+    `rewards` are common to all of them then.
     """
 
     environment: str
@@ -146,18 +154,22 @@ class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
     @property
     def is_truncated(self) -> bool:
+        """Whether a budget ended the rollout."""
         return self.stop_reason in TRUNCATED
 
     @property
     def turns(self) -> list[Turn]:
+        """What models wrote, in the order in which it was finished."""
         return [node.turn for node in self.nodes if node.turn is not None]
 
     @property
     def messages(self) -> list[Message]:
+        """All messages, prompt included; a conversation, where there is one branch only."""
         return [node.message for node in self.nodes]
 
     @property
     def num_completion_tokens(self) -> int:
+        """Tokens that were sampled, over all turns."""
         return sum(turn.num_completion_tokens for turn in self.turns)
 
     @property

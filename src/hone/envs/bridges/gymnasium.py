@@ -53,7 +53,9 @@ def load_environment(
     game: its id, such as FrozenLake-v1. arguments: of `gymnasium.make`. actions: their names; default: those of the toy
     games, numbers elsewhere. show: an observation to text; default: what the game renders, else the observation itself.
     instructions: a system message; default: one that lists the actions. max_steps: turns of the policy; default: the
-    game's own limit. Each seed is a task, and the first `num_held_out` seeds are held out.
+    game's own limit.
+
+    Each seed is a task, and the first `num_held_out` seeds are held out.
     """
     given = dict(arguments or {})
     first = _make(game, given)

@@ -42,8 +42,10 @@ def load_environment(
 
     size: tasks of each data set. seed: of its generator. configs: further arguments of a data set, by its name.
     instructions: a system message; the policy answers between <answer> and </answer>. num_checked: questions on which
-    each scorer is tried first. A data set is refused when its own answers do not earn full marks, when no answer or the
-    answer to another question does, and when its scorer raises: such a reward teaches the wrong thing.
+    each scorer is tried first.
+
+    A data set is refused when its own answers do not earn full marks, when no answer or the answer to another question
+    does, and when its scorer raises: such a reward teaches the wrong thing.
     """
     names = [datasets] if isinstance(datasets, str) else list(datasets)
     sources = {name: _data_set(name, size, seed, (configs or {}).get(name, {})) for name in names}

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from hone.envs.harness.recorder import Recorder
 
 OnCrash = Literal["fail", "score"]
+"""A program that ends in an error is a failure, or scored with what there is."""
 Agent = Callable[[Rollout, Endpoint], Awaitable[None]]
+"""The async function that an `SdkHarness` runs for each rollout."""
 
 
 class ProgramCrash(Exception):
@@ -39,8 +41,10 @@ class Harness(Environment):
     on_crash: what becomes of a program that ends in an error: "fail" is a failure of class harness; "score" scores what
     there is, and the trace's info has the error under `crash`. A program that takes no turn is always a failure.
     grace_seconds: so long a program may go on after a turn was refused, to write down what it has. model: the name
-    that the program is told to ask for. Budgets of the rollout refuse turns; max_tool_calls refuses the turn that asks
-    for too many. Temperature, token limits and the like are the rollout's: what the program asks for is ignored.
+    that the program is told to ask for.
+
+    Budgets of the rollout refuse turns; max_tool_calls refuses the turn that asks for too many. Temperature, token limits
+    and the like are the rollout's: what the program asks for is ignored.
     """
 
     def __init__(

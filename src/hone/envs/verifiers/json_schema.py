@@ -20,8 +20,10 @@ async def fits_schema(
 ) -> bool:
     """Whether the JSON in an answer fits a JSON schema (draft 2020-12, unless `$schema` names another).
 
-    is_strict: the whole answer must be JSON; otherwise it is what `json_value` finds in it. An answer that keeps the
-    validation busy for longer than `cpu_seconds` does not fit. A schema that is none is a failure of class environment.
+    is_strict: the whole answer must be JSON; otherwise it is what `json_value` finds in it.
+
+    An answer that keeps the validation busy for longer than `cpu_seconds` does not fit. A schema that is none is a
+    failure of class environment.
     """
     text = answer if is_strict else _json_in(answer)
     if text is None or len(text) > MAX_CHARACTERS:

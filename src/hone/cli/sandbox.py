@@ -1,0 +1,271 @@
+"""`hone sandbox`: run a program in one, serve a node, and see what this machine and a node are up to."""
+
+import asyncio
+import os
+import sys
+import threading
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hone.sandbox.client import Process, Sandbox
+    from hone.sandbox.lifecycle import Limits
+    from hone.sandbox.remote import RemoteNode
+
+app = typer.Typer(help="Sandboxes: run programs nobody trusts, here or on a node.", no_args_is_help=True)
+
+Address = Annotated[
+    str, typer.Option("--node", help="unix:/path or tcp://host:port of a node; the token is in $HONE_SANDBOX_TOKEN.")
+]
+
+
+@app.command()
+def run(
+    image: Annotated[
+        str, typer.Argument(help='"python" is this machine\'s own programs; dir:, tar:, oci: or a registry.')
+    ],
+    command: Annotated[list[str], typer.Argument(help="The program and its arguments, after --.")],
+    memory_mb: Annotated[int, typer.Option(help="Memory of its programs.")] = 512,
+    cpus: Annotated[float, typer.Option(help="Cores.")] = 1.0,
+    disk_mb: Annotated[int, typer.Option(help="What it may write.")] = 256,
+    network: Annotated[str, typer.Option(help="none, off or host.")] = "none",
+    ttl_seconds: Annotated[float, typer.Option(help="When it is over in any case.")] = 3600.0,
+    node: Address = "",
+) -> None:
+    """Run a program in a new sandbox: its streams are this command's, and so is its exit code."""
+    from hone.sandbox.client import Sandbox
+
+    sandbox = Sandbox(
+        image,
+        memory_mb=memory_mb,
+        cpus=cpus,
+        disk_mb=disk_mb,
+        network=network,
+        ttl_seconds=ttl_seconds,
+        node=node or None,
+        token=_token(),
+    )
+    code = asyncio.run(_run(sandbox, command))
+    raise typer.Exit(code if code >= 0 else 128 - code)
+
+
+async def _run(sandbox: "Sandbox", command: list[str]) -> int:
+    async with sandbox:
+        process = await sandbox.spawn(command)
+        try:
+            threading.Thread(target=_feed, args=(process, asyncio.get_running_loop()), daemon=True).start()
+            await asyncio.gather(_show(process, 1), _show(process, 2))
+            return await process.wait()
+        finally:
+            await process.close()
+
+
+def _feed(process: "Process", loop: asyncio.AbstractEventLoop) -> None:
+    """Hand standard input on. Reading may wait for ever, which is why this runs in a thread that nobody waits for."""
+    try:
+        while data := os.read(0, 1 << 16):
+            asyncio.run_coroutine_threadsafe(process.write(data), loop).result()
+        loop.call_soon_threadsafe(process.end_input)
+    except (OSError, RuntimeError, CancelledError):  # nobody reads any more, or all is over
+        return
+
+
+async def _show(process: "Process", stream: int) -> None:
+    read, out = (process.read, sys.stdout.buffer) if stream == 1 else (process.read_error, sys.stderr.buffer)
+    while data := await read():
+        out.write(data)
+        out.flush()
+
+
+@app.command()
+def serve(
+    listen: Annotated[str, typer.Option(help="unix:/path, or tcp://host:port with tokens.")] = "",
+    name: Annotated[str, typer.Option(help="Of the node; its sandboxes' ids begin with it.")] = "local",
+    folder: Annotated[Path | None, typer.Option(help="For its journal; default: in the user's cache.")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="A file with a line `name token` for each owner.")] = None,
+    max_sandboxes: Annotated[int, typer.Option(help="At once.")] = 4096,
+    max_warm: Annotated[int, typer.Option(help="Cells kept ready; which ones follows the demand.")] = 16,
+) -> None:
+    """Serve a node until it is interrupted."""
+    from hone.sandbox.lifecycle import Limits
+
+    place = folder or _cache() / f"node-{name}"
+    address = listen or f"unix:{place}/socket"
+    known = _read_tokens(tokens) if tokens is not None else {}
+    limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
+    asyncio.run(_serve(name, place, address, known, limits))
+
+
+async def _serve(name: str, folder: Path, address: str, tokens: dict[str, str], limits: "Limits") -> None:
+    import signal  # only a node is stopped by it
+
+    from hone.sandbox.node import Node
+    from hone.sandbox.serve import NodeServer
+
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    async with Node(name, folder=folder, limits=limits) as node, NodeServer(node, address, tokens=tokens) as server:
+        lost = f"; {len(node.lost)} sandboxes were lost with the node before" if node.lost else ""
+        typer.echo(f"node {name} serves at {server.address}{lost}")
+        await stopped.wait()
+
+
+@app.command(name="ls")
+def list_sandboxes(node: Address = "") -> None:
+    """List the sandboxes of a node."""
+    from hone.cli.listing import print_table
+
+    print_table(asyncio.run(_listed(node)))
+
+
+async def _listed(address: str) -> "Table":
+    from rich.table import Table
+
+    client = await _connected(address)
+    try:
+        table = Table("sandbox", "owner", "stage", "image", "age", "left", "calls", "memory")
+        for one in await client.sandboxes():
+            memory = "-" if one.memory_bytes is None else f"{one.memory_bytes / 1e6:.1f} MB"
+            left, age = f"{one.seconds_left:.0f} s", f"{one.age_seconds:.0f} s"
+            table.add_row(one.sandbox_id, one.owner, one.stage, one.image, age, left, str(one.num_calls), memory)
+        return table
+    finally:
+        await client.close()
+
+
+@app.command()
+def stats(
+    node: Address = "",
+    watch: Annotated[bool, typer.Option(help="Show them again every second, until interrupted.")] = False,
+) -> None:
+    """Show a node's numbers."""
+    asyncio.run(_stats(node, watch))
+
+
+async def _stats(address: str, watch: bool) -> None:
+    from rich.table import Table
+
+    from hone.cli.listing import print_table
+
+    client = await _connected(address)
+    try:
+        while True:
+            table = Table("metric", "value")
+            for name, value in (await client.statistics()).items():
+                table.add_row(name, f"{value:g}")
+            print_table(table)
+            if not watch:
+                return
+            await asyncio.sleep(1)
+    finally:
+        await client.close()
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do for sandboxes, what is lost where it cannot, and try one."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from hone.cli.listing import print_table
+    from hone.sandbox.client import SandboxError
+    from hone.sandbox.host import examine, look
+
+    table = Table("", "what", "lost without it")
+    for finding in examine(look()):
+        mark = Text("ok", "green") if finding.is_there else Text("no", "red")
+        table.add_row(mark, finding.name, "" if finding.is_there else finding.lost)
+    print_table(table)
+    try:
+        typer.echo(asyncio.run(_try()))
+    except SandboxError as error:
+        raise ValueError(f"a sandbox does not work here: {error}") from error
+
+
+async def _try() -> str:
+    from hone.sandbox.client import Sandbox
+
+    async with Sandbox(memory_mb=64, disk_mb=16) as box:
+        result = await box.exec(["echo", "works"])
+        if result.stdout != "works\n":
+            raise ValueError(f"a sandbox is made, but echo does not work in it: {result}")
+        return "a sandbox was made, used and ended"
+
+
+@app.command()
+def bench(rounds: Annotated[int, typer.Option(help="Sandboxes that are made.")] = 100) -> None:
+    """Time creation, a program and the end, beside the same program without a sandbox."""
+    from rich.table import Table
+
+    from hone.cli.listing import print_table
+
+    table = Table("what", "median")
+    for what, seconds in asyncio.run(_bench(rounds)).items():
+        table.add_row(what, f"{seconds * 1e3:.2f} ms")
+    print_table(table)
+
+
+async def _bench(rounds: int) -> dict[str, float]:
+    import statistics
+    import subprocess
+    import time
+
+    from hone.sandbox.client import Sandbox
+
+    times: dict[str, list[float]] = {"program without": [], "create": [], "program": [], "end": []}
+
+    def lap(what: str, since: float) -> float:
+        now = time.perf_counter()
+        times[what].append(now - since)
+        return now
+
+    for _ in range(rounds):
+        then = time.perf_counter()
+        subprocess.run(["/bin/true"], check=True)  # noqa: ASYNC221 - what is compared with
+        then = lap("program without", then)
+        async with Sandbox(memory_mb=64, disk_mb=16) as box:
+            await box.ready()
+            then = lap("create", then)
+            await box.exec(["/bin/true"])
+            then = lap("program", then)
+        lap("end", then)
+    return {what: statistics.median(values) for what, values in times.items()}
+
+
+async def _connected(address: str) -> "RemoteNode":
+    from hone.sandbox.client import SandboxError
+    from hone.sandbox.remote import RemoteNode
+
+    client = RemoteNode(address or f"unix:{_cache()}/node-local/socket", _token())
+    try:
+        await client.connected()
+    except SandboxError as error:
+        raise ValueError(f"{error}; `hone sandbox serve` starts a node") from error
+    return client
+
+
+def _token() -> str:
+    return os.environ.get("HONE_SANDBOX_TOKEN", "")
+
+
+def _read_tokens(path: Path) -> dict[str, str]:
+    tokens = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        words = line.split()
+        if not words or line.startswith("#"):
+            continue
+        if len(words) != 2 or len(words[1]) < 16:
+            raise ValueError(f"{path}, line {number}: give a name and a token of 16 characters or more")
+        tokens[words[1]] = words[0]
+    return tokens
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hone"

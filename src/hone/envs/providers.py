@@ -1,0 +1,154 @@
+"""Sandboxes of nodes for environments: their trouble becomes a failure of the rollout here, and only here."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from hone.envs.failures import RolloutFailure, failures_as
+from hone.envs.local_processes import LocalProcesses
+from hone.envs.sandboxes import Process, Sandbox, SandboxProvider
+from hone.schema.sandboxes import ExecResult, SandboxSpec
+from hone.schema.traces import FailureClass
+
+if TYPE_CHECKING:
+    from hone.sandbox import client
+
+
+def sandboxes_at(where: str, token: str = "") -> SandboxProvider:
+    """A provider by name: "processes", "cells" of this process, or the address of a node or gateway.
+
+    Example::
+
+        SandboxToolUse(..., sandboxes=sandboxes_at("cells"))
+    """
+    if where == "processes":
+        return LocalProcesses()
+    if where == "cells" or where.startswith(("unix:", "tcp:")):
+        return NodeSandboxes(None if where == "cells" else where, token)
+    raise ValueError(f"no sandboxes at {where!r}; say processes, cells, unix:/path or tcp://host:port")
+
+
+class NodeSandboxes:
+    """A `SandboxProvider` on a node: the one inside this process, or the one at `address`."""
+
+    def __init__(self, address: str | None = None, token: str = "") -> None:
+        self._address = address
+        self._token = token
+
+    async def create(self, spec: SandboxSpec) -> Sandbox:
+        """A sandbox that is ready; raises a `RolloutFailure` of class sandbox."""
+        from hone.sandbox import client  # `import hone.envs` stays light
+
+        sandbox = client.Sandbox(spec=spec, node=self._address, token=self._token)
+        with failures_as(FailureClass.SANDBOX, "create sandbox"):
+            try:
+                await sandbox.open()
+                await sandbox.ready()
+            except BaseException:
+                await sandbox.close()
+                raise
+        return NodeSandbox(sandbox)
+
+
+class NodeSandbox:
+    """A `Sandbox` of `NodeSandboxes`."""
+
+    def __init__(self, inner: "client.Sandbox") -> None:
+        self._inner = inner
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str = ".",
+        timeout_seconds: float = 60.0,
+        kept_bytes: int = 64 << 10,
+    ) -> ExecResult:
+        """As `Sandbox.exec`."""
+        with _Boundary("exec"):
+            return await self._inner.exec(
+                argv, stdin=stdin, env=env, cwd=cwd, timeout_seconds=timeout_seconds, kept_bytes=kept_bytes
+            )
+
+    async def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
+        """As `Sandbox.start`."""
+        silent = ["sh", "-c", 'exec "$@" 2>/dev/null', "sh", *argv]  # its stderr goes nowhere
+        with _Boundary("start"):
+            return NodeProcess(await self._inner.spawn(silent, env=env, cwd=cwd))
+
+    async def read(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
+        """As `Sandbox.read`."""
+        from hone.sandbox.client import LimitExceeded  # `import hone.envs` stays light
+
+        with _Boundary("read"):
+            try:
+                return await self._inner.read(path, max_bytes=max_bytes)
+            except LimitExceeded as error:
+                raise ValueError(f"{error}; read it with a larger max_bytes") from error
+
+    async def write(self, path: str, data: bytes) -> None:
+        """As `Sandbox.write`; a link at the path is replaced, not followed."""
+        with _Boundary("write"):
+            await self._inner.write(path, data)
+
+    async def list(self, path: str = ".") -> tuple[str, ...]:
+        """As `Sandbox.list`."""
+        with _Boundary("list"):
+            entries = await self._inner.list(path)
+        return tuple(sorted(f"{entry.name}/" if entry.kind == "folder" else entry.name for entry in entries))
+
+    async def close(self) -> None:
+        """As `Sandbox.close`."""
+        with _Boundary("close"):
+            await self._inner.close()
+
+
+class NodeProcess:
+    """A `Process` of a `NodeSandbox`."""
+
+    def __init__(self, inner: "client.Process") -> None:
+        self._inner = inner
+
+    async def write(self, data: bytes) -> None:
+        """As `Process.write`."""
+        with _Boundary("write"):
+            await self._inner.write(data)
+
+    async def read(self) -> bytes:
+        """As `Process.read`."""
+        with _Boundary("read"):
+            return await self._inner.read()
+
+    def interrupt(self) -> None:
+        """As `Process.interrupt`."""
+        with _Boundary("interrupt"):
+            self._inner.interrupt()
+
+    def kill(self) -> None:
+        """As `Process.kill`."""
+        with _Boundary("kill"):
+            self._inner.kill()
+
+    async def close(self) -> None:
+        """As `Process.close`."""
+        with _Boundary("close"):
+            await self._inner.close()
+
+
+class _Boundary:
+    """Trouble of the infrastructure is a failure of the rollout; errors of files and of the caller are what they are."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        from hone.sandbox.client import SandboxError  # `import hone.envs` stays light
+
+        if isinstance(error, SandboxError):
+            raise RolloutFailure(FailureClass.SANDBOX, self._where, f"{error} ({error.outcome})") from error

@@ -1,0 +1,332 @@
+"""The door to sandboxes: on a node inside this process, or on one at an address."""
+
+import asyncio
+import secrets
+import weakref
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from hone.sandbox.beneath import LimitExceeded
+from hone.sandbox.errors import Busy, SandboxError, Unsupported
+from hone.sandbox.node import Node
+from hone.sandbox.remote import RemoteNode
+from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec
+
+__all__ = [
+    "Busy",
+    "ExecResult",
+    "FileEntry",
+    "LimitExceeded",
+    "Outcome",
+    "Process",
+    "PythonResult",
+    "Sandbox",
+    "SandboxError",
+    "SandboxSpec",
+    "Unsupported",
+    "embedded_node",
+]
+
+
+class Process(Protocol):
+    """A program under way in a sandbox, with its streams. It dies with the sandbox."""
+
+    async def write(self, data: bytes) -> None:
+        """Give it input; returns when its pipe has taken all of it. `BrokenPipeError` if nobody reads."""
+
+    def end_input(self) -> None:
+        """It will read the end of its input; with a terminal, that takes a Control-D instead."""
+
+    async def read(self) -> bytes:
+        """The next piece of its stdout, or of what its terminal shows; empty at the end."""
+
+    async def read_error(self) -> bytes:
+        """The next piece of its stderr; empty at the end, and with a terminal."""
+
+    async def wait(self) -> int:
+        """Its exit code, minus the signal's number if one ended it, when it has ended."""
+
+    def signal(self, number: int) -> None:
+        """Send a signal to its process group."""
+
+    def interrupt(self) -> None:
+        """Send SIGINT to its process group."""
+
+    def kill(self) -> None:
+        """Kill it and all that it started."""
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell it that its terminal has another size."""
+
+    async def close(self) -> None:
+        """Kill it if it runs, and let go of its streams."""
+
+
+class Sandbox:
+    """An isolated machine; an async context manager. Leaving it ends everything in it.
+
+    Example::
+
+        async with Sandbox(memory_mb=512, cpus=1, network="none", ttl_seconds=600) as box:
+            result = await box.exec(["python3", "-c", "print(6 * 7)"], timeout_seconds=10)
+            await box.write("a.txt", b"...")
+            await box.python("x = 1")
+
+    Entering it asks for the sandbox and does not wait for it: the first call does, or `ready`. The arguments are those of
+    `SandboxSpec`. node: where it shall be. By default inside this process, without a daemon and without root; or the
+    address of a node or a gateway, `unix:/path` or `tcp://host:port`, with a `token` where that wants one; or a `Node`.
+    key: one of your own makes asking repeatable: while it lives, the same key is the same sandbox.
+
+    Relative paths start at the working folder, where programs start, too. What a program does wrong is a result. Trouble of
+    the infrastructure is a `SandboxError`, whose `outcome` says which. Files raise `OSError`.
+    """
+
+    def __init__(
+        self,
+        image: str = "python",
+        *,
+        memory_mb: int = 512,
+        cpus: float = 1.0,
+        disk_mb: int = 256,
+        max_processes: int = 256,
+        network: str = "none",
+        ttl_seconds: float = 600.0,
+        idle_seconds: float | None = None,
+        env: Mapping[str, str] | None = None,
+        spec: SandboxSpec | None = None,
+        node: "Node | str | None" = None,
+        token: str = "",
+        key: str = "",
+    ) -> None:
+        if network not in ("none", "off", "host"):
+            raise ValueError(f"network {network!r} of a sandbox is none of none, off, host")
+        self.spec = spec or SandboxSpec(
+            image=image,
+            memory_mb=memory_mb,
+            cpus=cpus,
+            disk_mb=disk_mb,
+            max_processes=max_processes,
+            network=network,  # type: ignore[arg-type]
+            ttl_seconds=ttl_seconds,
+            idle_seconds=idle_seconds,
+            env=dict(env or {}),
+        )
+        self._node = node
+        self._token = token
+        self._key = key or secrets.token_hex(16)
+        self._inner: _Inner | None = None
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Ask for the sandbox; returns when the node has taken it on, not when it is ready. Raises `Busy`."""
+        if isinstance(self._node, str):
+            self._inner = await (await _remote_node(self._node, self._token)).create(self.spec, key=self._key)
+        else:
+            node = self._node or await embedded_node()
+            self._inner = node.create(self.spec, key=self._key)
+
+    @property
+    def sandbox_id(self) -> str:
+        """Its name, which begins with the node's."""
+        return self._opened.sandbox_id
+
+    async def ready(self) -> None:
+        """Wait until it is ready; raises `SandboxError` if it will not be."""
+        await self._opened.ready()
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str = ".",
+        timeout_seconds: float = 60.0,
+        kept_bytes: int = 64 << 10,
+    ) -> ExecResult:
+        """Run a program to its end. At the timeout it is killed with all that it started.
+
+        kept_bytes: of each of stdout and stderr, half of it from the beginning and half from the end.
+        Background processes of a program that ended by itself live on until the sandbox is closed.
+        """
+        return await self._opened.exec(
+            argv, stdin=stdin, env=env, cwd=cwd, timeout_seconds=timeout_seconds, kept_bytes=kept_bytes
+        )
+
+    async def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str = ".",
+        terminal: tuple[int, int] | None = None,
+    ) -> Process:
+        """Start a program to talk with; `Process.close` it. terminal: rows and columns of one for it to have.
+
+        Read both of its streams: a program whose stderr nobody reads waits when that is full.
+        """
+        return await self._opened.spawn(argv, env=env, cwd=cwd, terminal=terminal)
+
+    async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
+        """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
+        return await self._opened.python(code, timeout_seconds=timeout_seconds)
+
+    async def snippet(self, code: str, *, timeout_seconds: float = 60.0) -> ExecResult:
+        """What `python -c CODE` does, in a fork of a warm interpreter: a fraction of the time."""
+        return await self._opened.snippet(code, timeout_seconds=timeout_seconds)
+
+    async def read(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
+        """A regular file's content, if it is no longer than `max_bytes`."""
+        return await self._opened.read(path, max_bytes=max_bytes)
+
+    async def write(self, path: str, data: bytes, *, mode: int | None = None) -> None:
+        """Put a file at a path, whole, with the folders above it."""
+        await self._opened.write(path, data, mode=mode)
+
+    async def list(self, path: str = ".") -> tuple[FileEntry, ...]:
+        """What is in a folder, sorted by name."""
+        return await self._opened.list(path)
+
+    async def remove(self, path: str, *, is_recursive: bool = False) -> None:
+        """Remove a file, or a folder if it is empty or the removal is recursive."""
+        await self._opened.remove(path, is_recursive=is_recursive)
+
+    async def pause(self) -> None:
+        """Stop everything in it where it is, memory and all. `Unsupported` without cgroup v2."""
+        await self._opened.pause()
+
+    async def resume(self) -> None:
+        """Let it go on."""
+        await self._opened.resume()
+
+    async def renew(self, seconds: float) -> None:
+        """The lease lasts for so long from now."""
+        await self._opened.renew(seconds)
+
+    async def close(self) -> None:
+        """End it; returns when nothing of it is left. Harmless when repeated."""
+        if self._inner is not None:
+            await self._inner.close()
+
+    @property
+    def _opened(self) -> "_Inner":
+        if self._inner is None:
+            raise RuntimeError("Sandbox is an async context manager: use `async with`, or `open` first")
+        return self._inner
+
+
+async def embedded_node() -> Node:
+    """The node inside this process: one for each event loop, begun at first use and ended with the loop."""
+    loop = asyncio.get_running_loop()
+    if (embedded := _embedded.get(loop)) is None:
+        embedded = _embedded[loop] = _Embedded()
+    return await embedded.node()
+
+
+class _Embedded:
+    """A node that an event loop ends when it shuts down, as it does with every generator that is not at its end."""
+
+    def __init__(self) -> None:
+        self._generator: AsyncGenerator[Node] | None = None
+        self._begun: asyncio.Task[Node] | None = None
+
+    async def node(self) -> Node:
+        if self._begun is not None and self._begun.done() and (self._begun.cancelled() or self._begun.exception()):
+            self._begun = None
+        if self._begun is None:
+            self._begun = asyncio.get_running_loop().create_task(self._begin())
+        return await asyncio.shield(self._begun)
+
+    async def _begin(self) -> Node:
+        self._generator = _running_node()
+        return await anext(self._generator)
+
+
+async def _running_node() -> AsyncGenerator[Node]:
+    loop = asyncio.get_running_loop()
+    try:
+        async with Node() as node:
+            yield node
+    finally:
+        _embedded.pop(loop, None)
+
+
+_embedded: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Embedded] = weakref.WeakKeyDictionary()
+
+
+async def _remote_node(address: str, token: str) -> RemoteNode:
+    """One connection for all sandboxes of an event loop at one address, which the loop closes when it shuts down."""
+    links = _remote.setdefault(asyncio.get_running_loop(), {})
+    link = links.get((address, token))
+    if link is None or link.node.is_lost:
+        if link is not None:
+            await link.generator.aclose()
+        node = RemoteNode(address, token)
+        link = links[address, token] = _Link(node, _connection(node))
+        await anext(link.generator)
+    await link.node.connected()
+    return link.node
+
+
+async def _connection(node: RemoteNode) -> AsyncGenerator[None]:
+    try:
+        yield
+    finally:
+        await node.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    node: RemoteNode
+    generator: AsyncGenerator[None]
+
+
+_remote: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], _Link]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class _Inner(Protocol):
+    """What a sandbox of a node in this process and one behind an address have in common."""
+
+    @property
+    def sandbox_id(self) -> str: ...
+    async def ready(self) -> None: ...
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes,
+        env: Mapping[str, str] | None,
+        cwd: str,
+        timeout_seconds: float,
+        kept_bytes: int,
+    ) -> ExecResult: ...
+    async def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None,
+        cwd: str,
+        terminal: tuple[int, int] | None,
+    ) -> Process: ...
+    async def python(self, code: str, *, timeout_seconds: float) -> PythonResult: ...
+    async def snippet(self, code: str, *, timeout_seconds: float) -> ExecResult: ...
+    async def read(self, path: str, *, max_bytes: int) -> bytes: ...
+    async def write(self, path: str, data: bytes, *, mode: int | None) -> None: ...
+    async def list(self, path: str) -> tuple[FileEntry, ...]: ...
+    async def remove(self, path: str, *, is_recursive: bool) -> None: ...
+    async def pause(self) -> None: ...
+    async def resume(self) -> None: ...
+    async def renew(self, seconds: float) -> None: ...
+    async def close(self) -> None: ...

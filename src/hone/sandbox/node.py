@@ -1,0 +1,476 @@
+"""A node: cells of this machine for whoever holds a lease on one. It does what `Lifecycle` decides."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from hone.sandbox.beneath import Owner
+from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.errors import ImageError, SandboxError, Unsupported
+from hone.sandbox.files import Files, Tree
+from hone.sandbox.images import ImageStore
+from hone.sandbox.journal import Journal
+from hone.sandbox.lifecycle import Command, Destroy, Give, Lease, Lifecycle, Limits, Make, Over, Stage
+from hone.sandbox.programs import Process
+from hone.sandbox.python import PythonSession, WarmPython, Zygotes
+from hone.schema.sandboxes import (
+    ExecResult,
+    FileEntry,
+    Outcome,
+    PythonResult,
+    SandboxSpec,
+    SandboxStatus,
+)
+
+TICK_SECONDS = 1.0
+NUM_FILE_THREADS = 4
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+
+logger = logging.getLogger("hone.sandbox.node")
+
+
+class Node:
+    """Leases sandboxes; an async context manager. Leaving it, or the death of this process, ends all of them.
+
+    name: small letters, digits and dashes; the first part of the ids of its sandboxes, which also say which start of the
+    node they are of. folder: for its journal; None keeps none. Raises `SandboxError` where another node has the folder.
+    """
+
+    def __init__(
+        self,
+        name: str = "local",
+        *,
+        folder: Path | None = None,
+        limits: Limits = Limits(),
+        images: ImageStore | None = None,
+        is_weak_allowed: bool = False,
+    ) -> None:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"the node's name {name!r} is not of small letters, digits and dashes")
+        self.name = name
+        self.prefix = f"{name}.{secrets.token_hex(4)}."
+        self.lost: dict[str, str] = {}
+        """What the node of this folder before had not ended: owners by sandbox id."""
+        self._folder = folder
+        self._journal: Journal | None = None
+        self._lifecycle = Lifecycle(self.prefix, limits)
+        self._images = images or ImageStore()
+        self._cells = Cells(is_weak_allowed=is_weak_allowed)
+        self._zygotes = Zygotes(host=self._cells.host)
+        self._threads = ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="hone-files")
+        self._by_number: dict[int, Cell] = {}
+        self._sandboxes: dict[str, NodeSandbox] = {}
+        self._owners: dict[int, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._makings: set[asyncio.Task[None]] = set()
+        self._ticking: asyncio.Task[None] | None = None
+        self._counts = {"created": 0, "failed": 0, "calls": 0}
+        self._is_closing = False
+
+    async def __aenter__(self) -> Self:
+        if self._folder is not None:
+            self._journal = Journal(self._folder)
+            self.lost = self._journal.lost
+        try:
+            await self._cells.__aenter__()
+        except BaseException:
+            if self._journal is not None:
+                self._journal.close()
+            raise
+        await self._zygotes.__aenter__()
+        self._ticking = asyncio.get_running_loop().create_task(self._tick())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_closing = True
+        for sandbox_id in list(self._sandboxes):
+            self._lifecycle.end(sandbox_id, time.monotonic(), "its node was stopped", Outcome.NODE_LOST)
+        self._obey()
+        if self._ticking is not None:
+            self._ticking.cancel()
+        for making in self._makings:
+            making.cancel()
+        while self._tasks:  # an end may begin another
+            await asyncio.wait(set(self._tasks))
+        try:
+            await self._cells.__aexit__(kind, error, trace)
+        finally:
+            await self._zygotes.__aexit__(kind, error, trace)
+            await asyncio.to_thread(self._threads.shutdown)
+            if self._journal is not None:
+                self._journal.close()
+
+    def create(self, spec: SandboxSpec, *, key: str = "", owner: str = "") -> "NodeSandbox":
+        """A sandbox that will be ready; returns at once. key: asked twice by one owner, it is the same sandbox.
+
+        Raises `Busy` when as many wait as may.
+        """
+        if self._is_closing:
+            raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
+        lease = self._lifecycle.ask(spec, time.monotonic(), key=key, owner=owner)
+        sandbox = self._sandboxes.get(lease.sandbox_id)
+        if sandbox is None:
+            sandbox = self._sandboxes[lease.sandbox_id] = NodeSandbox(self, lease)
+            if self._journal is not None:
+                self._journal.begin(lease.sandbox_id, owner)
+        self._obey()
+        return sandbox
+
+    def sandbox(self, sandbox_id: str) -> "NodeSandbox":
+        """A sandbox by its id; `SandboxError` that says why there is none."""
+        self._lifecycle.find(sandbox_id)
+        return self._sandboxes[sandbox_id]
+
+    def sandboxes(self, owner: str | None = None) -> tuple[SandboxStatus, ...]:
+        """All sandboxes, or those of one owner."""
+        return tuple(
+            one.status() for one in list(self._sandboxes.values()) if owner is None or one.lease.owner == owner
+        )
+
+    async def keep_warm(self, spec: SandboxSpec, count: int) -> None:
+        """Keep so many cells of this kind ready, within `Limits.max_warm`, whatever the demand."""
+        self._lifecycle.keep_warm(spec, count, time.monotonic())
+        self._obey()
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers to watch. `leases` without `cells` or the other way round for long would be a leak."""
+        lifecycle = self._lifecycle
+        return {
+            "sandbox/leases": len(lifecycle.leases),
+            "sandbox/queued": lifecycle.num_in(Stage.QUEUED),
+            "sandbox/starting": lifecycle.num_in(Stage.STARTING),
+            "sandbox/ready": lifecycle.num_in(Stage.READY),
+            "sandbox/warm": lifecycle.num_warm,
+            "sandbox/ending": lifecycle.num_dying,
+            "sandbox/cells": len(self._by_number),
+            "sandbox/created": self._counts["created"],
+            "sandbox/failed": self._counts["failed"],
+            "sandbox/refused": lifecycle.num_busy,
+            "sandbox/calls": self._counts["calls"],
+            "sandbox/lost_before_start": len(self.lost),
+        }
+
+    @contextlib.contextmanager
+    def use(self, lease: Lease) -> Iterator[None]:
+        """A call of a sandbox, which is not idle meanwhile."""
+        self._lifecycle.begin_use(lease)
+        try:
+            yield
+        finally:
+            self._lifecycle.end_use(lease, time.monotonic())
+
+    def count_call(self) -> None:
+        """A sandbox was asked for something."""
+        self._counts["calls"] += 1
+
+    async def end(self, sandbox: "NodeSandbox", problem: str) -> None:
+        """The lease is over; returns when nothing of the sandbox is left."""
+        self._lifecycle.end(sandbox.sandbox_id, time.monotonic(), problem)
+        self._obey()
+        if sandbox.cell is not None:
+            await sandbox.cell.destroy()
+
+    def renew(self, lease: Lease, seconds: float) -> None:
+        """The lease lasts for so long from now."""
+        self._lifecycle.renew(lease, time.monotonic(), seconds)
+
+    def files_of(self, cell: Cell) -> Files:
+        """The files of a cell, as its programs own them."""
+        gid = cell.uid_base if self._cells.host.has_id_ranges else self._cells.host.gid
+        owner = Owner(cell.uid_base, gid) if self._cells.host.has_id_ranges else None
+        return Files(Tree(cell.root_descriptor, owner, cell.image.working_folder), self._threads)
+
+    async def python_of(self, cell: Cell) -> WarmPython:
+        """The warm Python of a cell."""
+        return await self._zygotes.warm(cell)
+
+    def _obey(self) -> None:
+        while commands := self._lifecycle.take():
+            for command in commands:
+                self._do(command)
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case Make():
+                making = self.begin(self._make(command))
+                self._makings.add(making)
+                making.add_done_callback(self._makings.discard)
+            case Give(sandbox_id, number):
+                self._owners[number] = sandbox_id
+                self._sandboxes[sandbox_id].receive(self._by_number[number])
+            case Destroy(number):
+                self.begin(self._destroy(number))
+            case Over(sandbox_id, problem, outcome):
+                sandbox = self._sandboxes.pop(sandbox_id, None)
+                if sandbox is not None:
+                    sandbox.lose(SandboxError(f"{sandbox_id}: {problem}", outcome))
+                    if sandbox.cell is None and self._journal is not None:
+                        self._journal.end(sandbox_id)
+
+    def begin(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        """Have something done that nobody waits for, before the node is left."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _make(self, command: Make) -> None:
+        try:
+            image = None
+            if command.spec.image != "python":
+                image = await asyncio.to_thread(self._images.find, command.spec.image)
+            cell = await self._cells.create(command.spec, image)
+        except (SandboxError, ImageError, OSError) as error:
+            outcome = error.outcome if isinstance(error, SandboxError) else Outcome.POLICY_DENIED
+            self._counts["failed"] += 1
+            self._lifecycle.failed(command.number, time.monotonic(), str(error), outcome)
+        else:
+            self._counts["created"] += 1
+            self._by_number[command.number] = cell
+            self._lifecycle.made(command.number, time.monotonic())
+        self._obey()
+
+    async def _destroy(self, number: int) -> None:
+        cell = self._by_number[number]
+        try:
+            await cell.destroy()
+        except SandboxError as error:
+            logger.error("%s is not gone: %s", cell.name, error)  # it still counts against the limits
+            return
+        del self._by_number[number]
+        sandbox_id = self._owners.pop(number, None)
+        if sandbox_id is not None and self._journal is not None:
+            self._journal.end(sandbox_id)
+        self._lifecycle.gone(number, time.monotonic())
+        self._obey()
+
+    async def _tick(self) -> None:
+        while True:
+            now = time.monotonic()
+            seconds = min(TICK_SECONDS, max(0.0, self._lifecycle.next_deadline() - now))
+            await asyncio.sleep(seconds if math.isfinite(seconds) else TICK_SECONDS)
+            for sandbox in list(self._sandboxes.values()):
+                if sandbox.cell is not None and (problem := sandbox.problem()) is not None:
+                    self._lifecycle.end(sandbox.sandbox_id, time.monotonic(), problem)
+            self._lifecycle.tick(time.monotonic())
+            self._obey()
+
+
+class NodeSandbox:
+    """A sandbox of a node. Every call waits until it is ready; after its end, every call raises why it ended."""
+
+    def __init__(self, node: Node, lease: Lease) -> None:
+        self.lease = lease
+        self.cell: Cell | None = None
+        self.over: asyncio.Future[SandboxError] = asyncio.get_running_loop().create_future()
+        """Done when the lease is over, with the reason."""
+        self._node = node
+        self._ready: asyncio.Future[Cell] = asyncio.get_running_loop().create_future()
+        self._num_calls = 0
+        self._files: Files | None = None
+        self._python: WarmPython | None = None
+        self._session: PythonSession | None = None
+        self._session_turn = asyncio.Lock()
+
+    @property
+    def sandbox_id(self) -> str:
+        """Its name, which begins with the node's."""
+        return self.lease.sandbox_id
+
+    async def ready(self) -> None:
+        """Wait until it is ready; raises `SandboxError` if it will not be."""
+        await self._living()
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str = ".",
+        timeout_seconds: float = 60.0,
+        kept_bytes: int = 64 << 10,
+    ) -> ExecResult:
+        """As `Cell.exec`."""
+        async with self._use() as cell:
+            return await cell.exec(
+                argv,
+                stdin=stdin,
+                env=self._variables(env),
+                cwd=cwd,
+                timeout_seconds=timeout_seconds,
+                kept_bytes=kept_bytes,
+            )
+
+    async def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str = ".",
+        terminal: tuple[int, int] | None = None,
+    ) -> Process:
+        """As `Cell.spawn`. While it runs the sandbox is not idle."""
+        async with self._use() as cell:
+            process = await cell.spawn(argv, env=self._variables(env), cwd=cwd, terminal=terminal)
+            self._node.begin(self._hold(process))
+            return process
+
+    async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
+        """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
+        async with self._use() as cell, self._session_turn:
+            if self._session is None:
+                self._session = await (await self._warm(cell)).session(env=self._variables(None))
+            answer = await self._session.run(code, timeout_seconds)
+            if answer.is_over:
+                ended, self._session = self._session, None
+                await ended.close()
+            return PythonResult(answer.text, answer.is_fine, answer.is_late, answer.is_over)
+
+    async def snippet(self, code: str, *, timeout_seconds: float = 60.0) -> ExecResult:
+        """What `python -c CODE` does, in a fork of a warm interpreter."""
+        async with self._use() as cell:
+            python = await self._warm(cell)
+            return await python.run(code, env=self._variables(None), timeout_seconds=timeout_seconds)
+
+    async def read(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
+        """As `Tree.read`."""
+        async with self._use() as cell:
+            return await self._tree(cell).read(path, max_bytes)
+
+    async def write(self, path: str, data: bytes, *, mode: int | None = None) -> None:
+        """As `Tree.write`."""
+        async with self._use() as cell:
+            await self._tree(cell).write(path, data, mode)
+
+    async def list(self, path: str = ".") -> tuple[FileEntry, ...]:
+        """As `Tree.list`."""
+        async with self._use() as cell:
+            return await self._tree(cell).list(path)
+
+    async def remove(self, path: str, *, is_recursive: bool = False) -> None:
+        """As `Tree.remove`."""
+        async with self._use() as cell:
+            await self._tree(cell).remove(path, is_recursive=is_recursive)
+
+    async def pause(self) -> None:
+        """As `Cell.pause`."""
+        async with self._use() as cell:
+            await cell.pause()
+
+    async def resume(self) -> None:
+        """As `Cell.resume`."""
+        async with self._use() as cell:
+            await cell.resume()
+
+    async def renew(self, seconds: float) -> None:
+        """The lease lasts for so long from now."""
+        if self.over.done():
+            raise _again(self.over.result())
+        self._node.renew(self.lease, seconds)
+
+    async def close(self) -> None:
+        """End it; returns when nothing of it is left. Harmless when repeated."""
+        await self._node.end(self, "it is closed")
+
+    def status(self) -> SandboxStatus:
+        """What there is to say about it now."""
+        now = time.monotonic()
+        return SandboxStatus(
+            sandbox_id=self.sandbox_id,
+            owner=self.lease.owner,
+            stage=self.lease.stage,
+            image=self.lease.spec.image,
+            age_seconds=now - self.lease.asked,
+            seconds_left=max(0.0, self.lease.deadline() - now),
+            num_calls=self._num_calls,
+            memory_bytes=self.cell.usage_bytes() if self.cell is not None else None,
+        )
+
+    def problem(self) -> str | None:
+        """Why its cell is of no use any more, if so."""
+        try:
+            if self.cell is not None:
+                self.cell.require_alive()
+        except SandboxError as error:
+            return str(error)
+        return None
+
+    def receive(self, cell: Cell) -> None:
+        """It is ready; called once, by the node."""
+        self.cell = cell
+        self._ready.set_result(cell)
+
+    def lose(self, error: SandboxError) -> None:
+        """Its lease is over; called once, by the node."""
+        self.over.set_result(error)
+        if not self._ready.done():
+            self._ready.set_exception(error)
+            self._ready.exception()
+        if self._files is not None:
+            self._files.tree.close()
+        if self._python is not None:
+            self._node.begin(self._let_go())
+
+    async def _living(self) -> Cell:
+        if self.over.done():
+            raise _again(self.over.result())
+        if self._ready.done():
+            return self._ready.result()
+        try:
+            return await asyncio.shield(self._ready)
+        except SandboxError as error:
+            raise _again(error) from error
+
+    @contextlib.asynccontextmanager
+    async def _use(self) -> AsyncIterator[Cell]:
+        cell = await self._living()
+        self._num_calls += 1
+        self._node.count_call()
+        with self._node.use(self.lease):
+            try:
+                yield cell
+            except SandboxError as error:
+                if self.over.done() and not isinstance(error, Unsupported):
+                    raise _again(self.over.result()) from error  # the reason, not its consequence
+                raise
+
+    def _variables(self, env: Mapping[str, str] | None) -> Mapping[str, str] | None:
+        return {**self.lease.spec.env, **(env or {})} if self.lease.spec.env else env
+
+    def _tree(self, cell: Cell) -> Files:
+        if self._files is None:
+            self._files = self._node.files_of(cell)
+        return self._files
+
+    async def _hold(self, process: Process) -> None:
+        with self._node.use(self.lease), contextlib.suppress(SandboxError):
+            await process.wait()
+
+    async def _let_go(self) -> None:
+        with contextlib.suppress(SandboxError):
+            if self._session is not None:
+                await self._session.close()
+            if self._python is not None:
+                await self._python.close()
+
+    async def _warm(self, cell: Cell) -> WarmPython:
+        if self._python is None:
+            self._python = await self._node.python_of(cell)
+        return self._python
+
+
+def _again(error: SandboxError) -> SandboxError:
+    """A new one for each caller: tracebacks would pile up on one."""
+    return SandboxError(str(error), error.outcome)

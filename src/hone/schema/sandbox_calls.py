@@ -1,0 +1,244 @@
+"""What the clients of a sandbox node and the node say to one another, over one stream for everything.
+
+A call has a number that its client chose. Every call but `Cancel` ends with one `Done` or `Failed`. What a call streams
+is under credit: nobody sends more bytes than the other side granted, so that one slow reader stops only its own stream.
+"""
+
+import msgspec
+
+from hone.schema.sandboxes import SandboxSpec
+
+VERSION = 1
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    pass
+
+
+class Hello(_Message, frozen=True):
+    """The first message. session: of the client; its sandboxes outlive a broken connection for a moment."""
+
+    version: int
+    session: str
+    token: str
+
+
+class Create(_Message, frozen=True):
+    """Answered with the id at once; the sandbox may not be ready yet. key: asked twice, it is the same sandbox."""
+
+    call: int
+    spec: SandboxSpec
+    key: str
+
+
+class UntilReady(_Message, frozen=True):
+    """Answered when the sandbox is ready."""
+
+    call: int
+    sandbox_id: str
+
+
+class Exec(_Message, frozen=True):
+    """As `Sandbox.exec` of `hone.sandbox.client`."""
+
+    call: int
+    sandbox_id: str
+    argv: list[str]
+    stdin: bytes
+    env: dict[str, str]
+    cwd: str
+    timeout_seconds: float
+    kept_bytes: int
+
+
+class Spawn(_Message, frozen=True):
+    """Start a program to talk with; the call ends with the program, its result is the exit code.
+
+    terminal: rows and columns of one, or none.
+    """
+
+    call: int
+    sandbox_id: str
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    terminal: list[int] | None
+
+
+class Signal(_Message, frozen=True):
+    """A signal for the process group of a spawned program; 0 kills it and all that it started."""
+
+    call: int
+    number: int
+
+
+class Resize(_Message, frozen=True):
+    """A spawned program's terminal has another size."""
+
+    call: int
+    rows: int
+    columns: int
+
+
+class Python(_Message, frozen=True):
+    """A snippet for the sandbox's session, or for a fork of the warm interpreter (`ExecResult`)."""
+
+    call: int
+    sandbox_id: str
+    code: str
+    is_session: bool
+    timeout_seconds: float
+
+
+class Read(_Message, frozen=True):
+    """A file's content."""
+
+    call: int
+    sandbox_id: str
+    path: str
+    max_bytes: int
+
+
+class Write(_Message, frozen=True):
+    """A file as a whole. mode: permission bits, or those that it had."""
+
+    call: int
+    sandbox_id: str
+    path: str
+    data: bytes
+    mode: int | None
+
+
+class List(_Message, frozen=True):
+    """What is in a folder."""
+
+    call: int
+    sandbox_id: str
+    path: str
+
+
+class Remove(_Message, frozen=True):
+    """A file, or a folder."""
+
+    call: int
+    sandbox_id: str
+    path: str
+    is_recursive: bool
+
+
+class Pause(_Message, frozen=True):
+    """Stop everything in a sandbox where it is, or let it go on."""
+
+    call: int
+    sandbox_id: str
+    is_paused: bool
+
+
+class Renew(_Message, frozen=True):
+    """The lease lasts for so long from now."""
+
+    call: int
+    sandbox_id: str
+    seconds: float
+
+
+class Destroy(_Message, frozen=True):
+    """End a sandbox."""
+
+    call: int
+    sandbox_id: str
+
+
+class Status(_Message, frozen=True):
+    """The sandboxes of the caller, or all of them for those who may see them."""
+
+    call: int
+
+
+class Statistics(_Message, frozen=True):
+    """The node's numbers."""
+
+    call: int
+
+
+class Cancel(_Message, frozen=True):
+    """Nobody waits for this call any more. A program that it runs is killed."""
+
+    call: int
+
+
+class Ping(_Message, frozen=True):
+    """Answered with the same."""
+
+    number: int
+
+
+class Data(_Message, frozen=True):
+    """A piece of a stream of a call, empty at its end. stream: 0 is a program's input, 1 its output, 2 its errors.
+
+    From the node, 0 says that the program runs, and 3 has its exit code as text.
+    """
+
+    call: int
+    stream: int
+    data: bytes
+
+
+class Credit(_Message, frozen=True):
+    """So many bytes more may come on this stream."""
+
+    call: int
+    stream: int
+    num_bytes: int
+
+
+class Welcome(_Message, frozen=True):
+    """The answer to `Hello`. prefix: of the ids of the node's sandboxes."""
+
+    prefix: str
+
+
+class Done(_Message, frozen=True):
+    """How a call ended. result: encoded; its type follows from the call."""
+
+    call: int
+    result: msgspec.Raw
+
+
+class Failed(_Message, frozen=True):
+    """Why a call did not do what it should. kind: sandbox, busy, value, broken_pipe, or os with an error number.
+
+    outcome: of trouble with the sandbox. number: the error number, or of busy the seconds to wait.
+    """
+
+    call: int
+    kind: str
+    message: str
+    outcome: str = ""
+    number: float = 0.0
+
+
+ToNode = (
+    Hello
+    | Create
+    | UntilReady
+    | Exec
+    | Spawn
+    | Signal
+    | Resize
+    | Python
+    | Read
+    | Write
+    | List
+    | Remove
+    | Pause
+    | Renew
+    | Destroy
+    | Status
+    | Statistics
+    | Cancel
+    | Ping
+    | Data
+    | Credit
+)
+ToClient = Welcome | Done | Failed | Data | Credit | Ping

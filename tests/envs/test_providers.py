@@ -1,0 +1,84 @@
+"""Environments on cells: the same tools and verifiers as on local processes, and failures typed at the boundary."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from hone.envs.failures import RolloutFailure
+from hone.envs.local_processes import LocalProcesses
+from hone.envs.providers import NodeSandboxes, sandboxes_at
+from hone.envs.sandboxes import LazySandbox
+from hone.envs.sessions import PythonSession
+from hone.envs.verifiers.code import Assertions, CodeVerifier, InputsOutputs
+from hone.sandbox.client import embedded_node
+from hone.schema.sandboxes import SandboxSpec
+from hone.schema.traces import FailureClass
+
+SMALL = SandboxSpec(memory_mb=256, disk_mb=16)
+
+
+@pytest.fixture
+async def provider():
+    provider = sandboxes_at("cells")
+    try:
+        await (await provider.create(SMALL)).close()
+    except RolloutFailure as failure:
+        pytest.skip(str(failure))
+    return provider
+
+
+def test_a_provider_has_a_name_or_an_address():
+    assert isinstance(sandboxes_at("processes"), LocalProcesses)
+    assert isinstance(sandboxes_at("unix:/run/node"), NodeSandboxes)
+    with pytest.raises(ValueError, match="say processes, cells"):
+        sandboxes_at("somewhere")
+
+
+async def test_what_the_protocol_says_holds(provider):
+    async with LazySandbox(provider, SMALL) as box:
+        await box.write("deep/a.txt", b"hello")
+        assert await box.read("deep/a.txt") == b"hello"
+        assert "deep/" in await box.list()
+        with pytest.raises(ValueError, match="larger max_bytes"):
+            await box.read("deep/a.txt", max_bytes=2)
+        with pytest.raises(OSError, match="no-such"):
+            await box.read("no-such")
+        process = await box.start(["sh", "-c", "head -c 1000000 /dev/zero >&2; cat"])
+        await process.write(b"echo")
+        assert await process.read() == b"echo"
+        await process.close()
+
+
+async def test_a_python_session_runs_in_a_cell(provider):
+    async with LazySandbox(provider, SMALL) as box:
+        session = PythonSession(box)
+        await session.run("x = 6")
+        assert await session.run("x * 7") == "42\n"
+        await session.close()
+
+
+async def test_code_is_verified_in_cells(provider):
+    verifier = CodeVerifier(provider, SMALL)
+    right, wrong = "def double(x):\n    return 2 * x", "def double(x):\n    return x"
+    tests = Assertions(["assert double(1) == 2", "assert double(0) == 0"])
+    assert (await verifier.verify(right, tests)).is_right
+    assert (await verifier.verify(wrong, tests)).num_passed == 1
+    assert (await verifier.verify("print(int(input()) * 2)", InputsOutputs([("1", "2")]))).is_right
+
+
+async def test_a_sandbox_that_dies_is_a_failure_and_never_a_result(provider):
+    box = await provider.create(SMALL)
+    pid = (await embedded_node()).sandbox(box._inner.sandbox_id).cell.pid
+    asyncio.get_running_loop().call_later(0.1, os.kill, pid, signal.SIGKILL)
+    with pytest.raises(RolloutFailure) as failure:
+        await box.exec(["sleep", "60"])
+    assert failure.value.failure.kind is FailureClass.SANDBOX
+    await box.close()
+
+
+async def test_a_node_that_is_not_there_is_a_failure(tmp_path):
+    with pytest.raises(RolloutFailure) as failure:
+        await sandboxes_at(f"unix:{tmp_path}/none").create(SMALL)
+    assert failure.value.failure.kind is FailureClass.SANDBOX
