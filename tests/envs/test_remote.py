@@ -15,6 +15,7 @@ from hone.config.recipe import EnvironmentSection
 from hone.envs import (
     EnvironmentLoadError,
     FailureClass,
+    Limits,
     Task,
     ToolSpec,
     assistant,
@@ -158,6 +159,10 @@ async def test_rollouts_run_there_and_are_sampled_here(environments):
         ] * 4
     result = await evaluate(light, sampler, num_tasks=1, attempts=3, sampling=SamplingParameters(max_tokens=9))
     assert (result.num_rollouts, result.reward.mean) == (3, 1.0)
+    limits = Limits(max_turns=1, max_tool_calls=2, max_tokens=3, budget_seconds=60, deadline_seconds=30)
+    waiting = run_rollout(light, light.train_task(0), 0, sampler, SamplingParameters(), 0, limits)
+    cut = await asyncio.wait_for(waiting, 10)
+    assert (cut.failure, cut.num_completion_tokens, cut.is_truncated) == (None, 3, True)
     refused = await run_rollout(
         light, light.train_task(0), 0, ScriptedSampler([ConnectionError("no route")]), SamplingParameters(), 0
     )

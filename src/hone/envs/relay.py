@@ -112,10 +112,12 @@ class RolloutRelay:
 
     def _failed(self, wanted: AttemptWanted, message: str) -> list[Trace]:
         failure = Failure(FailureClass.WORKER, "relay", f"{self._python}: {message}")
-        return [
-            Trace(self._load.name, wanted.task, attempt, group=wanted.group, failure=failure)
-            for attempt in wanted.attempts
-        ]
+        return [failed_trace(self._load.name, wanted, attempt, failure) for attempt in wanted.attempts]
+
+
+def failed_trace(environment: str, wanted: AttemptWanted, attempt: int, failure: Failure) -> Trace:
+    """The trace of an attempt of which nothing else is known."""
+    return Trace(environment, wanted.task, attempt, group=wanted.group, failure=failure)
 
 
 class _Ended(Exception):
@@ -312,18 +314,23 @@ class _Guest:
                 self._turns[request].set_exception(TurnRefusedError(reason))
 
     async def _attempt(self, environment: Environment, wanted: AttemptWanted) -> None:
-        sampler, limits = _RelaySampler(self, wanted.number), msgspec.convert(wanted.limits, Limits)
-        task, sampling, seed, group = wanted.task, wanted.sampling, wanted.seed, wanted.group
         try:
-            if wanted.as_group:
-                attempts = wanted.attempts
-                traces = await run_group(environment, task, attempts, sampler, sampling, seed, limits, group=group)
-            else:
-                [attempt] = wanted.attempts
-                traces = [await run_rollout(environment, task, attempt, sampler, sampling, seed, limits, group=group)]
+            self._send(Attempted(wanted.number, await self._traces(environment, wanted)))
+        except Exception as error:  # a fault of ours, or a trace that cannot be sent: whoever waits shall know at once
+            failure = Failure(FailureClass.WORKER, "relay", sendable(describe(error)))
+            traces = [failed_trace(environment.name, wanted, attempt, failure) for attempt in wanted.attempts]
             self._send(Attempted(wanted.number, traces))
         finally:
             del self._running[wanted.number]
+
+    async def _traces(self, environment: Environment, wanted: AttemptWanted) -> list[Trace]:
+        sampler, limits = _RelaySampler(self, wanted.number), msgspec.convert(wanted.limits, Limits)
+        task, sampling, seed, group = wanted.task, wanted.sampling, wanted.seed, wanted.group
+        if wanted.as_group:
+            attempts = wanted.attempts
+            return await run_group(environment, task, attempts, sampler, sampling, seed, limits, group=group)
+        [attempt] = wanted.attempts
+        return [await run_rollout(environment, task, attempt, sampler, sampling, seed, limits, group=group)]
 
     async def _receive(self) -> Any:
         length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "little")

@@ -100,7 +100,7 @@ class AttemptWanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     as_group: bool
     sampling: SamplingParameters
     seed: int
-    limits: dict[str, float | None]
+    limits: dict[str, int | float | None]
     group: str
 
 
