@@ -219,6 +219,14 @@ def test_replay_says_where_traces_are_looked_for(hone: Hone, here: Path) -> None
     assert "0 traces" in hone("env", "replay", here)
 
 
+@pytest.mark.parametrize("text", ["[", "[]", "{}"])
+def test_replay_names_the_settings_that_it_cannot_read(hone: Hone, here: Path, text: str) -> None:
+    (here / "traces.jsonl").write_text("no trace\n")
+    (here / "settings.json").write_text(text)
+    told = hone("env", "replay", here, code=2, err=True)
+    assert ("holds no trace" if text == "{}" else str(here / "settings.json")) in told
+
+
 def test_the_commands_need_neither_torch_nor_rich_to_say_help() -> None:
     code = "import sys, hone.cli.main; print([m for m in ('torch', 'rich.table', 'msgspec', 'aiohttp') if m in sys.modules])"
     ended = subprocess.run(

@@ -12,9 +12,21 @@ import pytest
 from fakes import ScriptedSampler
 from hone.config.load import recipe_from
 from hone.config.recipe import EnvironmentSection
-from hone.envs import EnvironmentLoadError, FailureClass, assistant, load_environment, run_group, run_rollout, user
+from hone.envs import (
+    EnvironmentLoadError,
+    FailureClass,
+    Limits,
+    Task,
+    ToolSpec,
+    assistant,
+    load_environment,
+    run_group,
+    run_rollout,
+    user,
+)
 from hone.envs.remote import RemoteEnvironment, environment_of, interpreter
-from hone.evals.evaluate import evaluate
+from hone.evals.evaluate import Cell, Plan, complete, evaluate
+from hone.evals.storage import read_traces
 from hone.launch.plan import plan_rl
 from hone.schema import wire
 from hone.schema.sampling import SamplingParameters
@@ -35,9 +47,10 @@ def load_environment(crash_at=None):
             os._exit(3)
         print("environments may print")
         return Task(prompt=(user(f"{shade.shade()} {index}"),), reference=shade.shade())
-    from hone.envs import Tasks
+    from hone.envs import Tasks, ToolSpec
     return SingleTurn(
         name="NAME", rubric=Rubric([as_dark_as_the_package]), train=Tasks(give, 5), held_out=[give(99)],
+        tools=[ToolSpec("mix", "Mix.", {})],
         gold=lambda task: [assistant(task.reference)], difficulty=lambda task: 1.0,
     )
 '''
@@ -112,6 +125,8 @@ def test_two_environments_need_versions_of_a_package_that_exclude_each_other(env
         assert environment.gold(task) == [assistant(color)]
         assert environment.difficulty(task) == 1.0
         assert not environment.scores_groups
+        assert environment.tools == (ToolSpec("mix", "Mix.", {}),)
+        assert environment.tools_are_known
         for value in (1.0, 0.0):
             trace = Trace(color, task, 0, rewards={"r": Reward(value)})
             assert environment.is_solved(trace) is (value == 1.0)
@@ -144,6 +159,10 @@ async def test_rollouts_run_there_and_are_sampled_here(environments):
         ] * 4
     result = await evaluate(light, sampler, num_tasks=1, attempts=3, sampling=SamplingParameters(max_tokens=9))
     assert (result.num_rollouts, result.reward.mean) == (3, 1.0)
+    limits = Limits(max_turns=1, max_tool_calls=2, max_tokens=3, budget_seconds=60, deadline_seconds=30)
+    waiting = run_rollout(light, light.train_task(0), 0, sampler, SamplingParameters(), 0, limits)
+    cut = await asyncio.wait_for(waiting, 10)
+    assert (cut.failure, cut.num_completion_tokens, cut.is_truncated) == (None, 3, True)
     refused = await run_rollout(
         light, light.train_task(0), 0, ScriptedSampler([ConnectionError("no route")]), SamplingParameters(), 0
     )
@@ -166,6 +185,77 @@ async def test_rollouts_of_a_process_that_dies_are_failures_of_a_worker_and_the_
     assert (trace.failure.kind, trace.task) == (FailureClass.WORKER, task)
     trace = await run_rollout(environment, task, 0, ScriptedSampler(["light"]), SamplingParameters(), 0)
     assert trace.reward == 1.0
+    await environment.aclose()
+
+
+@pytest.mark.slow
+async def test_a_rollout_that_is_given_up_in_the_moment_of_its_result_leaves_the_others_theirs(environments):
+    environment = environments("light")
+    task = environment.train_task(0)
+    slow = ScriptedSampler(["light"], seconds=0.2)
+    attempts = [
+        asyncio.create_task(run_rollout(environment, task, attempt, slow, SamplingParameters(), 0))
+        for attempt in range(2)
+    ]
+    while slow.num_waiting < 2:
+        await asyncio.sleep(0.01)
+    channel = environment._relay._channel
+    given_up = channel._results[0]
+    while not given_up.done():  # as a cancellation does whose task has not run yet
+        given_up.cancel()
+    traces = await asyncio.wait_for(asyncio.gather(*attempts, return_exceptions=True), 10)
+    assert isinstance(traces[0], asyncio.CancelledError)
+    assert traces[1].reward == 1.0
+    await environment.aclose()
+
+
+@pytest.mark.slow
+async def test_a_turn_that_cannot_be_sent_is_a_failure_of_the_model_at_once(environments):
+    environment = environments("light")
+    sampler = ScriptedSampler(["\udc80"])
+    waiting = run_rollout(environment, environment.train_task(0), 0, sampler, SamplingParameters(), 0)
+    trace = await asyncio.wait_for(waiting, 10)
+    assert trace.failure.kind is FailureClass.MODEL
+    await environment.aclose()
+
+
+@pytest.mark.slow
+async def test_an_answer_that_cannot_be_read_fails_the_rollouts_at_once_and_the_next_ones_run(environments):
+    environment = environments("light")
+    task = environment.train_task(0)
+    slow = ScriptedSampler(["light"], seconds=0.2)
+    waiting = asyncio.create_task(run_rollout(environment, task, 0, slow, SamplingParameters(), 0))
+    while not slow.num_waiting:
+        await asyncio.sleep(0.01)
+    environment._relay._channel._in = wire.Wire(Task)  # which knows none of the messages that come
+    trace = await asyncio.wait_for(waiting, 10)
+    assert trace.failure.kind is FailureClass.WORKER
+    assert "cannot be read" in trace.failure.message
+    trace = await run_rollout(environment, task, 0, ScriptedSampler(["light"]), SamplingParameters(), 0)
+    assert trace.reward == 1.0
+    await environment.aclose()
+
+
+@pytest.mark.slow
+async def test_workers_killed_during_an_evaluation_lose_and_double_nothing(environments, tmp_path):
+    environment = environments("light")
+    plan = Plan(environment, num_tasks=1, attempts=12, folder=tmp_path)
+    sampler = ScriptedSampler(["light"], seconds=0.05)
+    for kills in (2, 0):
+        with Cell(plan) as cell:
+            running = asyncio.create_task(complete([cell], sampler, max_concurrent=4))
+            for _ in range(kills):
+                while not sampler.num_waiting:
+                    await asyncio.sleep(0.01)
+                environment._relay._channel._process.kill()
+                await environment._relay._channel.gone()
+            await running
+            result = cell.conclude()
+        assert result.num_rollouts == 12
+        assert set(result.failures) == ({FailureClass.WORKER} if kills else set())
+    assert result.reward.mean == 1.0
+    valid = [trace.attempt for trace in read_traces(tmp_path / "traces.jsonl") if trace.failure is None]
+    assert sorted(valid) == list(range(12))
     await environment.aclose()
 
 

@@ -2,12 +2,25 @@ import msgspec
 import pytest
 
 from fakes import ScriptedSampler
-from hone.envs import MultiTurn, Rubric, SingleTurn, Task, assistant, group_reward, metric, reward, user
+from hone.cli.replay import replay_table
+from hone.envs import (
+    Agent,
+    MultiAgent,
+    MultiTurn,
+    Rubric,
+    SingleTurn,
+    Task,
+    assistant,
+    group_reward,
+    metric,
+    reward,
+    user,
+)
 from hone.envs.replay import groups_of, replay
 from hone.envs.rollout import run_group, run_rollout
 from hone.envs.validation import play
 from hone.schema.sampling import SamplingParameters
-from hone.schema.traces import Failure, FailureClass, Reward, StopReason
+from hone.schema.traces import AgentRecord, Failure, FailureClass, Reward, StopReason
 
 TASK = Task(prompt=(user("2 + 2?"),), reference="4")
 
@@ -152,3 +165,69 @@ async def test_traces_are_grouped_by_environment_and_group(gold):
     first, second = await play(environment, TASK, "4"), await play(environment, TASK, "5")
     other = msgspec.structs.replace(first, environment="other")
     assert [len(group) for group in groups_of([first, other, second])] == [2, 1]
+
+
+class Two(MultiAgent):
+    """Both say something to the task."""
+
+    async def play(self, rollout):
+        await rollout.agent("a").turn()
+        await rollout.agent("b").turn()
+
+
+def game(*measures):
+    return Two(name="game", agents=[Agent("a"), Agent("b")], rubric=Rubric(measures), train=[TASK])
+
+
+async def play_game(environment):
+    return await run_rollout(environment, TASK, 0, ScriptedSampler(["4", "5"]), SamplingParameters(), 0)
+
+
+@reward(agent="a")
+def is_four(agent_answers):
+    return agent_answers["a"] == "4"
+
+
+@reward(agent="a", name="is_four")
+def is_five(agent_answers):
+    return agent_answers["a"] == "5"
+
+
+@reward
+def common(agent_answers):
+    return float(len(agent_answers))
+
+
+@reward(agent="b")
+def broken(agent_answers):
+    raise ValueError("a bug")
+
+
+async def test_each_of_several_agents_is_judged_anew():
+    old = await play_game(game(is_four, common))
+    assert old.agent_rewards == {"a": 3.0, "b": 2.0}
+    (same,) = await replay(game(is_four, common), [old])
+    assert (same.is_changed, same.after.agent_rewards) == (False, old.agent_rewards)
+    (one,) = await replay(game(is_five, common), [old])
+    assert one.is_changed
+    assert one.after.agents == {"a": AgentRecord(rewards={"is_four": Reward(0.0)}), "b": AgentRecord()}
+    assert one.after.agent_rewards == {"a": 2.0, "b": 2.0}
+    [cells] = [list(column.cells) for column in replay_table([one], 5).columns[-1:]]
+    assert cells == ["a.is_four 1.0 → 0.0"]
+
+
+async def test_an_agents_reward_that_fails_now_leaves_no_old_rewards():
+    (one,) = await replay(game(is_four, common, broken), [await play_game(game(is_four, common))])
+    assert one.after.failure.where == "reward broken"
+    assert one.after.agents == {"a": AgentRecord(), "b": AgentRecord()}
+
+
+async def test_what_several_agents_did_to_the_state_is_not_played_again():
+    @reward(agent="b")
+    def looks(state):
+        return 1.0
+
+    old = await play_game(game(is_four))
+    (one,) = await replay(game(looks), [old])
+    assert one.after == old
+    assert "cannot be played again" in one.note

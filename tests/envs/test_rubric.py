@@ -3,6 +3,7 @@ import os
 import time
 from collections import Counter
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -344,3 +345,14 @@ async def test_a_rubric_without_group_functions_leaves_groups_as_they_are():
     assert not rubric.scores_groups
     assert await rubric.score_group(traces) == traces
     assert await Rubric([agrees]).score_group([FAILED]) == [FAILED]
+
+
+async def test_a_failure_that_names_what_no_encoding_carries_can_still_be_sent():
+    @reward
+    def reads(answer):
+        raise FileNotFoundError("there is no \udcff.txt")
+
+    with pytest.raises(RolloutFailure) as raised:
+        await Rubric([reads]).score(trace_of())
+    assert "there is no \\udcff.txt" in raised.value.failure.message
+    msgspec.msgpack.encode(raised.value.failure)

@@ -1,6 +1,8 @@
 """An evaluation file carried out: models that are served from here, and one behind an address."""
 
+import asyncio
 import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +104,22 @@ async def test_models_from_a_folder_a_recipe_and_an_address_are_evaluated(server
     for key, trace in traces["folder"].items():
         assert trace.turns[0].token_ids
         assert trace.turns[0].token_ids == traces["recipe"][key].turns[0].token_ids
+
+
+@pytest.mark.slow
+async def test_an_environment_with_a_python_of_its_own_is_evaluated_there(server: Served, tmp_path: Path) -> None:
+    path = tmp_path / "file.toml"
+    text = FILE.format(folder=tmp_path, model="", recipe="", address=server.api)
+    models = text[text.index('[[models]]\nname = "address"') :]
+    listed = f'name = "reverse_text"\npython = "{sys.executable}"'
+    path.write_text(text.partition("[[models]]")[0].replace('name = "reverse_text"', listed) + models)
+    results = await evaluate_file(load_evaluated(path), quiet(), Pending.MISSING)
+    [(place, result)] = results.items()
+    assert (place, result.num_rollouts, result.failures) == (Place("address", "reverse_text"), 6, {})
+    assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    path.write_text(path.read_text().replace(sys.executable, str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="there is no Python at"):
+        await evaluate_file(load_evaluated(path), quiet(), Pending.MISSING)
 
 
 async def test_what_is_wrong_is_told_before_anything_runs(tmp_path: Path) -> None:

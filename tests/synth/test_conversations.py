@@ -6,7 +6,7 @@ import pytest
 from hone.envs import Task, assistant, system, tool_call, tool_result, user
 from hone.schema.messages import Message, ToolSpec
 from hone.schema.sampling import FinishReason, Turn
-from hone.schema.traces import Node, Reward, StopReason, Trace
+from hone.schema.traces import AgentRecord, Node, Reward, StopReason, Trace
 from hone.synth.conversations import conversations_of, write_jsonl, write_parquet
 from hone.trainer.data import read_conversations
 
@@ -112,3 +112,28 @@ def test_other_libraries_read_the_parquet_file(tmp_path):
     table = parquet.read_table(tmp_path / "x.parquet")
     assert table.column_names == ["messages", "tools", "environment", "task", "attempt", "reward", "teacher"]
     assert table.to_pylist()[0]["messages"][2]["tool_calls"][0]["function"]["name"] == "add"
+
+
+def test_of_several_agents_those_that_train_are_kept_with_what_they_earned_and_their_own_tools():
+    nodes = [Node(message, index - 1 if index else None) for index, message in enumerate(PROMPT)]
+    for agent, text in (("proposer", "2 + 2"), ("solver", "4"), ("user", "Thanks.")):
+        nodes.append(Node(assistant(text), 1, said(assistant(text), 3), agent))
+    agents = {
+        "proposer": AgentRecord(rewards={"hard": Reward(0.5)}),
+        "solver": AgentRecord(rewards={"solved": Reward(1.0)}),
+        "user": AgentRecord(trains=False),
+    }
+    trace = msgspec.structs.replace(trace_of(), nodes=nodes, agents=agents, rewards={"polite": Reward(0.25)})
+    kept = conversations_of(trace, (), {"solver": (ADD,)})
+    assert [(one.agent, one.reward, one.written, one.tools) for one in kept] == [
+        ("proposer", 0.75, "2 + 2", ()),
+        ("solver", 1.25, "4", (ADD,)),
+    ]
+
+
+def test_a_branch_in_which_an_agent_speaks_that_does_not_train_is_left_out():
+    trace = trace_of(assistant("2 + 2?"), assistant("4"))
+    trace.nodes[2] = msgspec.structs.replace(trace.nodes[2], agent="user")
+    trace.nodes[3] = msgspec.structs.replace(trace.nodes[3], agent="solver")
+    agents = {"user": AgentRecord(trains=False), "solver": AgentRecord()}
+    assert conversations_of(msgspec.structs.replace(trace, agents=agents), ()) == []

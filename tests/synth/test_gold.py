@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from hone.envs import Rubric, SingleTurn, Task, Tasks, ToolSpec, assistant, reward, user
+from hone.envs import Rubric, SingleTurn, Task, Tasks, ToolSpec, ToolUse, assistant, reward, user
+from hone.envs.mcp import McpServer
 from hone.synth.gold import shares_of, write_gold_conversations
 
 
@@ -92,3 +93,14 @@ def test_shares_add_up(weights, count, shares):
 def test_impossible_shares_are_refused(weights, count):
     with pytest.raises(ValueError, match="must be positive"):
         shares_of(weights, count)
+
+
+def test_tools_that_are_opened_for_each_rollout_are_not_left_out_silently(tmp_path):
+    task = Task(prompt=(user("2 + 2?"),), reference="4")
+    server = McpServer("server", lambda: pytest.fail("no server is needed to refuse"))
+    environment = ToolUse(
+        name="served", rubric=Rubric([exact]), train=[task], tools=[server], gold=lambda task: [assistant("4")]
+    )
+    with pytest.raises(ValueError, match=r"'served' opens tools for each rollout .* run `hone synth`"):
+        write(tmp_path / "gold.jsonl", {"served": environment}, {"served": 1}, 1)
+    assert not (tmp_path / "gold.jsonl").exists()

@@ -19,7 +19,7 @@ from hone.envs.validation import Answers
 from hone.schema.messages import Message, ToolSpec
 from hone.schema.sampling import SamplingParameters, Turn
 from hone.schema.tasks import Task
-from hone.schema.traces import Node, Trace
+from hone.schema.traces import Node, Reward, Trace
 
 MAX_CHARACTERS = 8000
 """Characters of one message that are shown."""
@@ -167,10 +167,17 @@ def _print_end(console: Console, trace: Trace, raised: Sequence[BaseException]) 
         console.print(Text(f"info.{name}  {_cut(str(value))}", "dim"))
 
 
+def _score(name: str, reward: Reward) -> tuple[str, str, str, str]:
+    return name, f"{reward.value:.4g}", f"{reward.weight:g}", f"{reward.value * reward.weight:.4g}"
+
+
 def _scores(trace: Trace) -> Table:
     table = Table("", "value", "weight", "counts")
     for name, reward in trace.rewards.items():
-        table.add_row(name, f"{reward.value:.4g}", f"{reward.weight:g}", f"{reward.value * reward.weight:.4g}")
+        table.add_row(*_score(name, reward))
+    for agent, record in trace.agents.items():
+        for name, reward in record.rewards.items():
+            table.add_row(*_score(f"{agent}.{name}", reward))
     table.add_row(Text("reward", "bold"), "", "", Text(f"{trace.reward:.4g}", "bold"), end_section=True)
     for name, value in trace.metrics.items():
         table.add_row(name, f"{value:.4g}", "metric", "")

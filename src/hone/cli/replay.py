@@ -170,10 +170,18 @@ def _reward(trace: Trace) -> str:
     return f"failed: {trace.failure.kind}" if trace.failure is not None else f"{trace.reward:.4g}"
 
 
+def _numbers(trace: Trace) -> dict[str, float]:
+    """Rewards and metrics by name; those of single agents as `agent.reward`."""
+    common = {name: reward.value for name, reward in trace.rewards.items()}
+    own = {
+        f"{agent}.{name}": one.value for agent, record in trace.agents.items() for name, one in record.rewards.items()
+    }
+    return common | own | trace.metrics
+
+
 def _changed_names(one: Replayed) -> str:
     """The rewards and metrics that are others now."""
-    old = {name: reward.value for name, reward in one.before.rewards.items()} | one.before.metrics
-    new = {name: reward.value for name, reward in one.after.rewards.items()} | one.after.metrics
+    old, new = _numbers(one.before), _numbers(one.after)
     changed = [name for name in old | new if old.get(name) != new.get(name)]
     return ", ".join(f"{name} {_number(old.get(name))} → {_number(new.get(name))}" for name in changed)
 

@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,25 @@ def arguments_of(path: Path) -> dict[str, dict[str, Any]]:
     """
     for folder in (path, *path.absolute().parents):
         if (folder / "settings.json").is_file():
-            settings = json.loads((folder / "settings.json").read_text())
+            settings = _table_in(folder / "settings.json", json.loads)
             if "environments" in settings:  # of a synthesis: name to version and arguments
                 return {name: arguments for name, (_, arguments) in settings["environments"].items()}
-            if settings.get("arguments"):
+            if settings.get("arguments") and "environment" in settings:
                 return {settings["environment"]: settings["arguments"]}
         if (folder / "config.toml").is_file():
-            sections = tomllib.loads((folder / "config.toml").read_text()).get("environments", [])
+            sections = _table_in(folder / "config.toml", tomllib.loads).get("environments", [])
             return {section["name"]: section.get("arguments", {}) for section in sections}
     return {}
+
+
+def _table_in(path: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        found = read(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); give --arguments to replay without it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, no settings; give --arguments to replay without it")
+    return found
 
 
 def _at_least_one(traces: Iterator[Trace], path: Path) -> Iterator[Trace]:

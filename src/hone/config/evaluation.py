@@ -83,6 +83,8 @@ class EvaluatedEnvironment(Section):
     """Its name in folders and tables, where one environment is listed with several arguments; default: name."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the package's load_environment."""
+    python: str | None = None
+    """Virtual environment (its folder) or Python in which the package is installed, with hone; default: that of hone itself. Its rollouts run there."""
     num_tasks: Positive | None = None
     """Tasks, from its held-out split; default: evaluation.num_tasks."""
     num_attempts: Positive | None = None

@@ -119,6 +119,11 @@ class Environment(ABC):
         """Whether the rollouts of a group are scored together, so that all of them must run in one process."""
         return self.rubric.scores_groups
 
+    @property
+    def tools_are_known(self) -> bool:
+        """Whether `tools` are all that the policy can ever call, so that it is known before a rollout."""
+        return True
+
     def is_solved(self, trace: Trace) -> bool:
         """Whether a scored trace counts as a success for pass@k; by default a reward of 1 or more."""
         return trace.reward >= 1 - 1e-9
@@ -174,4 +179,6 @@ def description(environment: Environment) -> Loaded:
         has_difficulty=environment.has_difficulty,
         scores_groups=environment.scores_groups,
         group_seconds=environment.rubric.group_seconds,
+        tools=list(environment.tools),
+        tools_are_known=environment.tools_are_known,
     )

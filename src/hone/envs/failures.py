@@ -17,7 +17,7 @@ class RolloutFailure(Exception):
 
     def __init__(self, kind: FailureClass, where: str, message: str) -> None:
         super().__init__(f"{kind}: {where}: {message}")
-        self.failure = Failure(kind, where, message)
+        self.failure = Failure(kind, where, sendable(message))
 
 
 class failures_as:
@@ -73,6 +73,11 @@ def describe(error: BaseException) -> str:
         return text
     last = frames[-1]
     return f"{text} ({last.filename.rpartition('/')[2]}:{last.lineno} in {last.name})"
+
+
+def sendable(text: str) -> str:
+    """Without what UTF-8 cannot carry, such as the bytes of a strange file name: a failure must reach its reader."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_own_fault(error: BaseException) -> bool:

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import msgspec
 
 from hone.envs.environment import Environment, description
-from hone.envs.failures import describe
+from hone.envs.failures import describe, sendable
 from hone.envs.pacing import spare_collector
 from hone.envs.registry import EnvironmentLoadError, load_environment
 from hone.envs.rollout import Limits, run_group, run_rollout
@@ -41,13 +41,15 @@ from hone.schema.remote import (
 from hone.schema.sampling import SamplingParameters, Turn
 from hone.schema.tasks import Task
 from hone.schema.traces import Failure, FailureClass, Node, Trace
-from hone.schema.wire import Wire
+from hone.schema.wire import Wire, WireError
 
 LOAD_SECONDS = 600.0
 GRACE_SECONDS = 60.0
 """Beyond the deadlines that the other process keeps by itself."""
 MAX_STALL_SECONDS = 30.0
 LENGTH_BYTES = 4
+
+Settled = TypeVar("Settled")
 
 
 class RolloutRelay:
@@ -90,7 +92,7 @@ class RolloutRelay:
     def close(self) -> None:
         """End the process."""
         channel, self._channel = self._channel, None
-        if channel is not None and not channel.loop.is_closed():  # the process went with its loop
+        if channel is not None:
             channel.close()
 
     async def aclose(self) -> None:
@@ -110,10 +112,12 @@ class RolloutRelay:
 
     def _failed(self, wanted: AttemptWanted, message: str) -> list[Trace]:
         failure = Failure(FailureClass.WORKER, "relay", f"{self._python}: {message}")
-        return [
-            Trace(self._load.name, wanted.task, attempt, group=wanted.group, failure=failure)
-            for attempt in wanted.attempts
-        ]
+        return [failed_trace(self._load.name, wanted, attempt, failure) for attempt in wanted.attempts]
+
+
+def failed_trace(environment: str, wanted: AttemptWanted, attempt: int, failure: Failure) -> Trace:
+    """The trace of an attempt of which nothing else is known."""
+    return Trace(environment, wanted.task, attempt, group=wanted.group, failure=failure)
 
 
 class _Ended(Exception):
@@ -146,6 +150,9 @@ class _Channel:
         except (TimeoutError, asyncio.IncompleteReadError) as error:
             channel.close()
             raise EnvironmentLoadError(f"environment {load.name!r} in {python} did not load") from error
+        except BaseException:
+            channel.close()
+            raise
         if isinstance(answer, Raised):
             channel.close()
             raise EnvironmentLoadError(answer.message)
@@ -170,10 +177,16 @@ class _Channel:
 
     def close(self) -> None:
         self.is_over = True
-        if self._process.stdin is not None:
-            self._process.stdin.close()
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
+        if self.loop.is_closed():  # nobody else will wait for it
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._process.pid, 0)
+            return
+        for turn in self._turns:
+            turn.cancel()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
     async def gone(self) -> None:
         """Wait for the end of the process, after `close`."""
@@ -199,13 +212,18 @@ class _Channel:
                     self._turns.add(turn)
                     turn.add_done_callback(self._turns.discard)
                 elif isinstance(message, Attempted) and message.number in self._results:
-                    self._results[message.number].set_result(message.traces)
+                    _settle(self._results[message.number], message.traces)
         except (asyncio.IncompleteReadError, ConnectionError):
             self.close()
-            code = await self._process.wait()
-            for result in self._results.values():
-                if not result.done():
-                    result.set_exception(_Ended(f"its process ended with {code}"))
+            self._fail(f"its process ended with {await self._process.wait()}")
+        except WireError as error:
+            self.close()
+            self._fail(f"it sent what cannot be read: {error}")
+
+    def _fail(self, reason: str) -> None:
+        for result in self._results.values():
+            if not result.done():
+                result.set_exception(_Ended(reason))
 
     async def _give_turn(self, wanted: TurnWanted) -> None:
         sampler = self._samplers.get(wanted.number)
@@ -213,10 +231,15 @@ class _Channel:
             return
         try:
             turn = await sampler.sample(wanted.branch, wanted.tools, wanted.sampling)
-        except Exception as error:  # a sampler may raise anything; it is the other side that sorts it
-            self._send(TurnRefused(wanted.request, describe(error)))
-        else:
             self._send(TurnGiven(wanted.request, turn))
+        except Exception as error:  # a sampler may raise and give anything; it is the other side that sorts it
+            self._send(TurnRefused(wanted.request, sendable(describe(error))))
+
+
+def _settle(waiting: asyncio.Future[Settled], value: Settled) -> None:
+    """Who was cancelled in the same moment no longer waits."""
+    if not waiting.done():
+        waiting.set_result(value)
 
 
 def _framed(data: bytes) -> bytes:
@@ -286,23 +309,28 @@ class _Guest:
             case Abandoned(number) if number in self._running:
                 self._running[number].cancel()
             case TurnGiven(request, turn) if request in self._turns:
-                self._turns[request].set_result(turn)
-            case TurnRefused(request, reason) if request in self._turns:
+                _settle(self._turns[request], turn)
+            case TurnRefused(request, reason) if request in self._turns and not self._turns[request].done():
                 self._turns[request].set_exception(TurnRefusedError(reason))
 
     async def _attempt(self, environment: Environment, wanted: AttemptWanted) -> None:
-        sampler, limits = _RelaySampler(self, wanted.number), msgspec.convert(wanted.limits, Limits)
-        task, sampling, seed, group = wanted.task, wanted.sampling, wanted.seed, wanted.group
         try:
-            if wanted.as_group:
-                attempts = wanted.attempts
-                traces = await run_group(environment, task, attempts, sampler, sampling, seed, limits, group=group)
-            else:
-                [attempt] = wanted.attempts
-                traces = [await run_rollout(environment, task, attempt, sampler, sampling, seed, limits, group=group)]
+            self._send(Attempted(wanted.number, await self._traces(environment, wanted)))
+        except Exception as error:  # a fault of ours, or a trace that cannot be sent: whoever waits shall know at once
+            failure = Failure(FailureClass.WORKER, "relay", sendable(describe(error)))
+            traces = [failed_trace(environment.name, wanted, attempt, failure) for attempt in wanted.attempts]
             self._send(Attempted(wanted.number, traces))
         finally:
             del self._running[wanted.number]
+
+    async def _traces(self, environment: Environment, wanted: AttemptWanted) -> list[Trace]:
+        sampler, limits = _RelaySampler(self, wanted.number), msgspec.convert(wanted.limits, Limits)
+        task, sampling, seed, group = wanted.task, wanted.sampling, wanted.seed, wanted.group
+        if wanted.as_group:
+            attempts = wanted.attempts
+            return await run_group(environment, task, attempts, sampler, sampling, seed, limits, group=group)
+        [attempt] = wanted.attempts
+        return [await run_rollout(environment, task, attempt, sampler, sampling, seed, limits, group=group)]
 
     async def _receive(self) -> Any:
         length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "little")

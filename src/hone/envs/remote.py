@@ -2,7 +2,8 @@
 
 `RemoteEnvironment` asks a process of that Python for tasks, gold answers and what counts as solved, over its standard
 input and output: each message is its length in four bytes and a typed envelope. Its rollouts run in env workers that
-are started with that Python or, in an evaluation, through `hone.envs.relay`. The process is `python -m hone.envs.remote`; it ends with its input.
+are started with that Python or, in an evaluation, through `hone.envs.relay`. The process is
+`python -m hone.envs.remote`; it ends with its input.
 """
 
 import contextlib
@@ -11,15 +12,15 @@ import select
 import struct
 import subprocess
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 import msgspec
 
-from hone.config.recipe import EnvironmentSection
 from hone.envs.environment import Environment, description
 from hone.envs.failures import describe
 from hone.envs.registry import EnvironmentLoadError, load_environment
@@ -68,11 +69,35 @@ def interpreter(python: str) -> Path:
     return found
 
 
-def environment_of(section: EnvironmentSection) -> Environment:
-    """The environment that a recipe lists, loaded here or, where it names a Python, there."""
+class Listed(Protocol):
+    """An environment as a recipe or an evaluation file lists it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def arguments(self) -> dict[str, Any]: ...
+
+    @property
+    def python(self) -> str | None: ...
+
+
+def environment_of(section: Listed) -> Environment:
+    """The environment that a file lists, loaded here or, where it names a Python, there."""
     if section.python is None:
         return load_environment(section.name, **section.arguments)
     return RemoteEnvironment(section.name, section.arguments, interpreter(section.python))
+
+
+@contextlib.asynccontextmanager
+async def ending_processes(environments: Iterable[Environment]) -> AsyncIterator[None]:
+    """End the other processes of those environments that are elsewhere, after the rollouts in the body."""
+    try:
+        yield
+    finally:
+        for environment in environments:
+            if isinstance(environment, RemoteEnvironment):
+                await environment.aclose()
 
 
 class RemoteEnvironment(Environment):
@@ -90,12 +115,18 @@ class RemoteEnvironment(Environment):
             rubric=_RubricElsewhere(loaded),
             train=Tasks(lambda index: self._task(index, is_held_out=False), loaded.num_train_tasks),
             held_out=Tasks(lambda index: self._task(index, is_held_out=True), loaded.num_held_out_tasks),
+            tools=loaded.tools,
             gold=self._ask_gold if loaded.has_gold else None,
             difficulty=self._ask_difficulty if loaded.has_difficulty else None,
         )
         self.elsewhere = self._relay = RolloutRelay(Load(name, dict(arguments)), python, loaded.group_seconds)
         # Not to be waited for when the environment is no longer used: it would never end by itself.
         self._closing = weakref.finalize(self, self._remote.close)
+
+    @property
+    def tools_are_known(self) -> bool:
+        """As the environment says."""
+        return self._remote.loaded.tools_are_known
 
     def is_solved(self, trace: Trace) -> bool:
         """Whether a scored trace counts as a success, as the environment says."""
@@ -157,20 +188,25 @@ class _Process:
         self._python = python
         self._questions, self._answers = Wire(*QUESTIONS), Wire(*ANSWERS)
         self._process: subprocess.Popen[bytes] | None = None
+        self._turn = threading.RLock()
         self.loaded = self._start()
 
     def ask(self, question: msgspec.Struct, kind: type[Answer]) -> Answer:
-        """The answer to a question; raises what the environment raised, as a ValueError or IndexError."""
-        try:
-            if self._process is None:
-                self._start()
-            return self._exchange(question, kind, ANSWER_SECONDS)
-        except _Ended:
-            self._start()
+        """The answer to a question; raises what the environment raised, as a ValueError or IndexError.
+
+        Threads may ask at the same time, and are answered one after the other.
+        """
+        with self._turn:
             try:
+                if self._process is None:
+                    self._start()
                 return self._exchange(question, kind, ANSWER_SECONDS)
-            except _Ended as error:
-                raise self._complaint(str(error)) from error
+            except _Ended:
+                self._start()
+                try:
+                    return self._exchange(question, kind, ANSWER_SECONDS)
+                except _Ended as error:
+                    raise self._complaint(str(error)) from error
 
     def close(self) -> None:
         process, self._process = self._process, None
@@ -240,7 +276,10 @@ class _Process:
 
     def _story(self) -> str:
         assert self._process is not None, "started"
-        code = self._process.wait()
+        try:
+            code = self._process.wait(FAREWELL_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "its process has closed its output"
         return f"its process ended with {code} (what it said is above)"
 
 

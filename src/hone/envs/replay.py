@@ -10,7 +10,7 @@ from hone.envs.failures import RolloutFailure
 from hone.envs.rollout import Limits, run_rollout
 from hone.schema.messages import ToolSpec
 from hone.schema.sampling import FinishReason, SamplingParameters, Turn
-from hone.schema.traces import Failure, FailureClass, Node, StopReason, Trace
+from hone.schema.traces import AgentRecord, Failure, FailureClass, Node, StopReason, Trace
 
 JUDGING = ("reward ", "group reward ", "score")
 """Where failures of judging happen: a reward by its name, and the rollout's deadline while it is judged."""
@@ -38,19 +38,27 @@ class Replayed:
     def is_changed(self) -> bool:
         """Whether rewards, metrics or the failure are others than before."""
         old, new = self.before, self.after
-        return (old.rewards, old.metrics, old.failure) != (new.rewards, new.metrics, new.failure)
+        return (old.rewards, old.agents, old.metrics, old.failure) != (
+            new.rewards,
+            new.agents,
+            new.metrics,
+            new.failure,
+        )
 
 
 async def replay(environment: Environment, group: Sequence[Trace], limits: Limits = Limits()) -> list[Replayed]:
     """Judge the traces of one group again; never raises for what is in them.
 
     A rubric that looks at `state`, which no trace keeps, sees it made again: the recorded turns are played through the
-    environment, tools and replies included. A rollout that failed before it could be judged stays as it is.
+    environment, tools and replies included; one of several agents stays as it is then, and so does a rollout that failed
+    before it could be judged.
     """
     judged = [await _judged(environment, trace, limits) for trace in group]
     if environment.scores_groups:
         judged = await environment.rubric.score_group(judged)
-    return [Replayed(before, after, _note(before, after)) for before, after in zip(group, judged, strict=True)]
+    return [
+        Replayed(before, after, _note(environment, before, after)) for before, after in zip(group, judged, strict=True)
+    ]
 
 
 def groups_of(traces: Iterable[Trace]) -> list[list[Trace]]:
@@ -67,21 +75,25 @@ def wants_state(environment: Environment) -> bool:
 
 
 async def _judged(environment: Environment, trace: Trace, limits: Limits) -> Trace:
-    if not _can_be_judged(trace):
+    if _obstacle(environment, trace):
         return trace
     if wants_state(environment):
         return await _play_again(environment, trace, limits)
     return await _judge(environment, trace)
 
 
-def _can_be_judged(trace: Trace) -> bool:
-    return trace.failure is None or trace.failure.where.startswith(JUDGING)
+def _obstacle(environment: Environment, trace: Trace) -> str:
+    """Why a trace cannot be judged again; empty where it can."""
+    if trace.failure is not None and not trace.failure.where.startswith(JUDGING):
+        return f"failed before it was judged ({trace.failure.kind})"
+    if trace.agents and wants_state(environment):
+        return "its rewards look at the state, and what several agents did to it cannot be played again"
+    return ""
 
 
-def _note(before: Trace, after: Trace) -> str:
-    if not _can_be_judged(before):
-        assert before.failure is not None
-        return f"failed before it was judged ({before.failure.kind})"
+def _note(environment: Environment, before: Trace, after: Trace) -> str:
+    if obstacle := _obstacle(environment, before):
+        return obstacle
     same_course = after.failure is not None or after.messages == before.messages
     return "" if same_course else "the environment replies otherwise now"
 
@@ -93,6 +105,7 @@ async def _judge(environment: Environment, trace: Trace) -> Trace:
         trace,
         environment_version=environment.version,
         rewards={},
+        agents={name: AgentRecord(agent.trains) for name, agent in trace.agents.items()},
         metrics={name: value for name, value in trace.metrics.items() if name not in judged_by},
         failure=None,
         stop_reason=trace.stop_reason or _stop_reason(trace),
@@ -101,7 +114,15 @@ async def _judge(environment: Environment, trace: Trace) -> Trace:
         scores = await environment.rubric.score(bare)
     except RolloutFailure as error:
         return msgspec.structs.replace(bare, failure=error.failure, stop_reason=None)
-    return msgspec.structs.replace(bare, rewards=scores.rewards, metrics=bare.metrics | scores.metrics)
+    return msgspec.structs.replace(
+        bare,
+        rewards=scores.rewards,
+        agents={
+            name: msgspec.structs.replace(agent, rewards=scores.agent_rewards.get(name, {}))
+            for name, agent in trace.agents.items()
+        },
+        metrics=bare.metrics | scores.metrics,
+    )
 
 
 async def _play_again(environment: Environment, trace: Trace, limits: Limits) -> Trace:

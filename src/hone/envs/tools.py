@@ -205,6 +205,11 @@ class ToolUse(Environment):
             wrong=wrong,
         )
 
+    @property
+    def tools_are_known(self) -> bool:
+        """Whether no `Toolset` opens others for each rollout."""
+        return not self._toolsets
+
     async def run(self, rollout: Rollout) -> None:
         """Alternate turns and tool results until the policy calls no tool and `reply` has nothing to say."""
         rollout.metrics |= {"num_tool_calls": 0, "num_tool_errors": 0, "tool_seconds": 0.0}

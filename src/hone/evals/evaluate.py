@@ -133,7 +133,7 @@ class Cell:
                 self._recall_groups(wanted)
             else:
                 for trace in wanted:
-                    self._take(trace)
+                    self._take(trace, self._outcome_of(trace))
         return self
 
     def __exit__(
@@ -175,7 +175,7 @@ class Cell:
             group=self._settings.group_of(task),
         )
         self._record(trace)
-        outcome = self._take(trace)
+        outcome = self._take(trace, await self._outcome(trace))
         self._seconds = time.perf_counter() - began
         return outcome
 
@@ -238,7 +238,7 @@ class Cell:
         )
         for trace in traces:
             self._record(trace)
-        outcomes = self._take_group(traces)
+        outcomes = self._take_group(traces, [await self._outcome(trace) for trace in traces])
         self._seconds = time.perf_counter() - began
         return outcomes
 
@@ -259,23 +259,31 @@ class Cell:
         for (key, _), group in groups.items():
             self._num_groups[key] += 1
             if len(group) == self.plan.attempts:  # one whose end is missing runs again
-                self._take_group(group)
+                self._take_group(group, [self._outcome_of(trace) for trace in group])
 
-    def _take_group(self, traces: list[Trace]) -> list[Outcome]:
+    def _outcome_of(self, trace: Trace) -> Outcome:
+        return outcome_of(trace, self.plan.environment.is_solved)
+
+    async def _outcome(self, trace: Trace) -> Outcome:
+        if self.plan.environment.elsewhere is None:
+            return self._outcome_of(trace)
+        # What is solved is asked of another process, which may be slow or gone.
+        return await asyncio.to_thread(self._outcome_of, trace)
+
+    def _take_group(self, traces: list[Trace], outcomes: list[Outcome]) -> list[Outcome]:
         """Keep a group as a whole, if it has as many valid rollouts as what is there: rewards of two do not mix."""
         keys = [(trace.task.key, trace.attempt) for trace in traces]
         before = [self._outcomes[key] for key in keys if key in self._outcomes]
         if sum(trace.failure is None for trace in traces) < sum(outcome.failure is None for outcome in before):
             for trace in traces:
                 self.usage.add(trace)
-            return [outcome_of(trace, self.plan.environment.is_solved) for trace in traces]
+            return outcomes
         for key in keys:
             self._forget(key)
-        return [self._take(trace) for trace in traces]
+        return [self._take(trace, outcome) for trace, outcome in zip(traces, outcomes, strict=True)]
 
-    def _take(self, trace: Trace) -> Outcome:
+    def _take(self, trace: Trace, outcome: Outcome) -> Outcome:
         self.usage.add(trace)
-        outcome = outcome_of(trace, self.plan.environment.is_solved)
         key = outcome.task, outcome.attempt
         if outcome.failure is not None and key in self._outcomes and self._outcomes[key].failure is None:
             return outcome  # a failure is never kept instead of a valid one

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hone.config.recipe import Recipe
-from hone.envs.remote import environment_of
+from hone.envs.remote import ending_processes, environment_of
 from hone.envs.sampler import Sampler
 from hone.envs.worker import limits_from
 from hone.evals.asked import held_out_tasks, sampling_parameters
@@ -138,10 +138,11 @@ async def _evaluate(
     plans: dict[str, Plan], sampler: Sampler, recipe: Recipe, console: StageConsole, pending: Pending
 ) -> Results:
     """Every environment of the recipe in turn, with a progress bar each."""
-    return {
-        name: await _evaluate_one(plan, sampler, recipe, console, pending, _title(plan, list(plans)))
-        for name, plan in plans.items()
-    }
+    async with ending_processes(plan.environment for plan in plans.values()):
+        return {
+            name: await _evaluate_one(plan, sampler, recipe, console, pending, _title(plan, list(plans)))
+            for name, plan in plans.items()
+        }
 
 
 def _title(plan: Plan, environments: Sequence[str]) -> str:

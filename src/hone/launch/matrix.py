@@ -11,7 +11,7 @@ from pathlib import Path
 from hone.config.evaluation import EvaluatedEnvironment, EvaluatedModel, EvaluationFile
 from hone.config.load import load_recipe, recipe_from, save_recipe
 from hone.config.recipe import Recipe, RunSection, ServerSection
-from hone.envs.registry import load_environment
+from hone.envs.remote import ending_processes, environment_of
 from hone.envs.rollout import Limits
 from hone.envs.sampler import Sampler
 from hone.evals.asked import sampling_parameters
@@ -52,7 +52,8 @@ async def evaluate_file(tree: EvaluationFile, board: Board, pending: Pending) ->
         cells = {place: held.enter_context(Cell(plan)) for place, plan in plans.items()}
         save_recipe(tree, tree.folder / CONFIG)
         save_machine(tree.folder / "machine.json")
-        async with board.showing(cells), asyncio.TaskGroup() as running:
+        environments = {plan.environment for plan in plans.values()}
+        async with ending_processes(environments), board.showing(cells), asyncio.TaskGroup() as running:
             served = [model for model in tree.models if sources[model.name].is_served]
             for model in tree.models:
                 if model not in served:
@@ -79,7 +80,7 @@ async def _evaluate_models(
 
 
 def _plans(tree: EvaluationFile, sources: Mapping[str, _Source]) -> Iterator[tuple[tuple[str, str], Plan]]:
-    loaded = {asked.shown: load_environment(asked.name, **asked.arguments) for asked in tree.environments}
+    loaded = {asked.shown: environment_of(asked) for asked in tree.environments}
     for model in tree.models:
         prices = model.prices
         for asked in tree.environments:

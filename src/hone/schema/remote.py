@@ -28,6 +28,8 @@ class Loaded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     has_difficulty: bool
     scores_groups: bool
     group_seconds: float
+    tools: list[ToolSpec]
+    tools_are_known: bool
 
 
 class TaskWanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,7 +100,7 @@ class AttemptWanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     as_group: bool
     sampling: SamplingParameters
     seed: int
-    limits: dict[str, float | None]
+    limits: dict[str, int | float | None]
     group: str
 
 

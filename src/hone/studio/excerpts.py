@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from hone.schema.messages import Message
-from hone.schema.traces import Node, Trace
+from hone.schema.traces import AgentRecord, Node, Reward, Trace
 
 MAX_CHARACTERS = 4000
 """Characters of one message that are shown."""
@@ -75,11 +75,13 @@ def _versions(trace: Trace) -> str:
 
 
 def _facts(trace: Trace) -> str:
-    rewards = [f"{name} {reward.value:.3g} × {reward.weight:.3g}" for name, reward in trace.rewards.items()]
+    rewards = [_reward(name, reward) for name, reward in trace.rewards.items()]
+    agents = [_agent(name, agent) for name, agent in trace.agents.items()]
     metrics = [f"{name} {value:.3g}" for name, value in trace.metrics.items()]
     facts = [
         f"task {trace.task.key}, attempt {trace.attempt}",
         f"rewards: {', '.join(rewards)}" if rewards else "",
+        *agents,
         f"metrics: {', '.join(metrics)}" if metrics else "",
         f"reference: {_short(trace.task.reference)}" if trace.task.reference is not None else "",
         f"stopped: {trace.stop_reason}" if trace.stop_reason else "",
@@ -88,9 +90,21 @@ def _facts(trace: Trace) -> str:
     return " · ".join(fact for fact in facts if fact)
 
 
+def _reward(name: str, reward: Reward) -> str:
+    return f"{name} {reward.value:.3g} × {reward.weight:.3g}"
+
+
+def _agent(name: str, agent: AgentRecord) -> str:
+    """What one of several agents earned by itself."""
+    own = ", ".join(_reward(*one) for one in agent.rewards.items()) or "no rewards of its own"
+    return f"agent {name}{'' if agent.trains else ' (does not train)'}: {own}"
+
+
 def _message(node: Node, max_characters: int) -> MessageView:
     turn = node.turn
     detail = "" if turn is None else f"{turn.num_completion_tokens} tokens, {turn.finish_reason}"
+    if node.agent:
+        detail = f"{node.agent}: {detail}"
     return _plain(node.message, max_characters, detail)
 
 

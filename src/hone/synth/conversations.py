@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from hone.schema.traces import Node, Trace
 class Conversation:
     """One conversation, and where it comes from. It ends with what the teacher said.
 
-    num_prompt_messages: so many messages at the beginning are the task's.
+    num_prompt_messages: so many messages at the beginning are the task's. agent: of several, the one that spoke last.
     """
 
     environment: str
@@ -29,6 +30,7 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[ToolSpec, ...]
     num_prompt_messages: int
+    agent: str = ""
 
     @property
     def written(self) -> str:
@@ -81,26 +83,32 @@ class Conversation:
         }
 
 
-def conversations_of(trace: Trace, tools: Sequence[ToolSpec]) -> list[Conversation]:
+def conversations_of(
+    trace: Trace, tools: Sequence[ToolSpec], agent_tools: Mapping[str, Sequence[ToolSpec]] = MappingProxyType({})
+) -> list[Conversation]:
     """One conversation for each branch of a trace that has no failure, up to the last thing that the policy said.
 
-    tools: those of the environment; the trace says so itself where the rollout had others.
+    With several agents, a branch is kept if only agents speak in it that train, with the reward of the one that speaks
+    last. tools: those of the environment; the trace says so itself where the rollout had others. agent_tools: those of
+    agents, by name.
     """
+    earned = trace.agent_rewards
     branches = [_until_last_turn(branch) for branch in trace.branches()]
     return [
         Conversation(
             environment=trace.environment,
             task=trace.task.key,
             attempt=trace.attempt,
-            reward=trace.reward,
+            reward=earned[branch[-1].agent] if trace.agents else trace.reward,
             is_truncated=trace.is_truncated,
             num_tokens=sum(node.turn.num_completion_tokens for node in branch if node.turn is not None),
             messages=tuple(node.message for node in branch),
-            tools=_shown_tools(trace, branch[0], tools),
+            tools=_shown_tools(trace, branch[0], agent_tools.get(branch[-1].agent, tools)),
             num_prompt_messages=next(index for index, node in enumerate(branch) if node.turn is not None),
+            agent=branch[-1].agent,
         )
         for branch in branches
-        if branch
+        if branch and (not trace.agents or all(node.turn is None or node.agent in earned for node in branch))
     ]
 
 

@@ -139,10 +139,11 @@ def _like(twin: Conversation) -> str:
 
 
 def _beyond(conversations: Sequence[Conversation], most: int) -> dict[int, str]:
-    counts: dict[tuple[str, str], int] = {}
+    """Of several agents, each has places of its own: what they earn is not compared."""
+    counts: dict[tuple[str, str, str], int] = {}
     dropped = {}
     for index, one in enumerate(conversations):
-        task = (one.environment, one.task)
+        task = (one.environment, one.task, one.agent)
         counts[task] = counts.get(task, 0) + 1
         if counts[task] > most:
             dropped[index] = f"number {counts[task]} of its task, reward {one.reward:g}"

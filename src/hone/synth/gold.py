@@ -48,6 +48,11 @@ def shares_of(weights: Mapping[str, float], count: int) -> dict[str, int]:
 
 
 def _lines(name: str, environment: Environment, count: int, seed: int) -> Iterator[bytes]:
+    if not environment.tools_are_known:
+        raise ValueError(
+            f"environment {name!r} opens tools for each rollout (an MCP server, say), so a gold conversation cannot"
+            ' tell them without one; run `hone synth` with teacher.target = "gold", and give its file to sft.data'
+        )
     for index in _indices(name, environment.num_train_tasks, count, seed):
         task = environment.train_task(index)
         gold = environment.gold(task)

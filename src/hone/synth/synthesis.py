@@ -11,6 +11,7 @@ from typing import Any
 import tomli_w
 
 from hone.config.synthesis import SynthesisFile
+from hone.envs.agents import MultiAgent
 from hone.envs.attacks import gold_turns
 from hone.envs.attempts import Assignment
 from hone.envs.environment import Environment
@@ -18,6 +19,7 @@ from hone.envs.registry import load_environment
 from hone.envs.rollout import Limits
 from hone.envs.sampler import Sampler
 from hone.envs.validation import Answers
+from hone.schema.messages import ToolSpec
 from hone.schema.sampling import SamplingParameters
 from hone.schema.seeds import derive_seed
 from hone.synth.card import card_text, data_file
@@ -117,8 +119,13 @@ def _conversations(wanted: Sequence[Assignment], traces: Path) -> tuple[list[Con
         if trace.failure is not None:
             failures[trace.failure.kind.value] += 1
         else:
-            conversations += conversations_of(trace, environment.tools)
+            conversations += conversations_of(trace, environment.tools, _agent_tools(environment))
     return conversations, failures
+
+
+def _agent_tools(environment: Environment) -> dict[str, Sequence[ToolSpec]]:
+    agents = environment.agents if isinstance(environment, MultiAgent) else {}
+    return {name: agent.tools for name, agent in agents.items()}
 
 
 def _evaluation_texts(settings: SynthesisFile, environments: Mapping[str, Environment]) -> EvaluationTexts:
