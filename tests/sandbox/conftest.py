@@ -1,5 +1,6 @@
 """Cells for tests, and the check that nothing of them is left afterwards."""
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -14,6 +15,7 @@ from hone.sandbox.errors import Unsupported
 from hone.schema.sandboxes import SandboxSpec
 
 PR_SET_CHILD_SUBREAPER = 36
+DYING_SECONDS = 2.0
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +35,10 @@ async def cells(adopts_orphans: None) -> AsyncIterator[Cells]:
             yield cells
     except Unsupported as error:
         pytest.skip(str(error))
-    import subprocess
-    for pid in leftovers()-before: print("LEFT", subprocess.run(["ps","-o","pid,ppid,stat,etime,args","-p",pid],capture_output=True,text=True).stdout)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DYING_SECONDS):
+            while leftovers() - before:  # noqa: ASYNC110 - what was killed needs a moment, and tells nobody
+                await asyncio.sleep(0.01)
     assert leftovers() - before == set()
 
 
