@@ -37,7 +37,7 @@ async def cells(adopts_orphans: None) -> AsyncIterator[Cells]:
         pytest.skip(str(error))
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DYING_SECONDS):
-            while leftovers() - before:  # noqa: ASYNC110 - what was killed needs a moment, and tells nobody
+            while leftovers() - before:
                 await asyncio.sleep(0.01)
     assert leftovers() - before == set()
 
