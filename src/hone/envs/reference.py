@@ -109,6 +109,8 @@ PARTS = (
             "hone.schema.sandboxes.Usage",
             "hone.envs.sandboxes.Process",
             "hone.envs.local_processes.LocalSandbox",
+            "hone.envs.providers.sandboxes_at",
+            "hone.envs.providers.NodeSandboxes",
             "hone.envs.sandbox_tools.python_tool",
             "hone.envs.sandbox_tools.shell_tool",
         ),
