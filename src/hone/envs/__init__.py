@@ -4,7 +4,16 @@ from hone.envs.agents import Agent, ChatModel, Fixed, MultiAgent, Seat
 from hone.envs.environment import Environment, MultiTurn, SingleTurn
 from hone.envs.failures import RolloutFailure, failures_as
 from hone.envs.gym import Episode, GymEnvironment, seeded_tasks
-from hone.envs.harness import Endpoint, Harness, ProgramCrash, ProgramHarness, ProgramRun, SdkHarness
+from hone.envs.harness import (
+    Endpoint,
+    Harness,
+    ProgramCrash,
+    ProgramHarness,
+    ProgramRun,
+    SandboxRun,
+    SdkHarness,
+    Workplace,
+)
 from hone.envs.local_processes import LocalProcesses
 from hone.envs.messages import assistant, system, tool_call, tool_result, user
 from hone.envs.registry import EnvironmentLoadError, installed_environments, load_environment
@@ -58,6 +67,7 @@ __all__ = [
     "SamplingParameters",
     "Sandbox",
     "SandboxProvider",
+    "SandboxRun",
     "SandboxSpec",
     "SandboxState",
     "SandboxToolUse",
@@ -79,6 +89,7 @@ __all__ = [
     "Trace",
     "Turn",
     "UnknownToolError",
+    "Workplace",
     "assistant",
     "check_gold",
     "columns",

@@ -138,9 +138,8 @@ PARTS = (
         "Harnesses",
         "Agent programs as environments: [Harnesses](../guides/harnesses.md).",
         (
-            *("ProgramHarness", "SdkHarness", "Harness", "Endpoint", "ProgramRun", "ProgramCrash"),
-            "hone.envs.harness.LocalRun",
-            "hone.envs.harness.SandboxRun",
+            *("ProgramHarness", "SdkHarness", "Harness", "Endpoint", "ProgramRun", "SandboxRun"),
+            *("Workplace", "ProgramCrash"),
             "hone.envs.harness.process.Output",
         ),
     ),

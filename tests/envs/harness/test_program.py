@@ -15,6 +15,7 @@ from hone.envs import (
     Rubric,
     StopReason,
     Task,
+    assistant,
     reward,
     run_group,
     run_rollout,
@@ -100,6 +101,15 @@ async def test_the_folder_is_prepared_read_and_removed(policy, sandboxes):
     for run in runs:
         with pytest.raises((FileNotFoundError, RolloutFailure)):
             await run.read("answer.txt")
+
+
+@pytest.mark.parametrize("sandboxes", [None, LocalProcesses()])
+async def test_a_prompt_may_be_read_from_a_file(policy, sandboxes):
+    long = Task(prompt=(user("Add 2 and 3." + " " * 200_000),), reference="5")
+    environment = program("assert ask(open(sys.argv[1]).read()) == '5'", "{prompt_file}", sandboxes=sandboxes)
+    trace = await run_rollout(environment, long, 0, policy(lambda prompt: "5"), SAMPLING, 7)
+    assert (trace.failure, trace.reward) == (None, 1)
+    assert [node.message for node in trace.nodes] == [*long.prompt, assistant("5")]  # nothing was cut
 
 
 async def test_a_program_in_a_sandbox_crashes_and_is_ended_like_any_other(policy):

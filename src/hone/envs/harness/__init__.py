@@ -2,16 +2,16 @@
 
 from hone.envs.harness.endpoint import Endpoint
 from hone.envs.harness.environment import Harness, ProgramCrash, SdkHarness
-from hone.envs.harness.places import LocalRun, ProgramRun, SandboxRun
+from hone.envs.harness.places import ProgramRun, SandboxRun, Workplace
 from hone.envs.harness.program import ProgramHarness
 
 __all__ = [
     "Endpoint",
     "Harness",
-    "LocalRun",
     "ProgramCrash",
     "ProgramHarness",
     "ProgramRun",
     "SandboxRun",
     "SdkHarness",
+    "Workplace",
 ]

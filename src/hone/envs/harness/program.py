@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hone.envs.failures import failures_as
 from hone.envs.harness.endpoint import Endpoint
 from hone.envs.harness.environment import Harness, OnCrash, ProgramCrash
-from hone.envs.harness.places import LocalRun, ProgramRun, SandboxRun
+from hone.envs.harness.places import ProgramRun, SandboxRun, Workplace
 from hone.envs.rollout import Rollout
 from hone.envs.rubric import Rubric
 from hone.envs.sandboxes import LazySandbox, SandboxProvider
@@ -16,9 +16,9 @@ from hone.schema.sandboxes import SandboxSpec
 from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass
 
-PLACEHOLDER = re.compile(r"\{(base_url|anthropic_base_url|api_key|model|prompt)\}")
+PLACEHOLDER = re.compile(r"\{(base_url|anthropic_base_url|api_key|model|prompt|prompt_file)\}")
 KEPT_CHARACTERS = 2000
-"""Of each output, in the trace; `ProgramRun.output` has more."""
+"""Of each output, in the trace; `Workplace.output` has more."""
 CRASH_CHARACTERS = 500
 
 
@@ -31,16 +31,17 @@ class ProgramHarness(Harness):
     """The program is a command, started for each rollout in an empty folder, and ended with all that it started.
 
     command: the program and its arguments, in which {base_url} (OpenAI's, with /v1), {anthropic_base_url}, {api_key},
-    {model} and {prompt} are filled in; no shell reads it. variables: environment variables, with the same placeholders.
-    Besides these the program gets OPENAI_BASE_URL, OPENAI_API_KEY, OPENAI_MODEL, ANTHROPIC_BASE_URL, ANTHROPIC_API_KEY
-    and ANTHROPIC_MODEL, PATH and locale, an empty HOME, and no other variable of this process. prompt: what the program
-    is told of a task; one that does not fit into an argument (128 KiB) is a file that `prepare` writes.
+    {model}, {prompt} and {prompt_file} are filled in; no shell reads it. An argument holds up to 128 KiB: a longer
+    prompt is read from its file. variables: environment variables, with the same placeholders. Besides these the
+    program gets `Endpoint.variables`, PATH and locale, an empty HOME, and no other variable of this process. prompt:
+    what the program is told of a task.
 
     sandboxes: where programs run that are not trusted, each in a sandbox of this spec; its network must reach the proxy
     on this machine. None: as a process of this user.
 
-    `rollout.state` is a `ProgramRun`: rewards read the program's files and its output there. A program whose exit code
-    is not 0 has crashed. The trace's info has the exit code and the end of the output under `program`.
+    `rollout.state` is a `ProgramRun`, or with sandboxes a `SandboxRun`: rewards read the program's files and its output
+    there. A program whose exit code is not 0 has crashed. The trace's info has the exit code and the end of the output
+    under `program`.
     """
 
     def __init__(
@@ -83,16 +84,17 @@ class ProgramHarness(Harness):
         self._command = tuple(command)
         self._variables = dict(variables or {})
         self._prompt = prompt
+        self._wants_prompt_file = any("{prompt_file}" in text for text in (*command, *self._variables.values()))
         self._sandboxes = sandboxes
         self._spec = spec
 
-    async def prepare(self, rollout: Rollout, run: ProgramRun) -> None:
+    async def prepare(self, rollout: Rollout, run: Workplace) -> None:
         """Write what the program shall find in its folder, before it starts. The default writes nothing."""
 
     async def setup(self, rollout: Rollout) -> None:
         """Make the folder or the sandbox."""
         if self._sandboxes is None:
-            run: ProgramRun = LocalRun()
+            run: Workplace = ProgramRun()
         else:
             run = SandboxRun(LazySandbox(self._sandboxes, self._spec), self._spec.ttl_seconds)
         rollout.state = run
@@ -100,13 +102,15 @@ class ProgramHarness(Harness):
 
     async def drive(self, rollout: Rollout, endpoint: Endpoint) -> None:
         """Run the command to its end."""
-        run: ProgramRun = rollout.state
+        run: Workplace = rollout.state
+        prompt = self._prompt(rollout.task)
         values = {
             "base_url": endpoint.base_url,
             "anthropic_base_url": endpoint.anthropic_base_url,
             "api_key": endpoint.api_key,
             "model": endpoint.model,
-            "prompt": self._prompt(rollout.task),
+            "prompt": prompt,
+            "prompt_file": await run.write_prompt(prompt) if self._wants_prompt_file else "",
         }
         variables = {name: _filled(text, values) for name, text in self._variables.items()}
         command = [_filled(text, values) for text in self._command]

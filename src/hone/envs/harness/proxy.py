@@ -1,6 +1,7 @@
 """The recording proxy: one HTTP server for all harness rollouts of an event loop, up while there are any.
 
-It speaks OpenAI's chat completions and responses, and Anthropic's messages. Which rollout a call belongs to is told by its API key.
+It speaks OpenAI's chat completions and responses, and Anthropic's messages. Which rollout a call belongs to is told by
+its API key.
 """
 
 import asyncio

@@ -23,7 +23,7 @@ TOKENS_PER_MESSAGE = 4
 
 
 class Recorder:
-    """Answers the calls of one program. Use as a context: what is under way when it is left is given up.
+    """Answers the calls of one program, until it is closed.
 
     ended: set when a turn was refused because the rollout has ended.
     """
@@ -48,7 +48,7 @@ class Recorder:
 
     def opens(self, secret: str) -> bool:
         """Whether this is the secret, compared in constant time."""
-        return hmac.compare_digest(secret.encode(), self._secret.encode())
+        return hmac.compare_digest(secret.encode(errors="surrogateescape"), self._secret.encode())
 
     async def close(self) -> None:
         """Give up the turns under way; none is added to the rollout after this."""
