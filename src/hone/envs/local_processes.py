@@ -77,7 +77,7 @@ class LocalProcesses:
         except (OSError, TimeoutError) as error:
             await sandbox.close()
             raise _failure("create", describe(error)) from error
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             await sandbox.close()
             raise
         return sandbox
@@ -211,7 +211,7 @@ class LocalSandbox:
         except OSError as error:
             process.let_go()
             raise _failure("start", describe(error)) from error
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             process.let_go()
             raise
         return process

@@ -254,7 +254,7 @@ class _Connection:
                 self._client = client
                 self._is_ready.set()
                 await self._closing.wait()
-        except Exception as error:
+        except Exception as error:  # told to whoever waits for the connection
             self._trouble = self._trouble or error
         finally:
             self.is_broken = True

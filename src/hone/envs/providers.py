@@ -43,7 +43,7 @@ class NodeSandboxes:
             try:
                 await sandbox.open()
                 await sandbox.ready()
-            except BaseException:
+            except BaseException:  # a cancellation too: undo, then pass it on
                 await sandbox.close()
                 raise
         return NodeSandbox(sandbox)

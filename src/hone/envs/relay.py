@@ -150,7 +150,7 @@ class _Channel:
         except (TimeoutError, asyncio.IncompleteReadError) as error:
             channel.close()
             raise EnvironmentLoadError(f"environment {load.name!r} in {python} did not load") from error
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             channel.close()
             raise
         if isinstance(answer, Raised):

@@ -236,7 +236,7 @@ class _Process:
             ) from error
         except WireError as error:
             raise self._complaint(str(error)) from error
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             self.close()
             raise
 

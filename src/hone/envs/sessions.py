@@ -34,7 +34,7 @@ class PythonSession:
         async with self._turn:
             try:
                 return await self._run(code)
-            except BaseException:
+            except BaseException:  # a cancellation too: undo, then pass it on
                 await self._drop()
                 raise
 

@@ -77,7 +77,7 @@ class _Spill:
             task = next(self._iterator, None)
             if task is not None:
                 self._write(_checked(task, len(self._offsets) - 1))
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             self._iterator = None  # one that has raised seems to be at its end, and a task not written would be missing
             raise
         self._is_complete = task is None
@@ -134,7 +134,7 @@ class _Stream:
             if task is not None:
                 self._recent.append(_checked(task, self._next))
                 self._next += 1
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             self._iterator = None  # one that has raised seems to be at its end
             raise
         return task is not None

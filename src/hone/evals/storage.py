@@ -74,7 +74,7 @@ class EvalFolder:
             self._lock()
             self._check_settings()
             _cut_torn_line(self._file)
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             os.close(self._file)
             raise
         return self

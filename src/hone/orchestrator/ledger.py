@@ -258,7 +258,7 @@ class Ledger:
                 if statement in self._pending:
                     execute(statement, self._pending[statement])
             self._database.execute("COMMIT")
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise

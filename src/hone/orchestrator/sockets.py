@@ -49,7 +49,7 @@ class RouterSocket:
             self._socket.setsockopt(option, value)
         try:
             await self._bind()
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             self._socket.close()
             raise
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._collect)

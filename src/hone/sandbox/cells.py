@@ -105,7 +105,7 @@ class Cells:
         except OSError as error:
             await cell.destroy()
             raise SandboxError(f"{cell.name} cannot be made: {error}") from error
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             await asyncio.shield(cell.destroy())
             raise
         return cell
@@ -283,7 +283,7 @@ class Cell:
         program = Process(self, next(self._numbers))
         try:
             program.start(argv, env, cwd, has_stdin=True, terminal=terminal, stdin_descriptor=stdin_descriptor)
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             await program.close()
             raise
         return program

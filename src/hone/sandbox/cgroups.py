@@ -65,7 +65,7 @@ class Cgroups:
         )
         try:
             cgroup.make()
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             cgroup.remove()
             raise
         return cgroup

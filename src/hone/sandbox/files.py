@@ -108,7 +108,7 @@ class Tree:
                     _write_all(descriptor, data)
                     os.fchmod(descriptor, mode & 0o777)
                 os.rename(unfinished, name, src_dir_fd=parent, dst_dir_fd=parent)
-            except BaseException:
+            except BaseException:  # a cancellation too: undo, then pass it on
                 with contextlib.suppress(OSError):
                     os.unlink(unfinished, dir_fd=parent)
                 raise

@@ -82,7 +82,7 @@ class Node:
             self.lost = self._journal.lost
         try:
             await self._cells.__aenter__()
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             if self._journal is not None:
                 self._journal.close()
             raise

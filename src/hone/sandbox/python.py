@@ -131,7 +131,7 @@ class WarmPython:
         try:
             program.start(argv, env, cwd, has_stdin=True)
             await session.greet()
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             await program.close()
             raise
         return session
@@ -195,7 +195,7 @@ class PythonSession:
                 return Answer("", is_fine=False, is_over=True)
             try:
                 return await self._exchange(len(data).to_bytes(4, "big") + data, timeout_seconds)
-            except BaseException:
+            except BaseException:  # a cancellation too: undo, then pass it on
                 await self._end()
                 raise
 

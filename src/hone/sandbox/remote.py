@@ -229,7 +229,7 @@ class RemoteSandbox:
         process = RemoteProcess(self._node, message)
         try:
             await process.started()
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             await process.close()
             raise
         return process

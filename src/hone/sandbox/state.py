@@ -27,7 +27,7 @@ class Snapshot:
         made = cls(folder, limits)
         try:
             await files.pack(folder, made._archive, limits)  # type: ignore[arg-type]
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             made.close()
             raise
         return made

@@ -179,7 +179,7 @@ def encode_error(error: BaseException) -> bytes:
     """The names of an exception's classes, the nearest first, and its text."""
     try:
         text = str(error)[:1000]
-    except Exception:
+    except Exception:  # the text is the program's own code
         text = ""
     names = " ".join(kind.__name__ for kind in type(error).__mro__)
     return f"{names}\n{text}".encode(errors="replace")

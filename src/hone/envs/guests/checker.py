@@ -193,7 +193,7 @@ def check_assertions(job: dict[str, Any], asker: Asker, results: Results) -> Non
         provide(name, asker, namespace)
     try:
         exec(job["setup"], namespace)
-    except Exception as error:
+    except Exception as error:  # tests raise what they like
         results.complain(f"setup: {described(error)}")
         return
     if entry_point:
@@ -202,7 +202,7 @@ def check_assertions(job: dict[str, Any], asker: Asker, results: Results) -> Non
     for number, test in enumerate(job["tests"]):
         try:
             exec(test, namespace)
-        except Exception as error:
+        except Exception as error:  # that is how a test fails
             results.complain(f"test {number}: {described(error)}")
 
 
@@ -217,7 +217,7 @@ def check_calls(job: dict[str, Any], asker: Asker, results: Results) -> None:
                 results.passed(number)
             else:
                 results.failed(number, f"call {number}: a wrong answer")
-        except Exception as error:
+        except Exception as error:  # of the program under test
             results.failed(number, f"call {number}: {described(error)}")
 
 

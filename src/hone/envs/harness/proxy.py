@@ -77,7 +77,7 @@ class RecordingProxy:
             await runner.setup()
             site = web.TCPSite(runner, HOST, 0)
             await site.start()
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             await runner.cleanup()
             raise
         self._runner = runner
