@@ -3,6 +3,7 @@
 from hone.inference.client import EngineError
 from hone.launch.supervise import StageFailed
 from hone.observability.disk import is_disk_trouble
+from hone.sandbox.errors import ImageError, SandboxError
 
 READABLE = (
     ValueError,
@@ -12,6 +13,8 @@ READABLE = (
     PermissionError,
     StageFailed,
     EngineError,
+    ImageError,
+    SandboxError,
     ModuleNotFoundError,
 )
 
