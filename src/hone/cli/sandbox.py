@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hone.sandbox.client import Process, Sandbox
+    from hone.sandbox.host import Host
     from hone.sandbox.lifecycle import Limits
     from hone.sandbox.remote import RemoteNode
+    from hone.schema.sandboxes import RuntimeName
 
 app = typer.Typer(help="Sandboxes: run programs nobody trusts, here or on a node.", no_args_is_help=True)
 
@@ -34,6 +36,7 @@ def run(
     cpus: Annotated[float, typer.Option(help="Cores.")] = 1.0,
     disk_mb: Annotated[int, typer.Option(help="What it may write.")] = 256,
     network: Annotated[str, typer.Option(help="none, off or host.")] = "none",
+    runtime: Annotated[str, typer.Option(help="How it is isolated: cell, process or bwrap.")] = "cell",
     ttl_seconds: Annotated[float, typer.Option(help="When it is over in any case.")] = 3600.0,
     node: Address = "",
 ) -> None:
@@ -46,6 +49,7 @@ def run(
         cpus=cpus,
         disk_mb=disk_mb,
         network=network,
+        runtime=runtime,
         ttl_seconds=ttl_seconds,
         node=node or None,
         token=_token(),
@@ -90,6 +94,7 @@ def serve(
     tokens: Annotated[Path | None, typer.Option(help="A file with a line `name token` for each owner.")] = None,
     max_sandboxes: Annotated[int, typer.Option(help="At once.")] = 4096,
     max_warm: Annotated[int, typer.Option(help="Cells kept ready; which ones follows the demand.")] = 16,
+    runtime: Annotated[list[str] | None, typer.Option(help="One that sandboxes may ask for; default: cell.")] = None,
 ) -> None:
     """Serve a node until it is interrupted."""
     from hone.sandbox.lifecycle import Limits
@@ -98,10 +103,25 @@ def serve(
     address = listen or f"unix:{place}/socket"
     known = _read_tokens(tokens) if tokens is not None else {}
     limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
-    asyncio.run(_serve(name, place, address, known, limits))
+    asyncio.run(_serve(name, place, address, known, limits, _runtimes(runtime or [])))
 
 
-async def _serve(name: str, folder: Path, address: str, tokens: dict[str, str], limits: "Limits") -> None:
+def _runtimes(names: list[str]) -> "tuple[RuntimeName, ...]":
+    from hone.schema.sandboxes import DEFAULT_RUNTIMES, RUNTIMES
+
+    if unknown := set(names) - set(RUNTIMES):
+        raise ValueError(f"runtime {min(unknown)!r} is none of {', '.join(RUNTIMES)}")
+    return tuple(one for one in RUNTIMES if one in names) or DEFAULT_RUNTIMES
+
+
+async def _serve(
+    name: str,
+    folder: Path,
+    address: str,
+    tokens: dict[str, str],
+    limits: "Limits",
+    runtimes: "tuple[RuntimeName, ...]",
+) -> None:
     import signal  # only a node is stopped by it
 
     from hone.sandbox.node import Node
@@ -110,7 +130,10 @@ async def _serve(name: str, folder: Path, address: str, tokens: dict[str, str], 
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    async with Node(name, folder=folder, limits=limits) as node, NodeServer(node, address, tokens=tokens) as server:
+    async with (
+        Node(name, folder=folder, limits=limits, runtimes=runtimes) as node,
+        NodeServer(node, address, tokens=tokens) as server,
+    ):
         lost = f"; {len(node.lost)} sandboxes were lost with the node before" if node.lost else ""
         typer.echo(f"node {name} serves at {server.address}{lost}")
         await stopped.wait()
@@ -169,33 +192,45 @@ async def _stats(address: str, watch: bool) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine can do for sandboxes, what is lost where it cannot, and try one."""
+    """Say what this machine can do for sandboxes, what is lost where it cannot, and try each runtime."""
     from rich.table import Table
     from rich.text import Text
 
     from hone.cli.listing import print_table
-    from hone.sandbox.client import SandboxError
     from hone.sandbox.host import examine, look
 
+    host = look()
     table = Table("", "what", "lost without it")
-    for finding in examine(look()):
+    for finding in examine(host):
         mark = Text("ok", "green") if finding.is_there else Text("no", "red")
         table.add_row(mark, finding.name, "" if finding.is_there else finding.lost)
     print_table(table)
+    problems = asyncio.run(_try_all(host))
+    table = Table("", "runtime", "what it needs here")
+    for name, problem in problems.items():
+        table.add_row(Text("no", "red") if problem else Text("ok", "green"), name, problem)
+    print_table(table)
+    if problems["cell"]:
+        raise ValueError(f"a cell does not work here: {problems['cell']}")
+
+
+async def _try_all(host: "Host") -> dict[str, str]:
+    """What stands in the way of each runtime, the strongest first; nothing where a sandbox was made, used and ended."""
+    from hone.sandbox.runtimes.known import missing
+    from hone.schema.sandboxes import RUNTIMES
+
+    return {name: missing(name, host) or await _try(name) for name in reversed(RUNTIMES)}
+
+
+async def _try(runtime: "RuntimeName") -> str:
+    from hone.sandbox.client import Sandbox, SandboxError
+
     try:
-        typer.echo(asyncio.run(_try()))
+        async with Sandbox(memory_mb=64, disk_mb=16, network="off", runtime=runtime) as box:
+            result = await box.exec(["echo", "works"])
+            return "" if result.stdout == "works\n" else f"a sandbox is made, but echo does not work in it: {result}"
     except SandboxError as error:
-        raise ValueError(f"a sandbox does not work here: {error}") from error
-
-
-async def _try() -> str:
-    from hone.sandbox.client import Sandbox
-
-    async with Sandbox(memory_mb=64, disk_mb=16) as box:
-        result = await box.exec(["echo", "works"])
-        if result.stdout != "works\n":
-            raise ValueError(f"a sandbox is made, but echo does not work in it: {result}")
-        return "a sandbox was made, used and ended"
+        return str(error)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from hone.sandbox.beneath import LimitExceeded
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.node import Node
 from hone.sandbox.remote import RemoteNode
-from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec
+from hone.schema.sandboxes import RUNTIMES, ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec
 
 __all__ = [
     "Busy",
@@ -92,6 +92,7 @@ class Sandbox:
         disk_mb: int = 256,
         max_processes: int = 256,
         network: str = "none",
+        runtime: str = "cell",
         ttl_seconds: float = 600.0,
         idle_seconds: float | None = None,
         env: Mapping[str, str] | None = None,
@@ -102,6 +103,8 @@ class Sandbox:
     ) -> None:
         if network not in ("none", "off", "host"):
             raise ValueError(f"network {network!r} of a sandbox is none of none, off, host")
+        if runtime not in RUNTIMES:
+            raise ValueError(f"runtime {runtime!r} of a sandbox is none of {', '.join(RUNTIMES)}")
         self.spec = spec or SandboxSpec(
             image=image,
             memory_mb=memory_mb,
@@ -109,6 +112,7 @@ class Sandbox:
             disk_mb=disk_mb,
             max_processes=max_processes,
             network=network,  # type: ignore[arg-type]
+            runtime=runtime,
             ttl_seconds=ttl_seconds,
             idle_seconds=idle_seconds,
             env=dict(env or {}),
@@ -255,7 +259,7 @@ class _Embedded:
 async def _running_node() -> AsyncGenerator[Node]:
     loop = asyncio.get_running_loop()
     try:
-        async with Node() as node:
+        async with Node(runtimes=RUNTIMES) as node:
             yield node
     finally:
         _embedded.pop(loop, None)

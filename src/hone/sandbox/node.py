@@ -7,7 +7,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +23,12 @@ from hone.sandbox.lifecycle import Command, Destroy, Give, Lease, Lifecycle, Lim
 from hone.sandbox.programs import Process
 from hone.sandbox.python import PythonSession, WarmPython, Zygotes
 from hone.schema.sandboxes import (
+    DEFAULT_RUNTIMES,
     ExecResult,
     FileEntry,
     Outcome,
     PythonResult,
+    RuntimeName,
     SandboxSpec,
     SandboxStatus,
 )
@@ -43,6 +45,7 @@ class Node:
 
     name: small letters, digits and dashes; the first part of the ids of its sandboxes, which also say which start of the
     node they are of. folder: for its journal; None keeps none. Raises `SandboxError` where another node has the folder.
+    runtimes: those that sandboxes may ask for. is_weak_allowed: as of `Cells`.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Node:
         limits: Limits = Limits(),
         images: ImageStore | None = None,
         is_weak_allowed: bool = False,
+        runtimes: Collection[RuntimeName] = DEFAULT_RUNTIMES,
     ) -> None:
         if not NAME.fullmatch(name):
             raise ValueError(f"the node's name {name!r} is not of small letters, digits and dashes")
@@ -64,7 +68,7 @@ class Node:
         self._journal: Journal | None = None
         self._lifecycle = Lifecycle(self.prefix, limits)
         self._images = images or ImageStore()
-        self._cells = Cells(is_weak_allowed=is_weak_allowed)
+        self._cells = Cells(is_weak_allowed=is_weak_allowed, runtimes=runtimes)
         self._zygotes = Zygotes(host=self._cells.host)
         self._threads = ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="hone-files")
         self._by_number: dict[int, Cell] = {}
@@ -189,7 +193,7 @@ class Node:
         """The files of a cell, as its programs own them."""
         gid = cell.uid_base if self._cells.host.has_id_ranges else self._cells.host.gid
         owner = Owner(cell.uid_base, gid) if self._cells.host.has_id_ranges else None
-        return Files(Tree(cell.root_descriptor, owner, cell.image.working_folder), self._threads)
+        return Files(Tree(cell.root_descriptor, owner, cell.files_folder), self._threads)
 
     async def python_of(self, cell: Cell) -> WarmPython:
         """The warm Python of a cell."""

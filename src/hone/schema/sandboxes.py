@@ -1,9 +1,15 @@
 """A sandbox as others ask for it, and what became of a program in one."""
 
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
+
+RuntimeName = Literal["process", "bwrap", "cell"]
+RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+"""How sandboxes may be isolated, the weakest first."""
+DEFAULT_RUNTIMES: tuple[RuntimeName, ...] = ("cell",)
+"""What a node offers unless it is told otherwise."""
 
 
 class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -12,7 +18,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     image: its root file system; "python" is the runtime's default with a Python in it. memory_mb: for its programs.
     cpus: cores. disk_mb: what it may write. max_processes: alive at once. network: none, or the host's.
     ttl_seconds: the lease; when it is over, the sandbox is gone, as it is when nothing is asked of it for idle_seconds.
-    env: variables of every program in it.
+    env: variables of every program in it. runtime: how it is isolated; never another one than asked for.
     """
 
     image: str = "python"
@@ -24,6 +30,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     ttl_seconds: float = 600.0
     idle_seconds: float | None = None
     env: dict[str, str] = {}
+    runtime: RuntimeName = "cell"
 
     def __post_init__(self) -> None:
         for name in ("memory_mb", "cpus", "disk_mb", "max_processes", "ttl_seconds"):

@@ -27,9 +27,10 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Where the spawner lies, and the agent's content."""
+    """Where spawner and agent lie, and the agent's content."""
 
     spawner: Path
+    agent_path: Path
     agent: bytes
 
 
@@ -39,7 +40,7 @@ def build(compilers: Sequence[str] = COMPILERS) -> Programs:
     folder = cache_folder() / f"cells-{_key(compiler)}"
     if not (folder / "agent").exists():
         _compile_into(compiler, folder)
-    return Programs(folder / "spawner", (folder / "agent").read_bytes())
+    return Programs(folder / "spawner", folder / "agent", (folder / "agent").read_bytes())
 
 
 def cache_folder() -> Path:

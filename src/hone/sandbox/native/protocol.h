@@ -65,20 +65,27 @@ enum {
     OPERATION_LEAVE,          /* unmount the old root */
     OPERATION_UNMOUNT,        /* path, with what is mounted below */
     OPERATION_BECOME_AGENT,
+    OPERATION_EXECUTE,        /* arguments, each with a zero: become another runtime's program; a: its stderr, of the descriptors */
+    OPERATION_DATA,           /* content; a: the descriptor by which that program reads it */
+    OPERATION_GUARD,          /* stay behind as the guardian of what the child becomes, and end all it leaves */
 };
 
 /* node -> agent; for START followed by folder\0, arguments, environment, with three or four descriptors:
-   stdin, stdout, stderr and the cgroup to be born in. */
+   stdin, stdout, stderr and the cgroup to be born in, or a file of it to write to. */
 struct request {
     uint32_t kind;
     uint32_t identity;
-    uint32_t flags; /* START: has a terminal; SIGNAL: the signal */
+    uint32_t flags; /* START: FLAG_...; SIGNAL: the signal */
     uint32_t num_arguments;
     uint32_t num_variables;
     uint32_t strings_bytes;
 };
 
 enum { REQUEST_START = 1, REQUEST_SIGNAL, REQUEST_KILL_TREE };
+
+/* A program has a terminal; it enters its cgroup by writing to the file that came along; it can signal what it starts
+   and nothing else, the agent least of all: where that is not process 1. */
+enum { FLAG_TERMINAL = 1, FLAG_JOINS = 2, FLAG_APART = 4 };
 
 /* agent -> node; READY comes with the root and, where there is one, the writable layer; FAILED, from before there is an
    agent, says at which operation. */

@@ -27,6 +27,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "guardian.h"
 #include "protocol.h"
 
 #ifndef SYS_mount_setattr
@@ -36,6 +37,7 @@
 #define CLONE_INTO_CGROUP 0x200000000ULL
 #endif
 #define MAX_TREES (FIRST_LAYER + MAX_LAYERS)
+#define MAX_ARGUMENTS 1024
 
 struct bpf {
     uint16_t num_instructions;
@@ -294,6 +296,46 @@ static int become_agent(void)
     return syscall(SYS_execveat, agent, "", arguments, variables, AT_EMPTY_PATH);
 }
 
+/* Become the program of another runtime, which starts the agent with the control socket in its place. */
+static int execute(const struct operation *operation, const char *data)
+{
+    size_t size = operation->size;
+    char *arguments[MAX_ARGUMENTS + 1], *variables[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL};
+    size_t count = 0;
+    for (const char *next = data; next < data + size && count < MAX_ARGUMENTS; next = after(next))
+        arguments[count++] = (char *)next;
+    arguments[count] = NULL;
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) || dup2(descriptors[operation->a], 2) < 0 ||
+        dup2(descriptors[0], CONTROL) < 0)
+        return -1;
+    signal(SIGCHLD, SIG_DFL);
+    signal(SIGINT, SIG_DFL);
+    signal(SIGQUIT, SIG_DFL);
+    return execve(arguments[0], arguments, variables);
+}
+
+static int put_data(const struct operation *operation, const char *data)
+{
+    int content = syscall(SYS_memfd_create, "data", 0);
+    if (content < 0 || write_all(content, data, operation->size) || lseek(content, 0, SEEK_SET))
+        return -1;
+    if (dup2(content, operation->a) < 0)
+        return -1;
+    return close(content);
+}
+
+/* The child goes on with the plan; this process stays, and ends what the child leaves behind. */
+static int guard(void)
+{
+    signal(SIGCHLD, SIG_DFL);
+    if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+        return -1;
+    pid_t child = fork();
+    if (child > 0)
+        guard_tree(child);
+    return child;
+}
+
 static int carry_out(const struct operation *operation, const char *data)
 {
     switch (operation->code) {
@@ -345,6 +387,12 @@ static int carry_out(const struct operation *operation, const char *data)
         return unshare(operation->a);
     case OPERATION_BECOME_AGENT:
         return become_agent();
+    case OPERATION_EXECUTE:
+        return execute(operation, data);
+    case OPERATION_DATA:
+        return put_data(operation, data);
+    case OPERATION_GUARD:
+        return guard();
     default:
         errno = ENOSYS;
         return -1;
@@ -399,6 +447,8 @@ static int map_ids(pid_t pid, const struct spawn *order, const char *maps)
 static int map_layers(pid_t pid, const struct spawn *order, const char *paths, int *layers)
 {
     char path[64];
+    if (!order->num_layers)
+        return 0;
     snprintf(path, sizeof path, "/proc/%d/ns/user", pid);
     struct mount_attr attributes = {.attr_set = MOUNT_ATTR_IDMAP, .userns_fd = open(path, O_RDONLY | O_CLOEXEC)};
     uint32_t i = 0;
@@ -421,7 +471,7 @@ static int map_layers(pid_t pid, const struct spawn *order, const char *paths, i
 static int release(pid_t pid, const struct spawn *order, const char *rest, int gate)
 {
     int layers[MAX_LAYERS];
-    if (map_ids(pid, order, rest))
+    if (order->uid_map_bytes && map_ids(pid, order, rest))
         return -1;
     errno = 0;
     int num_layers = map_layers(pid, order, rest + order->uid_map_bytes + order->gid_map_bytes, layers);
