@@ -134,7 +134,9 @@ class SynthesisFile(Section):
                 " lower it"
             )
         if self.teacher.target == GOLD and self.rollouts.num_attempts > 1:
-            raise ValueError("rollouts.num_attempts has no effect with teacher.target = 'gold', which always says the same")
+            raise ValueError(
+                "rollouts.num_attempts has no effect with teacher.target = 'gold', which always says the same"
+            )
         return self
 
     @property
