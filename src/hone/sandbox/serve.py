@@ -14,6 +14,7 @@ from typing import Any, Self
 import msgspec
 
 from hone.sandbox.errors import SandboxError
+from hone.sandbox.lifecycle import End
 from hone.sandbox.node import Node, NodeSandbox
 from hone.sandbox.programs import Process
 from hone.sandbox.wire import CHUNK_BYTES, WINDOW_BYTES, Credit, Stream, failed
@@ -160,7 +161,7 @@ class Session:
     def _over(self) -> None:
         self._server.sessions.pop(self._key, None)
         for sandbox in list(self._sandboxes.values()):
-            self._server.node.begin(self._server.node.end(sandbox, "its client is gone"))
+            self._server.node.begin(self._server.node.end(sandbox, "its client is gone", End.CLIENT_GONE))
 
 
 class _Client:
@@ -265,6 +266,8 @@ class _Client:
                 return node.sandboxes(self._server.whose(owner))
             case calls.Statistics():
                 return node.statistics()
+            case calls.Usage(_, sandbox_id):
+                return node.usage(sandbox_id, self._server.whose(owner))
         return await self._do_in(self._find(message.sandbox_id), message)
 
     async def _do_in(self, sandbox: NodeSandbox, message: Any) -> Any:
@@ -293,7 +296,8 @@ class _Client:
             case calls.Renew(_, _, seconds):
                 return await sandbox.renew(seconds)
             case calls.Destroy():
-                return await sandbox.close()
+                await sandbox.close()
+                return sandbox.used()
         raise ValueError(f"a call that this node does not know: {type(message).__name__}")
 
     def _find(self, sandbox_id: str) -> NodeSandbox:

@@ -143,7 +143,7 @@ class Renew(_Message, frozen=True):
 
 
 class Destroy(_Message, frozen=True):
-    """End a sandbox."""
+    """End a sandbox; answered with what it used in all."""
 
     call: int
     sandbox_id: str
@@ -218,6 +218,13 @@ class Failed(_Message, frozen=True):
     number: float = 0.0
 
 
+class Usage(_Message, frozen=True):
+    """What a sandbox has used; one that ended not too long ago, in all."""
+
+    call: int
+    sandbox_id: str
+
+
 ToNode = (
     Hello
     | Create
@@ -240,5 +247,6 @@ ToNode = (
     | Ping
     | Data
     | Credit
+    | Usage
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping
