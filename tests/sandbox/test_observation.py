@@ -261,9 +261,9 @@ async def test_spans_tell_where_the_time_of_a_rollout_went(node, tmp_path):
 async def test_a_node_that_drains_takes_none_and_waits_for_those_there(node):
     box = Sandbox(spec=SMALL, node=node, key="mine")
     await box.open()
-    draining = asyncio.create_task(node.drain(60))
+    draining = asyncio.create_task(node.until_empty(60))
     await asyncio.sleep(0)
-    with pytest.raises(Busy, match="about to stop"):
+    with pytest.raises(Busy, match="no new sandboxes"):
         node.create(SMALL)
     assert node.create(SMALL, key="mine").sandbox_id == box.sandbox_id  # asked again, it is the same
     assert (await box.exec(["echo", "still"])).stdout == "still\n"
@@ -278,5 +278,5 @@ async def test_draining_does_not_wait_longer_than_it_may(node):
     async with Sandbox(spec=SMALL, node=node) as box:
         await box.ready()
         async with asyncio.timeout(10):
-            await node.drain(0.05)
+            await node.until_empty(0.05)
         assert node.is_draining

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from hone.observability.spans import Spans
 from hone.sandbox.lifecycle import Limits
 from hone.sandbox.node import Node
 from hone.sandbox.serve import NodeServer
+
+ANSWER_SECONDS = 1.0  # for those who have just closed the last sandbox to hear of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +29,8 @@ class Observation:
 async def serve_node(
     name: str,
     folder: Path,
-    address: str,
-    tokens: Mapping[str, str],
     limits: Limits,
+    server_of: Callable[[Node], NodeServer],
     observation: Observation,
     drain_seconds: float,
 ) -> None:
@@ -39,12 +40,13 @@ async def serve_node(
         async with (
             Node(name, folder=folder, limits=limits, spans=spans) as node,
             _metrics(node, observation) as metrics,
-            NodeServer(node, address, tokens=tokens) as server,
+            server_of(node) as server,
         ):
             lost = f"; {len(node.lost)} sandboxes were lost with the node before" if node.lost else ""
             typer.echo(f"node {name} serves at {server.address}{metrics}{lost}")
             if await stops.first() is signal.SIGTERM:
                 await _drain(node, drain_seconds, stops)
+                await server.until_answered(ANSWER_SECONDS)
 
 
 class _Stops:
@@ -60,7 +62,7 @@ class _Stops:
 
 
 async def _drain(node: Node, seconds: float, stops: _Stops) -> None:
-    draining = asyncio.create_task(node.drain(seconds))
+    draining = asyncio.create_task(node.until_empty(seconds))
     again = asyncio.create_task(stops.first())
     try:
         await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
@@ -98,7 +100,7 @@ async def _metrics(node: Node, observation: Observation) -> AsyncIterator[str]:
         ) from error
 
     def trouble() -> str:
-        return "it takes no more sandboxes" if node.is_draining else ""
+        return "it takes no new sandboxes" if node.is_draining else ""
 
     async with Exporter([NodeCollector(node)], observation.port, host=observation.host, trouble=trouble) as exporter:
         yield f", metrics at http://{exporter.host}:{exporter.port}/metrics"

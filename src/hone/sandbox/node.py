@@ -18,7 +18,7 @@ import msgspec
 from hone.observability.spans import Spans
 from hone.sandbox.beneath import Owner
 from hone.sandbox.cells import Cell, Cells
-from hone.sandbox.errors import Busy, ImageError, SandboxError, Unsupported
+from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.files import Files, Tree
 from hone.sandbox.images import ImageStore
 from hone.sandbox.journal import Journal
@@ -26,6 +26,8 @@ from hone.sandbox.lifecycle import Command, Destroy, End, Give, Lease, Lifecycle
 from hone.sandbox.programs import Process
 from hone.sandbox.python import PythonSession, WarmPython, Zygotes
 from hone.sandbox.records import Records
+from hone.sandbox.report import report_of
+from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
     ExecResult,
     FileEntry,
@@ -37,8 +39,8 @@ from hone.schema.sandboxes import (
 )
 
 TICK_SECONDS = 1.0
-DRAIN_RETRY_SECONDS = 30.0
 NUM_FILE_THREADS = 4
+MAX_IMAGES_TOLD = 1000
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
 logger = logging.getLogger("hone.sandbox.node")
@@ -82,7 +84,8 @@ class Node:
         self._tasks: set[asyncio.Task[None]] = set()
         self._makings: set[asyncio.Task[None]] = set()
         self._ticking: asyncio.Task[None] | None = None
-        self._is_draining = self._is_closing = False
+        self._used_images: dict[str, None] = {"python": None}
+        self._is_closing = False
 
     async def __aenter__(self) -> Self:
         if self._folder is not None:
@@ -123,18 +126,20 @@ class Node:
             if self._journal is not None:
                 self._journal.close()
 
-    async def drain(self, seconds: float) -> None:
-        """Take no more sandboxes, and wait for the end of those that are there, but no longer than this."""
-        self._is_draining = True
+    async def until_empty(self, seconds: float) -> None:
+        """Take no new sandboxes, and wait for the end of those that are there, but no longer than this."""
+        self.drain(True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self._sandboxes:
                     await asyncio.wait([one.over for one in self._sandboxes.values()])
+                while self._tasks:  # of which the last cells are ended
+                    await asyncio.wait(set(self._tasks))
 
     @property
     def is_draining(self) -> bool:
-        """Whether it takes no more sandboxes."""
-        return self._is_draining or self._is_closing
+        """Whether it takes no new sandboxes."""
+        return self._lifecycle.is_draining or self._is_closing
 
     def create(self, spec: SandboxSpec, *, key: str = "", owner: str = "") -> "NodeSandbox":
         """A sandbox that will be ready; returns at once. key: asked twice by one owner, it is the same sandbox.
@@ -143,8 +148,6 @@ class Node:
         """
         if self._is_closing:
             raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
-        if self._is_draining and not self._lifecycle.knows(key, owner):
-            raise Busy(f"the node {self.name} takes no more sandboxes, as it is about to stop", DRAIN_RETRY_SECONDS)
         lease = self._lifecycle.ask(spec, time.monotonic(), key=key, owner=owner)
         sandbox = self._sandboxes.get(lease.sandbox_id)
         if sandbox is None:
@@ -164,6 +167,15 @@ class Node:
         return tuple(
             one.status() for one in list(self._sandboxes.values()) if owner is None or one.lease.owner == owner
         )
+
+    def drain(self, is_draining: bool) -> int:
+        """Take no new sandboxes, or take them again; the number of those that are left."""
+        self._lifecycle.is_draining = is_draining
+        return len(self._lifecycle.leases)
+
+    def report(self) -> NodeReport:
+        """What a gateway has to know."""
+        return report_of(self._lifecycle, self._used_images)
 
     async def keep_warm(self, spec: SandboxSpec, count: int) -> None:
         """Keep so many cells of this kind ready, within `Limits.max_warm`, whatever the demand."""
@@ -299,6 +311,8 @@ class Node:
             self._lifecycle.failed(command.number, time.monotonic(), str(error), outcome)
         else:
             self.records.tallies.cells_made += 1
+            if len(self._used_images) < MAX_IMAGES_TOLD:
+                self._used_images[command.spec.image] = None
             self._by_number[command.number] = cell
             self._lifecycle.made(command.number, time.monotonic())
         self._obey()
