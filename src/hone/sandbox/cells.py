@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -140,7 +141,7 @@ class Cells:
                 born = await spawner.order(number, order, descriptors)
         finally:
             theirs.close()
-        cell.adopt(await born)
+        cell.adopt(await born, spawner)
         await cell.until_ready(plan.operations)
 
     def _plan(self, cell: "Cell", binds: Sequence[Bind], num_tasks: int) -> Plan:
@@ -200,7 +201,7 @@ class Cells:
         assert self._cgroups is not None
         self._cells.discard(cell)
         cgroup, cell.cgroup = cell.cgroup, None
-        if cgroup is not None and self._cgroups.give_back(cgroup):
+        if cgroup is not None and not cell.is_layer_held and self._cgroups.give_back(cgroup):
             return
         self._ids.discard(cell.uid_base)
         deadline = time.monotonic() + KILL_SECONDS
@@ -222,6 +223,7 @@ class Cell:
 
     root_descriptor: its root folder, for reading and writing files beneath (never by a path without RESOLVE_IN_ROOT).
     layer_descriptor: its writable layer. uid_base: the outside's id of its root. operations: the steps of its plan.
+    is_layer_held: whether others go on with its layer, and its cgroup, which counts that, is nobody's after it.
     """
 
     def __init__(
@@ -241,6 +243,8 @@ class Cell:
         self.root_descriptor = -1
         self.layer_descriptor = -1
         self.cgroup: CellCgroup | None = None
+        self.spawner: Spawner | None = None
+        self.is_layer_held = False
         self.operations: tuple[Operation, ...] = ()
         self.tally = Tally()
         self._final: SandboxUsage | None = None
@@ -310,6 +314,15 @@ class Cell:
         """As on the wire, the steps of its plan that everything in it has taken."""
         return encode_operations([step for step in self.operations if step.code in CONFINING])
 
+    def is_quiet(self) -> bool:
+        """Whether nothing runs in it but its agent, so that nothing can write to its files but on our behalf."""
+        if self._programs or self._is_paused:
+            return False
+        try:
+            return not Path(f"/proc/{self.pid}/task/{self.pid}/children").read_bytes()
+        except OSError:  # the kernel does not tell
+            return False
+
     @property
     def process_descriptor(self) -> int:
         """A pidfd of its first process; still the cell's."""
@@ -341,8 +354,9 @@ class Cell:
         self._loop.add_reader(ours.fileno(), self._receive)
         return theirs
 
-    def adopt(self, born: Born) -> None:
+    def adopt(self, born: Born, spawner: Spawner) -> None:
         """It has a first process; called once, by `Cells`."""
+        self.spawner = spawner
         if self.cgroup is not None:
             self._counters = self.cgroup.before
         self.pid, self._pidfd = born.pid, born.pidfd
