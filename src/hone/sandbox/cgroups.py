@@ -367,10 +367,10 @@ def sweep(folders: CgroupFolders) -> int:
             with contextlib.suppress(OSError):
                 _write(own / "cgroup.kill", "1")
                 _wait_until_empty(own)
-            for folder in sorted(own.rglob("*/"), reverse=True):
+            for name, _, _ in os.walk(own, topdown=False):  # another process may be sweeping, too
+                folder = Path(name)
                 if _remove(folder) and folder.parent == own and parent == folders.unified:
                     num_cells += 1
-            _remove(own)
     return num_cells
 
 
