@@ -8,16 +8,13 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from hone.sandbox.beneath import LimitExceeded, closing
+from hone.sandbox.beneath import FOLDER, NEW_FILE, LimitExceeded, closing, status_of
 
 OPAQUE = "user.overlay.opaque"
 OWN = "user.overlay."
 MAX_DEPTH = 200
 MAX_ENTRIES = 1_000_000
 COPY_BYTES = 16 << 20
-
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def copy_layer(source: int, target: int, first_id: int = 0, below: Sequence[int] = ()) -> None:
@@ -30,7 +27,7 @@ def copy_layer(source: int, target: int, first_id: int = 0, below: Sequence[int]
 
     Raises `OSError`, of the kernel (a full disk, for one) or `LimitExceeded`.
     """
-    with closing(os.open(".", _FOLDER, dir_fd=source)) as folder, closing(os.open(".", _FOLDER, dir_fd=target)) as into:
+    with closing(os.open(".", FOLDER, dir_fd=source)) as folder, closing(os.open(".", FOLDER, dir_fd=target)) as into:
         copying = _Copying(into, first_id)
         copying.folder(folder, into, "", 1, below)
         copying.finish_folder(folder, into)
@@ -65,7 +62,7 @@ class _Copying:
             status = os.fstat(located)
             kind = stat.S_IFMT(status.st_mode)
             if kind == stat.S_IFDIR:
-                with closing(os.open(".", _FOLDER, dir_fd=located)) as inner:
+                with closing(os.open(".", FOLDER, dir_fd=located)) as inner:
                     self.inner_folder(inner, target, name, path, depth, below)
             elif kind == stat.S_IFREG:
                 _clear(target, name)
@@ -80,11 +77,11 @@ class _Copying:
                 self.own(status, name, target)
             elif kind == stat.S_IFCHR and status.st_rdev == 0:
                 _clear(target, name)
-                if any(_status(folder, name) is not None for folder in below):
+                if any(status_of(folder, name) is not None for folder in below):
                     os.mknod(name, stat.S_IFCHR, 0, dir_fd=target)
 
     def inner_folder(self, inner: int, target: int, name: str, path: str, depth: int, below: Sequence[int]) -> None:
-        old = _status(target, name)
+        old = status_of(target, name)
         is_new = old is None or not stat.S_ISDIR(old.st_mode)
         hides = _is_opaque(inner) or (old is not None and is_new)
         if hides:
@@ -92,7 +89,7 @@ class _Copying:
             is_new = True
         if is_new:
             os.mkdir(name, 0o700, dir_fd=target)
-        with closing(os.open(name, _FOLDER, dir_fd=target)) as into:
+        with closing(os.open(name, FOLDER, dir_fd=target)) as into:
             if hides:
                 os.setxattr(into, OPAQUE, b"y")
             with contextlib.ExitStack() as stack:
@@ -113,7 +110,7 @@ class _Copying:
             return
         with (
             closing(os.open(f"/proc/self/fd/{located}", os.O_RDONLY | os.O_CLOEXEC)) as source,
-            closing(os.open(name, _NEW_FILE, 0o600, dir_fd=target)) as into,
+            closing(os.open(name, NEW_FILE, 0o600, dir_fd=target)) as into,
         ):
             _copy_content(source, into, status.st_size)
             _copy_attributes(source, into)
@@ -162,13 +159,6 @@ def _is_opaque(folder: int) -> bool:
         return False
 
 
-def _status(folder: int, name: str) -> os.stat_result | None:
-    try:
-        return os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-
-
 def _folders(below: Sequence[int], name: str) -> Iterator[contextlib.AbstractContextManager[int]]:
     for folder in below:
         with contextlib.suppress(OSError):  # there is none
@@ -177,7 +167,7 @@ def _folders(below: Sequence[int], name: str) -> Iterator[contextlib.AbstractCon
 
 def _clear(folder: int, name: str) -> None:
     """Remove what an earlier layer had there."""
-    old = _status(folder, name)
+    old = status_of(folder, name)
     if old is None:
         return
     if stat.S_ISDIR(old.st_mode):
