@@ -241,7 +241,7 @@ async def test_who_has_no_token_stays_outside(node):
             await you.connected()
             assert await you.sandboxes() == []
             with pytest.raises(SandboxError, match="no such sandbox"):
-                await you.call(_destroy(you, mine.sandbox_id), type(None))
+                await you.link.call(_destroy(you.link, mine.sandbox_id), type(None))
             await you.close()
 
 

@@ -1,0 +1,73 @@
+"""What a client of a node asks for, done on the node's sandboxes: one case for each call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hone.sandbox.call_streams import CallStreams
+from hone.sandbox.conversation import converse
+from hone.sandbox.errors import SandboxError
+from hone.sandbox.node import Node, NodeSandbox
+from hone.schema import sandbox_calls as calls
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks. sees_all: also the sandboxes of others. owns: is told of every sandbox that was asked for."""
+
+    owner: str
+    sees_all: bool
+    owns: Callable[[NodeSandbox], None]
+
+
+async def answer(node: Node, asker: Asker, message: Any, streams: CallStreams) -> Any:
+    """The result of a call."""
+    match message:
+        case calls.Create(_, spec, key):
+            sandbox = node.create(spec, key=key, owner=asker.owner)
+            asker.owns(sandbox)
+            return sandbox.sandbox_id
+        case calls.Status():
+            return node.sandboxes(None if asker.sees_all else asker.owner)
+        case calls.Statistics():
+            return node.statistics()
+    return await _answer_in(_find(node, asker, message.sandbox_id), message, streams)
+
+
+def _find(node: Node, asker: Asker, sandbox_id: str) -> NodeSandbox:
+    sandbox = node.sandbox(sandbox_id)
+    if not asker.sees_all and sandbox.lease.owner != asker.owner:
+        raise SandboxError(f"{sandbox_id}: there is no such sandbox (any more)")
+    return sandbox
+
+
+async def _answer_in(sandbox: NodeSandbox, message: Any, streams: CallStreams) -> Any:
+    match message:
+        case calls.UntilReady():
+            return await sandbox.ready()
+        case calls.Exec(_, _, argv, stdin, env, cwd, timeout_seconds, kept_bytes):
+            return await sandbox.exec(
+                argv, stdin=stdin, env=env, cwd=cwd, timeout_seconds=timeout_seconds, kept_bytes=kept_bytes
+            )
+        case calls.Spawn(call, _, argv, env, cwd, size):
+            terminal = (size[0], size[1]) if size else None
+            process = await sandbox.spawn(argv, env=env, cwd=cwd, terminal=terminal)
+            return await converse(call, process, streams)
+        case calls.Python(_, _, code, is_session, timeout_seconds):
+            run = sandbox.python if is_session else sandbox.snippet
+            return await run(code, timeout_seconds=timeout_seconds)
+        case calls.Read(_, _, path, max_bytes):
+            return await sandbox.read(path, max_bytes=max_bytes)
+        case calls.Write(_, _, path, data, mode):
+            return await sandbox.write(path, data, mode=mode)
+        case calls.List(_, _, path):
+            return await sandbox.list(path)
+        case calls.Remove(_, _, path, is_recursive):
+            return await sandbox.remove(path, is_recursive=is_recursive)
+        case calls.Pause(_, _, is_paused):
+            return await (sandbox.pause() if is_paused else sandbox.resume())
+        case calls.Renew(_, _, seconds):
+            return await sandbox.renew(seconds)
+        case calls.Destroy():
+            return await sandbox.close()
+    raise ValueError(f"a call that this node does not know: {type(message).__name__}")
