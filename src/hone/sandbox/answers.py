@@ -12,31 +12,40 @@ from hone.schema import sandbox_calls as calls
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
-    """Who asks. sees_all: also the sandboxes of others. owns: is told of every sandbox that was asked for."""
+class Caller:
+    """Who asks. sees_all: everybody's sandboxes, not only those of this owner."""
 
     owner: str
-    sees_all: bool
-    owns: Callable[[NodeSandbox], None]
+    sees_all: bool = False
 
 
-async def answer(node: Node, asker: Asker, message: Any, streams: CallStreams) -> Any:
-    """The result of a call."""
+async def answer(
+    node: Node, caller: Caller, message: Any, streams: CallStreams, created: Callable[[NodeSandbox], None]
+) -> Any:
+    """The result of a call. created: is told of every sandbox that was asked for."""
     match message:
         case calls.Create(_, spec, key):
-            sandbox = node.create(spec, key=key, owner=asker.owner)
-            asker.owns(sandbox)
+            sandbox = node.create(spec, key=key, owner=caller.owner)
+            created(sandbox)
             return sandbox.sandbox_id
         case calls.Status():
-            return node.sandboxes(None if asker.sees_all else asker.owner)
+            return node.sandboxes(None if caller.sees_all else caller.owner)
         case calls.Statistics():
             return node.statistics()
-    return await _answer_in(_find(node, asker, message.sandbox_id), message, streams)
+        case calls.Report() | calls.Drain() if not caller.sees_all:
+            raise ValueError("this is for those who see everybody's sandboxes; a gateway's token will do")
+        case calls.Report():
+            return node.report()
+        case calls.Drain(_, name, is_draining):
+            if name not in ("", node.name, node.prefix.rstrip(".")):
+                raise ValueError(f"this is the node {node.name}, not {name}")
+            return node.drain(is_draining)
+    return await _answer_in(_find(node, caller, message.sandbox_id), message, streams)
 
 
-def _find(node: Node, asker: Asker, sandbox_id: str) -> NodeSandbox:
+def _find(node: Node, caller: Caller, sandbox_id: str) -> NodeSandbox:
     sandbox = node.sandbox(sandbox_id)
-    if not asker.sees_all and sandbox.lease.owner != asker.owner:
+    if not caller.sees_all and sandbox.lease.owner != caller.owner:
         raise SandboxError(f"{sandbox_id}: there is no such sandbox (any more)")
     return sandbox
 

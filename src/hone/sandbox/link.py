@@ -1,6 +1,7 @@
 """The client's side of a session with a node: its calls, over one connection after another."""
 
 import asyncio
+import functools
 import itertools
 import random
 import secrets
@@ -10,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from hone.sandbox.addresses import connect, parse_address
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.wire import Stream, error_of, framed
 from hone.schema import sandbox_calls as calls
@@ -24,7 +26,7 @@ MAX_UNANSWERED = 3
 ACKNOWLEDGE_SECONDS = 0.05
 T = TypeVar("T")
 
-Connect = Callable[[str, Callable[[], asyncio.BaseProtocol]], Awaitable[None]]
+Connector = Callable[[Callable[[], asyncio.Protocol]], Awaitable[None]]
 
 
 class Streams(Protocol):
@@ -57,7 +59,8 @@ class Link:
 
     reconnect_seconds: for how long it tries; None: as long as the node keeps the session. After that, and at once where
     it is known that the node is gone, what waits raises `SandboxError` (node lost): where the node's address refuses the
-    connection, or another start of the node answers. connect: opens a connection to an address.
+    connection, or another start of the node answers. ca_file: of the authorities whose word is taken at a tls:// address;
+    by default that in $HONE_SANDBOX_CA. connector: how else to connect than to the address.
     """
 
     def __init__(
@@ -65,14 +68,15 @@ class Link:
         address: str,
         token: str = "",
         *,
+        ca_file: str = "",
         reconnect_seconds: float | None = None,
-        connect: Connect | None = None,
+        connector: Connector | None = None,
     ) -> None:
         self.address = address
         self.num_reconnections = 0
         self._token = token
         self._reconnect_seconds = reconnect_seconds
-        self._connect = connect or open_connection
+        self._connector = connector or functools.partial(connect, parse_address(address), ca_file=ca_file)
         self._session = secrets.token_hex(16)
         self._numbers = itertools.count(1)
         self._calls: dict[int, Pending] = {}
@@ -160,7 +164,7 @@ class Link:
             lambda problem: self._broken(stream, greeting, problem),
         )
         try:
-            await self._connect(self.address, lambda: stream)
+            await self._connector(lambda: stream)
             stream.send(calls.Hello(calls.VERSION, self._session, self._token))
             await greeting
         except BaseException:  # a cancellation too: undo, then pass it on
@@ -352,19 +356,6 @@ class Link:
                 if not pending.answer.done():
                     pending.answer.set_exception(self._loss())
             self._calls.clear()
-
-
-async def open_connection(address: str, protocol: Callable[[], asyncio.BaseProtocol]) -> None:
-    """Connect to unix:/path or tcp://host:port."""
-    loop = asyncio.get_running_loop()
-    kind, _, rest = address.partition(":")
-    if kind == "unix":
-        await loop.create_unix_connection(protocol, rest.removeprefix("//"))
-    elif kind == "tcp":
-        host, _, port = rest.removeprefix("//").rpartition(":")
-        await loop.create_connection(protocol, host.strip("[]"), int(port))
-    else:
-        raise ValueError(f"the address {address!r} of a node is neither unix:/path nor tcp://host:port")
 
 
 def _delays(first: float) -> Iterator[float]:

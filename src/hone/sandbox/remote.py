@@ -2,50 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 
-from hone.sandbox.link import Connect, Link
+from hone.sandbox.link import Link
 from hone.sandbox.remote_process import RemoteProcess
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandboxes import ExecResult, FileEntry, PythonResult, SandboxSpec, SandboxStatus
 
 
-class RemoteNode:
-    """A node behind an address. A broken connection is made anew, and calls go on; as `Link`."""
-
-    def __init__(
-        self,
-        address: str,
-        token: str = "",
-        *,
-        reconnect_seconds: float | None = None,
-        connect: Connect | None = None,
-    ) -> None:
-        self.link = Link(address, token, reconnect_seconds=reconnect_seconds, connect=connect)
-
-    @property
-    def is_lost(self) -> bool:
-        """As `Link.is_lost`."""
-        return self.link.is_lost
-
-    async def connected(self) -> None:
-        """As `Link.connected`."""
-        await self.link.connected()
+class RemoteNode(Link):
+    """A node behind an address, and the session with it."""
 
     async def create(self, spec: SandboxSpec, *, key: str) -> "RemoteSandbox":
         """As `Node.create`."""
-        sandbox_id = await self.link.call(calls.Create(self.link.number(), spec, key), str)
-        return RemoteSandbox(self.link, sandbox_id)
+        sandbox_id = await self.call(calls.Create(self.number(), spec, key), str)
+        return RemoteSandbox(self, sandbox_id)
 
     async def sandboxes(self) -> list[SandboxStatus]:
         """As `Node.sandboxes`."""
-        return await self.link.call(calls.Status(self.link.number()), list[SandboxStatus])
+        return await self.call(calls.Status(self.number()), list[SandboxStatus])
 
     async def statistics(self) -> dict[str, float]:
         """As `Node.statistics`."""
-        return await self.link.call(calls.Statistics(self.link.number()), dict[str, float])
-
-    async def close(self) -> None:
-        """As `Link.close`."""
-        await self.link.close()
+        return await self.call(calls.Statistics(self.number()), dict[str, float])
 
 
 class RemoteSandbox:

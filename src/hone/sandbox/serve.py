@@ -4,13 +4,13 @@ import asyncio
 import hmac
 import logging
 import os
-import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hone.sandbox.answers import Asker, answer
+from hone.sandbox.addresses import Listener, parse_address
+from hone.sandbox.answers import Caller, answer
 from hone.sandbox.call_streams import CallStreams
 from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.node import Node, NodeSandbox
@@ -26,14 +26,17 @@ MAX_GREETING_BYTES = 64 << 10
 MAX_CLIENTS = 4_096
 MAX_REMEMBERED = 10_000
 
+ClientKey = tuple[Caller, str]  # and the secret of its session
+
 logger = logging.getLogger("hone.sandbox.serve")
 
 
 class NodeServer:
     """Lets clients use a node; an async context manager.
 
-    address: unix:/path, for this user and root only, or tcp://host:port, for whoever has a token. tokens: names of
-    owners by token; an owner sees its own sandboxes. On the unix address the owner is "local" and sees all.
+    address: unix:/path, for this user and root only, or tcp://host:port or tls://host:port, for whoever has a token; tls
+    wants a certificate with its key. tokens: names of owners by token; an owner sees its own sandboxes. On the unix
+    address the owner is "local" and sees all. gateways: names of those tokens that see all, and speak for other owners.
     grace_seconds: how long the sandboxes and calls of a client outlive its connection, for it to come back.
     """
 
@@ -43,15 +46,15 @@ class NodeServer:
         address: str,
         *,
         tokens: Mapping[str, str] | None = None,
+        gateways: Collection[str] = (),
+        certificate: Path | None = None,
+        key: Path | None = None,
         grace_seconds: float = GRACE_SECONDS,
         session_limits: SessionLimits = SessionLimits(),
     ) -> None:
-        kind, _, rest = address.partition(":")
-        self._rest = rest.removeprefix("//")
-        self._is_unix = kind == "unix"
-        if kind not in ("unix", "tcp") or (kind == "tcp" and not self._rest.rpartition(":")[2].isdecimal()):
-            raise ValueError(f"the address {address!r} of a node is neither unix:/path nor tcp://host:port")
-        if kind == "tcp" and not tokens:
+        self._listener = Listener(parse_address(address), certificate=certificate, key=key)
+        self._is_unix = self._listener.address.kind == "unix"
+        if not self._is_unix and not tokens:
             raise ValueError(
                 f"{address} would run programs for everybody who can reach it; give tokens, or a unix: address"
             )
@@ -59,45 +62,30 @@ class NodeServer:
         self.address = address
         self.grace_seconds = grace_seconds
         self.session_limits = session_limits
-        self.sees_all = self._is_unix
         self._tokens = dict(tokens or {})
-        self._server: asyncio.Server | None = None
+        self._gateways = frozenset(gateways)
         self._connections: set[_Connection] = set()
-        self._clients: dict[tuple[str, str], _Client] = {}
-        self._given_up: dict[tuple[str, str], None] = {}
+        self._clients: dict[ClientKey, _Client] = {}
+        self._given_up: dict[ClientKey, None] = {}
         self._watching: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        if self._is_unix:
-            path = Path(self._rest)
-            _clear_dead_socket(path)
-            previous = os.umask(0o177)
-            try:
-                self._server = await loop.create_unix_server(self._accept, str(path))
-            finally:
-                os.umask(previous)
-        else:
-            host, _, port = self._rest.rpartition(":")
-            self._server = await loop.create_server(self._accept, host.strip("[]"), int(port))
-            if port == "0":
-                self.address = f"tcp://{host}:{self._server.sockets[0].getsockname()[1]}"
-        self._watching = loop.create_task(self._watch())
+        await self._listener.open(self._accept)
+        self.address = str(self._listener.address)
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._server is not None:
-            self._server.close()
+        self._listener.close()
         if self._watching is not None:
             self._watching.cancel()
         for connection in list(self._connections):
             connection.stream.close("the node was stopped")
         for client in list(self._clients.values()):
             await client.session.close()
-        if self._is_unix:
-            Path(self._rest).unlink(missing_ok=True)
+        self._listener.remove()
 
     def welcome(self, hello: Any, peer_uid: int | None) -> Session:
         """The session of a client that greets, also when it comes back; an error that it is told otherwise."""
@@ -107,27 +95,32 @@ class NodeServer:
             raise ValueError(
                 f"the node speaks version {calls.VERSION}, not {hello.version}; install the same hone on both sides"
             )
-        if (owner := self.owner(hello, peer_uid)) is None:
+        if (caller := self.caller(hello, peer_uid)) is None:
             raise ValueError("the node does not let you in; check the token")
         if len(hello.session) < calls.MIN_SESSION_LENGTH:
             raise ValueError(f"a session that can be guessed: fewer than {calls.MIN_SESSION_LENGTH} characters")
-        key = (owner, hello.session)
+        key = (caller, hello.session)
         if key not in self._clients:
             if len(self._clients) >= MAX_CLIENTS:
                 raise Busy(f"the node has {MAX_CLIENTS} clients", self.grace_seconds)
             self._clients[key] = _Client(self, key, is_successor=key in self._given_up)
         return self._clients[key].session
 
-    def owner(self, hello: calls.Hello, peer_uid: int | None) -> str | None:
-        """Whom a client is; None if it is nobody we know."""
+    def caller(self, hello: calls.Hello, peer_uid: int | None) -> "Caller | None":
+        """Whom a client is; None if it is nobody we know, or speaks for others and may not."""
         if self._is_unix:
-            return "local" if peer_uid in (os.geteuid(), 0) else None
-        for token, name in self._tokens.items():
+            if peer_uid not in (os.geteuid(), 0):
+                return None
+            return Caller(hello.owner) if hello.owner else Caller("local", sees_all=True)
+        name = None
+        for token, known in self._tokens.items():
             if hmac.compare_digest(token.encode(), hello.token.encode()):
-                return name
-        return None
+                name = known
+        if name is None or (hello.owner and name not in self._gateways):
+            return None
+        return Caller(hello.owner) if hello.owner else Caller(name, sees_all=name in self._gateways)
 
-    def forget(self, key: tuple[str, str]) -> None:
+    def forget(self, key: ClientKey) -> None:
         """A client was away for too long."""
         del self._clients[key]
         self._given_up[key] = None
@@ -155,11 +148,11 @@ class NodeServer:
 class _Client:
     """What one client has: its session, and the sandboxes that it asked for. They end when it is gone."""
 
-    def __init__(self, server: NodeServer, key: tuple[str, str], *, is_successor: bool) -> None:
+    def __init__(self, server: NodeServer, key: ClientKey, *, is_successor: bool) -> None:
         self._server = server
         self._key = key
         self._sandboxes: dict[str, NodeSandbox] = {}
-        self._asker = Asker(key[0], server.sees_all, self._own)
+        self._caller = key[0]
         self.session = Session(
             self._do,
             self._over,
@@ -169,7 +162,7 @@ class _Client:
         )
 
     async def _do(self, message: Any, streams: CallStreams) -> Any:
-        return await answer(self._server.node, self._asker, message, streams)
+        return await answer(self._server.node, self._caller, message, streams, self._own)
 
     def _own(self, sandbox: NodeSandbox) -> None:
         if sandbox.sandbox_id not in self._sandboxes:
@@ -224,17 +217,3 @@ class _Connection:
         if self._session is not None:
             self._session.leave(self.stream)
         self._server.disconnected(self)
-
-
-def _clear_dead_socket(path: Path) -> None:
-    """A node that was killed left its socket; one that lives does not lose it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_socket():
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            path.unlink(missing_ok=True)
-            return
-    raise SandboxError(f"a node listens at {path} already")

@@ -26,11 +26,15 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_un
 
 
 class Hello(_Message, frozen=True):
-    """The first message. session: a secret of the client, at least `MIN_SESSION_LENGTH` long, by which it comes back."""
+    """The first message. session: a secret of the client, at least `MIN_SESSION_LENGTH` long, by which it comes back.
+
+    owner: on whose behalf a gateway speaks, which only those may do who are trusted with it.
+    """
 
     version: int
     session: str
     token: str
+    owner: str = ""
 
 
 class Create(_Message, frozen=True):
@@ -270,6 +274,23 @@ class Interrupted(_Message, frozen=True):
     prefix: str
 
 
+class Report(_Message, frozen=True):
+    """How a node is (`NodeReport` of `hone.schema.sandbox_nodes`), for those who see everybody's sandboxes."""
+
+    call: int
+
+
+class Drain(_Message, frozen=True):
+    """A node shall take no new sandboxes, or take them again. Answered with the number of those that it still has.
+
+    node: its name, or the beginning of its sandboxes' ids; at the node itself, empty will do.
+    """
+
+    call: int
+    node: str
+    is_draining: bool
+
+
 Streamed = Spawn
 """The calls that have streams (a union)."""
 
@@ -303,5 +324,7 @@ ToNode = (
     | Credit
     | Resume
     | Received
+    | Report
+    | Drain
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping | Resumed | Interrupted
