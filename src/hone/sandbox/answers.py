@@ -32,6 +32,8 @@ async def answer(
             return node.sandboxes(None if caller.sees_all else caller.owner)
         case calls.Statistics():
             return node.statistics()
+        case calls.Usage(_, sandbox_id):
+            return node.usage(sandbox_id, None if caller.sees_all else caller.owner)
         case calls.Report() | calls.Drain() if not caller.sees_all:
             raise ValueError("this is for those who see everybody's sandboxes; a gateway's token will do")
         case calls.Report():
@@ -78,5 +80,6 @@ async def _answer_in(sandbox: NodeSandbox, message: Any, streams: CallStreams) -
         case calls.Renew(_, _, seconds):
             return await sandbox.renew(seconds)
         case calls.Destroy():
-            return await sandbox.close()
+            await sandbox.close()
+            return sandbox.used()
     raise ValueError(f"a call that this node does not know: {type(message).__name__}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from hone.sandbox.link import Link
 from hone.sandbox.remote_process import RemoteProcess
 from hone.schema import sandbox_calls as calls
-from hone.schema.sandboxes import ExecResult, FileEntry, PythonResult, SandboxSpec, SandboxStatus
+from hone.schema.sandboxes import ExecResult, FileEntry, PythonResult, SandboxSpec, SandboxStatus, SandboxUsage
 
 
 class RemoteNode(Link):
@@ -32,6 +32,7 @@ class RemoteSandbox:
         self.sandbox_id = sandbox_id
         self._link = link
         self._is_closed = False
+        self._final: SandboxUsage | None = None
 
     async def ready(self) -> None:
         await self._link.call(calls.UntilReady(self._link.number(), self.sandbox_id), type(None))
@@ -107,5 +108,10 @@ class RemoteSandbox:
 
     async def close(self) -> None:
         if not self._is_closed and not self._link.is_lost:  # with the node, it is gone already
-            await self._link.call(calls.Destroy(self._link.number(), self.sandbox_id), type(None))
+            self._final = await self._link.call(calls.Destroy(self._link.number(), self.sandbox_id), SandboxUsage)
         self._is_closed = True
+
+    async def usage(self) -> SandboxUsage:
+        if self._final is not None:
+            return self._final
+        return await self._link.call(calls.Usage(self._link.number(), self.sandbox_id), SandboxUsage)

@@ -1,6 +1,7 @@
 """A node behind an address: who may come in, the connections, and whose session each goes on with."""
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import os
@@ -13,6 +14,7 @@ from hone.sandbox.addresses import Listener, parse_address
 from hone.sandbox.answers import Caller, answer
 from hone.sandbox.call_streams import CallStreams
 from hone.sandbox.errors import Busy, SandboxError
+from hone.sandbox.lifecycle import End
 from hone.sandbox.node import Node, NodeSandbox
 from hone.sandbox.session import Session, SessionLimits
 from hone.sandbox.wire import MAX_FRAME_BYTES, Stream, failed
@@ -120,6 +122,12 @@ class NodeServer:
             return None
         return Caller(hello.owner) if hello.owner else Caller(name, sees_all=name in self._gateways)
 
+    async def until_answered(self, seconds: float) -> None:
+        """Wait until all calls that are under way have ended, but no longer than this."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(*(client.session.ended() for client in list(self._clients.values())))
+
     def forget(self, key: ClientKey) -> None:
         """A client was away for too long."""
         del self._clients[key]
@@ -173,7 +181,7 @@ class _Client:
         self._server.forget(self._key)
         self._server.node.begin(self.session.close())
         for sandbox in list(self._sandboxes.values()):
-            self._server.node.begin(self._server.node.end(sandbox, "its client is gone"))
+            self._server.node.begin(self._server.node.end(sandbox, "its client is gone", End.CLIENT_GONE))
 
 
 class _Connection:

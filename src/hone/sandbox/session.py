@@ -83,6 +83,11 @@ class Session:
             self._stream = None
             self._end = asyncio.get_running_loop().call_later(self._grace_seconds, self._over)
 
+    async def ended(self) -> None:
+        """Wait until all calls that are under way have their answers."""
+        if tasks := [call.task for call in self._calls.values() if call.task is not None]:
+            await asyncio.wait(tasks)
+
     async def close(self) -> None:
         """Give all calls up."""
         self._stay()

@@ -157,7 +157,7 @@ class Renew(_Message, frozen=True):
 
 
 class Destroy(_Message, frozen=True):
-    """End a sandbox."""
+    """End a sandbox; answered with what it used in all."""
 
     call: int
     sandbox_id: str
@@ -291,6 +291,13 @@ class Drain(_Message, frozen=True):
     is_draining: bool
 
 
+class Usage(_Message, frozen=True):
+    """What a sandbox has used; one that ended not too long ago, in all."""
+
+    call: int
+    sandbox_id: str
+
+
 Streamed = Spawn
 """The calls that have streams (a union)."""
 
@@ -326,5 +333,6 @@ ToNode = (
     | Received
     | Report
     | Drain
+    | Usage
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping | Resumed | Interrupted
