@@ -9,12 +9,14 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from hone.sandbox.beneath import Owner
 from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.descriptors import provide_for_cells
 from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.files import Files, Tree
 from hone.sandbox.images import ImageStore
@@ -84,6 +86,7 @@ class Node:
         if self._folder is not None:
             self._journal = Journal(self._folder)
             self.lost = self._journal.lost
+        self._make_room()
         try:
             await self._cells.__aenter__()
         except BaseException:  # a cancellation too: undo, then pass it on
@@ -114,6 +117,13 @@ class Node:
             await asyncio.to_thread(self._threads.shutdown)
             if self._journal is not None:
                 self._journal.close()
+
+    def _make_room(self) -> None:
+        limits = self._lifecycle.limits
+        number = provide_for_cells(limits.max_sandboxes)
+        if number < limits.max_sandboxes:
+            logger.info("files may be open for %d sandboxes, not %d; raise `ulimit -n`", number, limits.max_sandboxes)
+            self._lifecycle.limits = replace(limits, max_sandboxes=number)
 
     def create(self, spec: SandboxSpec, *, key: str = "", owner: str = "") -> "NodeSandbox":
         """A sandbox that will be ready; returns at once. key: asked twice by one owner, it is the same sandbox.
