@@ -9,10 +9,9 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from hone.sandbox.client import Sandbox
 from sandbox_measures.cells import NETWORK
 from sandbox_measures.rounds import FLOOR, Floor, Taken, take_turns, timed
-
-from hone.sandbox.client import Sandbox
 
 START_SECONDS = 30.0
 ADDRESS = re.compile(rb"(tcp://\S+?)[;,]?\s")

@@ -3,13 +3,12 @@
 import asyncio
 import time
 
-from sandbox_measures.rounds import FLOOR, Floor, Taken, take_turns, timed
-
 from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.errors import Unsupported
 from hone.sandbox.lifecycle import Limits
 from hone.sandbox.node import Node
 from hone.schema.sandboxes import SandboxSpec
+from sandbox_measures.rounds import FLOOR, Floor, Taken, take_turns, timed
 
 NETWORK = SandboxSpec(memory_mb=256, disk_mb=64, max_processes=64)
 OFF = SandboxSpec(memory_mb=256, disk_mb=64, max_processes=64, network="off")
@@ -60,7 +59,7 @@ async def acquisitions(floor: Floor, rounds: int) -> Taken:
 
         async def acquire() -> float:
             async with asyncio.timeout(WARM_SECONDS):
-                while node.statistics()["sandbox/warm"] < 4:
+                while node.statistics()["sandbox/warm"] < 4:  # noqa: ASYNC110 - a pool does not tell that it is full
                     await asyncio.sleep(0.002)
             started = time.perf_counter()
             sandbox = node.create(OFF)

@@ -7,12 +7,11 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from sandbox_measures.cells import OFF
-from sandbox_measures.rounds import FLOOR, Floor, take_turns, timed
-
 from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.descriptors import PER_CELL, provide
 from hone.sandbox.python import Zygotes
+from sandbox_measures.cells import OFF
+from sandbox_measures.rounds import FLOOR, Floor, take_turns, timed
 
 AT_ONCE = 16
 

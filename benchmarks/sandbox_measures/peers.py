@@ -12,10 +12,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hone.sandbox.cells import Cells
 from sandbox_measures.cells import NETWORK
 from sandbox_measures.rounds import FLOOR, Floor, take_turns, timed
-
-from hone.sandbox.cells import Cells
 
 NAMES = ("bwrap", "crun", "runc", "runsc")
 # A runtime that does not know both versions of cgroups at once sees the newer one only.

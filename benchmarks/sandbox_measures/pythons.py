@@ -5,11 +5,10 @@ import subprocess
 import sys
 import time
 
-from sandbox_measures.cells import OFF
-from sandbox_measures.rounds import FLOOR, Floor, Taken, take_turns
-
 from hone.sandbox.cells import Cells
 from hone.sandbox.python import Zygotes
+from sandbox_measures.cells import OFF
+from sandbox_measures.rounds import FLOOR, Floor, Taken, take_turns
 
 CALLS_IN_TURN = 10
 
