@@ -93,8 +93,8 @@ class Node:
         if self._folder is not None:
             self._journal = Journal(self._folder)
             self.lost = self._journal.lost
-        self._make_room()
             self.records.open(self._folder)
+        self._make_room()
         try:
             await self._cells.__aenter__()
         except BaseException:  # a cancellation too: undo, then pass it on
