@@ -1,6 +1,7 @@
 """The helper process that clones cells: its start, orders to it and its answers."""
 
 import asyncio
+import collections
 import fcntl
 import os
 import socket
@@ -38,6 +39,7 @@ class Spawner:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[Born]] = {}
+        self._own: collections.deque[asyncio.Future[_Done]] = collections.deque()
         self._sending = asyncio.Lock()
         self._is_lost = False
         self._agent = Path()
@@ -69,12 +71,9 @@ class Spawner:
             theirs.close()
             os.close(agent)
         self._loop.add_reader(ours.fileno(), self._receive)
-        self._waiting[0] = self._loop.create_future()
-        await self._send(SPAWN.pack(0, 0, -1, 0, 0, 0, 0, len(prelude)) + encode_operations(prelude), [])
-        born = await self._waiting[0]
-        self._waiting.pop(0)
-        if born.pid != len(prelude):
-            problem = f"{prelude[born.pid]}: {os.strerror(-born.pidfd)}"
+        done = await self._carry_out(prelude, [])
+        if done.error:
+            problem = f"{prelude[done.num_steps]}: {os.strerror(done.error)}"
             raise Unsupported(f"this machine does not let sandboxes be made: {problem}")
 
     @property
@@ -99,6 +98,21 @@ class Spawner:
         await self._send(data, descriptors)
         return born
 
+    async def carry_out(self, operations: Sequence[Operation], descriptors: Sequence[int] = ()) -> int:
+        """Have it take steps itself, for all of its cells; what one of them gave, or -1. `OSError` for one that fails."""
+        done = await self._carry_out(operations, descriptors)
+        if done.error:
+            if done.descriptor >= 0:
+                os.close(done.descriptor)
+            raise OSError(done.error, f"{operations[done.num_steps]}: {os.strerror(done.error)}")
+        return done.descriptor
+
+    async def _carry_out(self, operations: Sequence[Operation], descriptors: Sequence[int]) -> "_Done":
+        done: asyncio.Future[_Done] = self._loop.create_future()
+        order = SPAWN.pack(0, 0, -1, 0, 0, 0, 0, 0, len(operations)) + encode_operations(operations)
+        await self._send(order, descriptors, expected=done)
+        return await done
+
     async def close(self) -> None:
         """End it, and with it what is left of its cells."""
         self._started.cancel()
@@ -108,13 +122,18 @@ class Spawner:
             process, self._process = self._process, None
             await asyncio.to_thread(_end, process)
 
-    async def _send(self, data: bytes, descriptors: Sequence[int]) -> None:
+    async def _send(
+        self, data: bytes, descriptors: Sequence[int], expected: "asyncio.Future[_Done] | None" = None
+    ) -> None:
+        """expected: what is told of an order for the spawner itself; the answers come in the order of the questions."""
         async with self._sending:
             while True:
                 if self._socket is None:
                     raise SandboxError("the spawner of cells is gone")
                 try:
                     socket.send_fds(self._socket, [data], descriptors)
+                    if expected is not None:
+                        self._own.append(expected)
                     return
                 except BlockingIOError:
                     await until_ready(self._socket.fileno(), self._loop.add_writer, self._loop.remove_writer)
@@ -133,16 +152,24 @@ class Spawner:
             self._lose()
             return
         identity, pid, error = SPAWNED.unpack(data)
+        if identity == 0:
+            self._hear_own(_Done(pid, error, descriptors[0] if descriptors else -1))
+            return
         waiting = self._waiting.get(identity)
         if waiting is None or waiting.done():  # cancelled: it ends by itself, as nobody has its socket
             for descriptor in descriptors:
                 os.close(descriptor)
-        elif identity == 0:
-            waiting.set_result(Born(pid, -error))
         elif descriptors:
             waiting.set_result(Born(pid, descriptors[0]))
         else:
             waiting.set_exception(OSError(error, f"the kernel does not clone a cell: {os.strerror(error)}"))
+
+    def _hear_own(self, done: "_Done") -> None:
+        expected = self._own.popleft()
+        if not expected.done():
+            expected.set_result(done)
+        elif done.descriptor >= 0:
+            os.close(done.descriptor)
 
     def _lose(self) -> None:
         self._is_lost = True
@@ -150,10 +177,20 @@ class Spawner:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
             self._socket = None
-        for waiting in list(self._waiting.values()):
+        expected: list[asyncio.Future[Born] | asyncio.Future[_Done]] = [*self._waiting.values(), *self._own]
+        for waiting in expected:
             if not waiting.done():
                 waiting.set_exception(SandboxError("the spawner of cells is gone"))
                 waiting.exception()
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What came of an order for the spawner itself: the steps taken, what stopped it there, a descriptor it gave."""
+
+    num_steps: int
+    error: int
+    descriptor: int
 
 
 def _sealed(name: str, content: bytes) -> int:

@@ -1,4 +1,5 @@
-/* The agent: the first process of a sandbox, whatever its runtime. It starts programs with the descriptors it is given, reaps, and reports.
+/* The agent: the first process of a sandbox, whatever its runtime. It starts programs with the descriptors it is given,
+   reaps, and reports.
 
    It has no libc: one small page or two of memory each in thousands of cells, and nothing to find in them. It trusts its
    control socket and nothing else; when that closes it exits, and the kernel kills everything in the cell. */
@@ -488,17 +489,19 @@ __attribute__((used)) void serve(void)
     uint64_t children = 1ULL << (SIGCHLD - 1);
     char taken[128];
     call(__NR_close_range, LAYER + 1, ~0U, 0, 0, 0); /* what another runtime may have left open */
+    /* The copy of the layer's mount goes when the agent does: its end in the node would keep the node waiting. */
+    int has_layer = call(__NR_fcntl, LAYER, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */, 0, 0) == 0;
     call(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0);
     call(__NR_rt_sigprocmask, SIG_BLOCK, (long)&children, 0, 8, 0);
     struct polled polled[2] = {{CONTROL, POLLIN, 0}, {call(__NR_signalfd4, -1, (long)&children, 8, O_CLOEXEC, 0), POLLIN, 0}};
-    call(__NR_fcntl, CONTROL, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */, 0, 0);
-    int descriptors[2] = {open_path("/", O_PATH | O_DIRECTORY | O_CLOEXEC), LAYER};
-    int has_layer = call(__NR_fcntl, LAYER, 2, 1, 0, 0) == 0;
+    call(__NR_fcntl, CONTROL, 2, 1, 0, 0);
+    int descriptors[2] = {open_path("/", O_PATH | O_DIRECTORY | O_CLOEXEC)};
+    if (has_layer)
+        descriptors[1] = call(__NR_openat, LAYER, (long)".", O_PATH | O_DIRECTORY | O_CLOEXEC, 0, 0);
     struct report ready = {.kind = REPORT_READY};
     send_report(&ready, descriptors, 1 + has_layer);
-    call(__NR_close, descriptors[0], 0, 0, 0, 0);
-    if (has_layer)
-        call(__NR_close, LAYER, 0, 0, 0, 0);
+    for (int i = 0; i < 1 + has_layer; i++)
+        call(__NR_close, descriptors[i], 0, 0, 0, 0);
     for (;;) {
         call(__NR_ppoll, (long)polled, 2, 0, 0, 0);
         if (polled[1].happened) {

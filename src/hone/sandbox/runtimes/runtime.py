@@ -106,6 +106,7 @@ def launch_plan(
         uid_map=maps[0],
         gid_map=maps[1],
         layers=tuple(layers),
+        maps_layers=bool(maps[0]),
         operations=tuple(operations),
         steps=encode_operations(operations),
     )
