@@ -5,10 +5,13 @@ import os
 import sys
 import threading
 from concurrent.futures import CancelledError
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hone.cli.sandbox_http import HttpListen, WithoutToken, http, http_door
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from hone.sandbox.remote import RemoteNode
 
 app = typer.Typer(help="Sandboxes: run programs nobody trusts, here or on a node.", no_args_is_help=True)
+app.command()(http)
 
 Address = Annotated[
     str, typer.Option("--node", help="unix:/path or tcp://host:port of a node; the token is in $HONE_SANDBOX_TOKEN.")
@@ -48,7 +52,7 @@ def run(
         network=network,
         ttl_seconds=ttl_seconds,
         node=node or None,
-        token=_token(),
+        token=token(),
     )
     code = asyncio.run(_run(sandbox, command))
     raise typer.Exit(code if code >= 0 else 128 - code)
@@ -90,18 +94,29 @@ def serve(
     tokens: Annotated[Path | None, typer.Option(help="A file with a line `name token` for each owner.")] = None,
     max_sandboxes: Annotated[int, typer.Option(help="At once.")] = 4096,
     max_warm: Annotated[int, typer.Option(help="Cells kept ready; which ones follows the demand.")] = 16,
+    http: HttpListen = "",
+    without_token: WithoutToken = False,
 ) -> None:
     """Serve a node until it is interrupted."""
     from hone.sandbox.lifecycle import Limits
 
     place = folder or _cache() / f"node-{name}"
     address = listen or f"unix:{place}/socket"
-    known = _read_tokens(tokens) if tokens is not None else {}
+    known = read_tokens(tokens) if tokens is not None else {}
     limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
-    asyncio.run(_serve(name, place, address, known, limits))
+    asyncio.run(_serve(name, place, address, known, limits, http=http, is_http_open=without_token))
 
 
-async def _serve(name: str, folder: Path, address: str, tokens: dict[str, str], limits: "Limits") -> None:
+async def _serve(
+    name: str,
+    folder: Path,
+    address: str,
+    tokens: dict[str, str],
+    limits: "Limits",
+    *,
+    http: str,
+    is_http_open: bool,
+) -> None:
     import signal  # only a node is stopped by it
 
     from hone.sandbox.node import Node
@@ -112,8 +127,13 @@ async def _serve(name: str, folder: Path, address: str, tokens: dict[str, str], 
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     async with Node(name, folder=folder, limits=limits) as node, NodeServer(node, address, tokens=tokens) as server:
         lost = f"; {len(node.lost)} sandboxes were lost with the node before" if node.lost else ""
-        typer.echo(f"node {name} serves at {server.address}{lost}")
-        await stopped.wait()
+        async with AsyncExitStack() as stack:
+            door = http_door(http, node, tokens, is_open=is_http_open) if http else None
+            url = await stack.enter_async_context(door) if door is not None else ""
+            typer.echo(f"node {name} serves at {server.address}{lost}")
+            if url:
+                typer.echo(f"/run_code is served at {url}")
+            await stopped.wait()
 
 
 @app.command(name="ls")
@@ -242,7 +262,7 @@ async def _connected(address: str) -> "RemoteNode":
     from hone.sandbox.client import SandboxError
     from hone.sandbox.remote import RemoteNode
 
-    client = RemoteNode(address or f"unix:{_cache()}/node-local/socket", _token())
+    client = RemoteNode(address or f"unix:{_cache()}/node-local/socket", token())
     try:
         await client.connected()
     except SandboxError as error:
@@ -250,11 +270,13 @@ async def _connected(address: str) -> "RemoteNode":
     return client
 
 
-def _token() -> str:
+def token() -> str:
+    """What this user's commands show to nodes."""
     return os.environ.get("HONE_SANDBOX_TOKEN", "")
 
 
-def _read_tokens(path: Path) -> dict[str, str]:
+def read_tokens(path: Path) -> dict[str, str]:
+    """Names of owners by token."""
     tokens = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         words = line.split()
