@@ -1,6 +1,7 @@
 """`hone sandbox`: run a program in one, serve a node, and see what this machine and a node are up to."""
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
@@ -17,14 +18,21 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hone.sandbox.client import Process, Sandbox
-    from hone.sandbox.lifecycle import Limits
+    from hone.sandbox.node import Node
     from hone.sandbox.remote import RemoteNode
+    from hone.sandbox.serve import NodeServer
+
+NUM_HEAD_ROWS = 10
+"""Lines of the live table that are not sandboxes."""
 
 app = typer.Typer(help="Sandboxes: run programs nobody trusts, here or on a node.", no_args_is_help=True)
 app.command()(http)
 
 Address = Annotated[
-    str, typer.Option("--node", help="unix:/path or tcp://host:port of a node; the token is in $HONE_SANDBOX_TOKEN.")
+    str,
+    typer.Option(
+        "--node", help="unix:/path, tcp://host:port or tls://host:port of a node; the token is in $HONE_SANDBOX_TOKEN."
+    ),
 ]
 
 
@@ -88,20 +96,38 @@ async def _show(process: "Process", stream: int) -> None:
 
 @app.command()
 def serve(
-    listen: Annotated[str, typer.Option(help="unix:/path, or tcp://host:port with tokens.")] = "",
+    listen: Annotated[str, typer.Option(help="unix:/path, or with tokens tcp://host:port or tls://host:port.")] = "",
     name: Annotated[str, typer.Option(help="Of the node; its sandboxes' ids begin with it.")] = "local",
     folder: Annotated[Path | None, typer.Option(help="For its journal; default: in the user's cache.")] = None,
-    tokens: Annotated[Path | None, typer.Option(help="A file with a line `name token` for each owner.")] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with a line `name token` for each owner, `name token gateway` for one that serves many."
+        ),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="The certificate to show at a tls:// address.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
     max_sandboxes: Annotated[int, typer.Option(help="At once.")] = 4096,
     max_warm: Annotated[int, typer.Option(help="Cells kept ready; which ones follows the demand.")] = 16,
+<<<<<<< HEAD
     http: HttpListen = "",
     without_token: WithoutToken = False,
+=======
+    metrics_port: Annotated[int | None, typer.Option(help="For Prometheus: /metrics, and /health for probes.")] = None,
+    metrics_host: Annotated[str, typer.Option(help="Who reaches them; 0.0.0.0 is everybody who can.")] = "127.0.0.1",
+    spans: Annotated[Path | None, typer.Option(help="A file to tell each creation and call in, a line each.")] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(help="At SIGTERM, how long sandboxes may live on while no new ones are taken.")
+    ] = 10.0,
+>>>>>>> main
 ) -> None:
-    """Serve a node until it is interrupted."""
+    """Serve a node until SIGINT, which ends it at once as a second SIGTERM does; the first one drains it."""
+    from hone.cli.sandbox_serve import Observation, serve_node
     from hone.sandbox.lifecycle import Limits
 
     place = folder or _cache() / f"node-{name}"
     address = listen or f"unix:{place}/socket"
+<<<<<<< HEAD
     known = read_tokens(tokens) if tokens is not None else {}
     limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
     asyncio.run(_serve(name, place, address, known, limits, http=http, is_http_open=without_token))
@@ -121,10 +147,28 @@ async def _serve(
 
     from hone.sandbox.node import Node
     from hone.sandbox.serve import NodeServer
+=======
+    known, gateways = _read_tokens(tokens) if tokens is not None else ({}, set())
+    limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
+
+    def server_of(node: "Node") -> "NodeServer":
+        from hone.sandbox.serve import NodeServer
+
+        return NodeServer(node, address, tokens=known, gateways=gateways, certificate=tls_cert, key=tls_key)
+
+    observation = Observation(metrics_port, metrics_host, spans)
+    asyncio.run(serve_node(name, place, limits, server_of, observation, drain_seconds))
+
+
+def until_stopped() -> asyncio.Event:
+    """Set when this process is asked to end."""
+    import signal  # only what serves is stopped by it
+>>>>>>> main
 
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+<<<<<<< HEAD
     async with Node(name, folder=folder, limits=limits) as node, NodeServer(node, address, tokens=tokens) as server:
         lost = f"; {len(node.lost)} sandboxes were lost with the node before" if node.lost else ""
         async with AsyncExitStack() as stack:
@@ -134,6 +178,9 @@ async def _serve(
             if url:
                 typer.echo(f"/run_code is served at {url}")
             await stopped.wait()
+=======
+    return stopped
+>>>>>>> main
 
 
 @app.command(name="ls")
@@ -145,16 +192,11 @@ def list_sandboxes(node: Address = "") -> None:
 
 
 async def _listed(address: str) -> "Table":
-    from rich.table import Table
+    from hone.cli.sandbox_tables import sandboxes_table
 
     client = await _connected(address)
     try:
-        table = Table("sandbox", "owner", "stage", "image", "age", "left", "calls", "memory")
-        for one in await client.sandboxes():
-            memory = "-" if one.memory_bytes is None else f"{one.memory_bytes / 1e6:.1f} MB"
-            left, age = f"{one.seconds_left:.0f} s", f"{one.age_seconds:.0f} s"
-            table.add_row(one.sandbox_id, one.owner, one.stage, one.image, age, left, str(one.num_calls), memory)
-        return table
+        return sandboxes_table(await client.sandboxes())
     finally:
         await client.close()
 
@@ -164,25 +206,31 @@ def stats(
     node: Address = "",
     watch: Annotated[bool, typer.Option(help="Show them again every second, until interrupted.")] = False,
 ) -> None:
-    """Show a node's numbers."""
-    asyncio.run(_stats(node, watch))
+    """Show the numbers of a node and what its sandboxes use."""
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_stats(node, watch))
 
 
 async def _stats(address: str, watch: bool) -> None:
-    from rich.table import Table
+    from rich.console import Console
+    from rich.live import Live
 
     from hone.cli.listing import print_table
+    from hone.cli.sandbox_tables import Look, live_view, sandboxes_table, statistics_table
 
     client = await _connected(address)
     try:
-        while True:
-            table = Table("metric", "value")
-            for name, value in (await client.statistics()).items():
-                table.add_row(name, f"{value:g}")
-            print_table(table)
-            if not watch:
-                return
-            await asyncio.sleep(1)
+        before = Look(await client.statistics(), await client.sandboxes())
+        if not watch:
+            print_table(statistics_table(before.statistics))
+            print_table(sandboxes_table(before.sandboxes))
+            return
+        with Live(live_view(before, None), console=Console(highlight=False), auto_refresh=False) as live:
+            while True:
+                await asyncio.sleep(1)
+                now = Look(await client.statistics(), await client.sandboxes())
+                live.update(live_view(now, before, max_rows=max(1, live.console.height - NUM_HEAD_ROWS)), refresh=True)
+                before = now
     finally:
         await client.close()
 
@@ -275,17 +323,27 @@ def token() -> str:
     return os.environ.get("HONE_SANDBOX_TOKEN", "")
 
 
+<<<<<<< HEAD
 def read_tokens(path: Path) -> dict[str, str]:
     """Names of owners by token."""
     tokens = {}
+=======
+def _read_tokens(path: Path) -> tuple[dict[str, str], set[str]]:
+    """Owners by token, and which of them are gateways."""
+    tokens, gateways = {}, set()
+>>>>>>> main
     for number, line in enumerate(path.read_text().splitlines(), 1):
         words = line.split()
         if not words or line.startswith("#"):
             continue
-        if len(words) != 2 or len(words[1]) < 16:
-            raise ValueError(f"{path}, line {number}: give a name and a token of 16 characters or more")
+        if len(words) not in (2, 3) or len(words[1]) < 16 or words[2:] not in ([], ["gateway"]):
+            raise ValueError(
+                f"{path}, line {number}: give a name and a token of 16 characters or more, and `gateway` for one"
+            )
         tokens[words[1]] = words[0]
-    return tokens
+        if words[2:]:
+            gateways.add(words[0])
+    return tokens, gateways
 
 
 def _cache() -> Path:
