@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from concurrent.futures import CancelledError
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,7 +60,7 @@ def run(
         network=network,
         ttl_seconds=ttl_seconds,
         node=node or None,
-        token=token(),
+        token=own_token(),
     )
     code = asyncio.run(_run(sandbox, command))
     raise typer.Exit(code if code >= 0 else 128 - code)
@@ -109,17 +109,14 @@ def serve(
     tls_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
     max_sandboxes: Annotated[int, typer.Option(help="At once.")] = 4096,
     max_warm: Annotated[int, typer.Option(help="Cells kept ready; which ones follows the demand.")] = 16,
-<<<<<<< HEAD
-    http: HttpListen = "",
-    without_token: WithoutToken = False,
-=======
     metrics_port: Annotated[int | None, typer.Option(help="For Prometheus: /metrics, and /health for probes.")] = None,
     metrics_host: Annotated[str, typer.Option(help="Who reaches them; 0.0.0.0 is everybody who can.")] = "127.0.0.1",
     spans: Annotated[Path | None, typer.Option(help="A file to tell each creation and call in, a line each.")] = None,
     drain_seconds: Annotated[
         float, typer.Option(help="At SIGTERM, how long sandboxes may live on while no new ones are taken.")
     ] = 10.0,
->>>>>>> main
+    http: HttpListen = "",
+    without_token: WithoutToken = False,
 ) -> None:
     """Serve a node until SIGINT, which ends it at once as a second SIGTERM does; the first one drains it."""
     from hone.cli.sandbox_serve import Observation, serve_node
@@ -127,28 +124,7 @@ def serve(
 
     place = folder or _cache() / f"node-{name}"
     address = listen or f"unix:{place}/socket"
-<<<<<<< HEAD
-    known = read_tokens(tokens) if tokens is not None else {}
-    limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
-    asyncio.run(_serve(name, place, address, known, limits, http=http, is_http_open=without_token))
-
-
-async def _serve(
-    name: str,
-    folder: Path,
-    address: str,
-    tokens: dict[str, str],
-    limits: "Limits",
-    *,
-    http: str,
-    is_http_open: bool,
-) -> None:
-    import signal  # only a node is stopped by it
-
-    from hone.sandbox.node import Node
-    from hone.sandbox.serve import NodeServer
-=======
-    known, gateways = _read_tokens(tokens) if tokens is not None else ({}, set())
+    known, gateways = read_tokens(tokens) if tokens is not None else ({}, set())
     limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
 
     def server_of(node: "Node") -> "NodeServer":
@@ -156,31 +132,21 @@ async def _serve(
 
         return NodeServer(node, address, tokens=known, gateways=gateways, certificate=tls_cert, key=tls_key)
 
+    def http_of(node: "Node") -> AbstractAsyncContextManager[str]:
+        return http_door(http, node, known, is_open=without_token) if http else contextlib.nullcontext("")
+
     observation = Observation(metrics_port, metrics_host, spans)
-    asyncio.run(serve_node(name, place, limits, server_of, observation, drain_seconds))
+    asyncio.run(serve_node(name, place, limits, server_of, observation, drain_seconds, http_of))
 
 
 def until_stopped() -> asyncio.Event:
     """Set when this process is asked to end."""
     import signal  # only what serves is stopped by it
->>>>>>> main
 
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-<<<<<<< HEAD
-    async with Node(name, folder=folder, limits=limits) as node, NodeServer(node, address, tokens=tokens) as server:
-        lost = f"; {len(node.lost)} sandboxes were lost with the node before" if node.lost else ""
-        async with AsyncExitStack() as stack:
-            door = http_door(http, node, tokens, is_open=is_http_open) if http else None
-            url = await stack.enter_async_context(door) if door is not None else ""
-            typer.echo(f"node {name} serves at {server.address}{lost}")
-            if url:
-                typer.echo(f"/run_code is served at {url}")
-            await stopped.wait()
-=======
     return stopped
->>>>>>> main
 
 
 @app.command(name="ls")
@@ -310,7 +276,7 @@ async def _connected(address: str) -> "RemoteNode":
     from hone.sandbox.client import SandboxError
     from hone.sandbox.remote import RemoteNode
 
-    client = RemoteNode(address or f"unix:{_cache()}/node-local/socket", token())
+    client = RemoteNode(address or f"unix:{_cache()}/node-local/socket", own_token())
     try:
         await client.connected()
     except SandboxError as error:
@@ -318,20 +284,14 @@ async def _connected(address: str) -> "RemoteNode":
     return client
 
 
-def token() -> str:
+def own_token() -> str:
     """What this user's commands show to nodes."""
     return os.environ.get("HONE_SANDBOX_TOKEN", "")
 
 
-<<<<<<< HEAD
-def read_tokens(path: Path) -> dict[str, str]:
-    """Names of owners by token."""
-    tokens = {}
-=======
-def _read_tokens(path: Path) -> tuple[dict[str, str], set[str]]:
+def read_tokens(path: Path) -> tuple[dict[str, str], set[str]]:
     """Owners by token, and which of them are gateways."""
     tokens, gateways = {}, set()
->>>>>>> main
     for number, line in enumerate(path.read_text().splitlines(), 1):
         words = line.split()
         if not words or line.startswith("#"):

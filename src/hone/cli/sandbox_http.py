@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,16 +62,14 @@ def http(
     memory_mb: Annotated[int, typer.Option(help="Of the sandboxes whose request does not say.")] = 512,
 ) -> None:
     """Serve SandboxFusion's /run_code with sandboxes of a node or a gateway, until it is interrupted."""
-    from hone.cli.sandbox import read_tokens, token
+    from hone.cli.sandbox import own_token, read_tokens, until_stopped
 
-    known = read_tokens(tokens) if tokens is not None else {}
+    known, _ = read_tokens(tokens) if tokens is not None else ({}, set())
 
     async def serve() -> None:
-        stopped = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+        stopped = until_stopped()
         door = http_door(
-            listen, node, known, node_token=token(), is_open=without_token, image=image, memory_mb=memory_mb
+            listen, node, known, node_token=own_token(), is_open=without_token, image=image, memory_mb=memory_mb
         )
         async with door as url:
             typer.echo(f"/run_code is served at {url}")
