@@ -9,15 +9,20 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from hone.sandbox.beneath import LimitExceeded
+from hone.sandbox.code import CodeResult, ToolchainMissing, run_code
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
+from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.node import Node
 from hone.sandbox.remote import RemoteNode
 from hone.schema.sandboxes import RUNTIMES, ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxUsage
 
 __all__ = [
+    "LANGUAGES",
     "Busy",
+    "CodeResult",
     "ExecResult",
     "FileEntry",
+    "Language",
     "LimitExceeded",
     "Outcome",
     "Process",
@@ -26,8 +31,10 @@ __all__ = [
     "SandboxError",
     "SandboxSpec",
     "SandboxUsage",
+    "ToolchainMissing",
     "Unsupported",
     "embedded_node",
+    "run_code",
 ]
 
 
