@@ -1,8 +1,6 @@
 """Images by name: what a cell's root file system is made of, unpacked once by content and shared by all cells."""
 
-import bz2
 import contextlib
-import gzip
 import hashlib
 import lzma
 import os
@@ -10,10 +8,9 @@ import re
 import secrets
 import shutil
 import stat
-import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -21,6 +18,7 @@ import msgspec
 
 from hone.sandbox.archives import Limits
 from hone.sandbox.beneath import BadArchive, closing, open_beneath
+from hone.sandbox.compression import Hashed, decompressed
 from hone.sandbox.errors import ImageError
 from hone.sandbox.files import Tree
 from hone.sandbox.host import host_image
@@ -250,10 +248,10 @@ def _verified(layout: Path, descriptor: _Descriptor) -> Path:
 
 def _unpack_file(archive: Path, folder: Path) -> str:
     """Unpack a layer; returns the hash of its content without compression."""
-    with archive.open("rb") as file, _decompressed(file, archive) as content:
-        hashed = _Hashed(content)
+    with archive.open("rb") as file, decompressed(file, archive) as content:
+        hashed = Hashed(content)
         try:
-            _unpack(hashed, folder)
+            unpack_layer(hashed, folder)
             while hashed.read(1 << 20):  # what follows the end of the archive belongs to the hash
                 pass
         except (zlib.error, lzma.LZMAError, EOFError) as error:
@@ -261,7 +259,7 @@ def _unpack_file(archive: Path, folder: Path) -> str:
     return hashed.digest.hexdigest()
 
 
-def _unpack(content: "_Hashed", folder: Path) -> None:
+def unpack_layer(content: BinaryIO | Hashed, folder: Path) -> None:
     with closing(os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
         marks = _Marks(root)
         with contextlib.closing(Tree(root)) as tree:
@@ -310,58 +308,6 @@ def _make_opaque(folder: int) -> None:
 
 def _path_of(descriptor: int) -> str:
     return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
-
-
-@contextlib.contextmanager
-def _decompressed(file: BinaryIO, path: Path) -> Iterator[BinaryIO]:
-    magic = file.read(6)
-    file.seek(0)
-    if magic.startswith(b"\x1f\x8b"):
-        with gzip.open(file) as content:
-            yield content  # type: ignore[misc]
-    elif magic.startswith(b"BZh"):
-        with bz2.open(file) as content:
-            yield content  # type: ignore[misc]
-    elif magic == b"\xfd7zXZ\0":
-        with lzma.open(file) as content:
-            yield content  # type: ignore[misc]
-    elif magic.startswith(b"\x28\xb5\x2f\xfd"):
-        with _by_program("zstd", file, path) as content:
-            yield content
-    else:
-        yield file
-
-
-@contextlib.contextmanager
-def _by_program(program: str, file: BinaryIO, path: Path) -> Iterator[BinaryIO]:
-    if shutil.which(program) is None:
-        raise ImageError(f"{path} is compressed with {program}, and there is no such program; install it")
-    os.lseek(file.fileno(), 0, os.SEEK_SET)  # a buffer has read ahead of what was asked for
-    command = [program, "-dc"]
-    with subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        try:
-            yield process.stdout  # type: ignore[misc]
-            process.stdout.close()
-            if process.wait():
-                said = process.stderr.read(1000).decode(errors="replace").strip()
-                raise BadArchive(f"{path} is broken: {program} says: {said}")
-        finally:
-            process.kill()
-
-
-class _Hashed:
-    """A stream that knows the hash of what was read from it."""
-
-    def __init__(self, source: BinaryIO) -> None:
-        self._source = source
-        self.digest = hashlib.sha256()
-
-    def read(self, size: int) -> bytes:
-        data = self._source.read(size)
-        self.digest.update(data)
-        return data
 
 
 def remove_tree(folder: Path) -> None:
