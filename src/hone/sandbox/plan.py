@@ -64,6 +64,7 @@ class Code(IntEnum):
     LEAVE = 19
     UNMOUNT = 20
     BECOME_AGENT = 21
+    SOCKET = 22
 
 
 CONFINING = frozenset({Code.LIMIT, Code.CORES, Code.DROP_POWERS, Code.LANDLOCK, Code.FILTER})

@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import itertools
 import os
 import socket
 import struct
@@ -12,16 +13,17 @@ from dataclasses import dataclass
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import Host
 from hone.sandbox.native.build import BuildError, build
-from hone.sandbox.plan import SPAWN, encode_operations, plan_spawner
+from hone.sandbox.plan import SPAWN, Code, Operation, encode_operations, plan_spawner
 from hone.sandbox.readiness import until_ready
 
 SPAWNED = struct.Struct("=Qii")
 LEAVE_SECONDS = 10.0
+FIRST_SOCKET = 1 << 62  # cells are numbered from 1
 
 
 @dataclass(frozen=True, slots=True)
 class Born:
-    """A cell's first process."""
+    """A cell's first process; or a socket, whose descriptor it then is."""
 
     pid: int
     pidfd: int
@@ -36,6 +38,7 @@ class Spawner:
         self._socket: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[Born]] = {}
         self._sending = asyncio.Lock()
+        self._socket_numbers = itertools.count(FIRST_SOCKET)
         self._is_lost = False
         self._started = self._loop.create_task(self._start(host, own_network=own_network))
 
@@ -92,6 +95,18 @@ class Spawner:
         await self._send(data, descriptors)
         return born
 
+    async def socket_in(self, process: int, port: int, *, max_waiting: int = 0, is_ipv6: bool = False) -> socket.socket:
+        """A socket of the network that a process is in, named by its pidfd; the process never holds it.
+
+        It listens at a port of the loopback, or, with nobody who may wait there, it is connected to it or on its way.
+        Raises `OSError`.
+        """
+        identity = next(self._socket_numbers)
+        operation = Operation(Code.SOCKET, a=port | (is_ipv6 << 16), b=max_waiting)
+        order = SPAWN.pack(identity, 0, -1, 0, 0, 0, 0, 1) + encode_operations([operation])
+        made = await (await self.order(identity, order, [process]))
+        return socket.socket(fileno=made.pidfd)
+
     async def close(self) -> None:
         """End it, and with it what is left of its cells."""
         self._started.cancel()
@@ -135,7 +150,8 @@ class Spawner:
         elif descriptors:
             waiting.set_result(Born(pid, descriptors[0]))
         else:
-            waiting.set_exception(OSError(error, f"the kernel does not clone a cell: {os.strerror(error)}"))
+            what = "clone a cell" if identity < FIRST_SOCKET else "make a socket in it"
+            waiting.set_exception(OSError(error, f"the kernel does not {what}: {os.strerror(error)}"))
 
     def _lose(self) -> None:
         self._is_lost = True

@@ -16,7 +16,8 @@
 #define FIRST_LAYER 64
 #define MAX_LAYERS 64
 
-/* node -> spawner, followed by uid map, gid map, the folders of layers that shall belong to the cell's ids, each with a
+/* node -> spawner. Without namespaces it is no cell: identity 0 is for the spawner itself, any other for a socket in the
+   network of the process that its one descriptor names. A cell's order is followed by uid map, gid map, the folders of layers that shall belong to the cell's ids, each with a
    zero, and operations. The first descriptor is the agent's control socket. */
 struct spawn {
     uint64_t identity;
@@ -29,7 +30,7 @@ struct spawn {
     uint32_t num_operations;
 };
 
-/* spawner -> node, with a pidfd. */
+/* spawner -> node, with a pidfd, or the socket. */
 struct spawned {
     uint64_t identity;
     int32_t pid;
@@ -65,6 +66,8 @@ enum {
     OPERATION_LEAVE,          /* unmount the old root */
     OPERATION_UNMOUNT,        /* path, with what is mounted below */
     OPERATION_BECOME_AGENT,
+    OPERATION_SOCKET,         /* a: port of the loopback, plus 1 << 16 for that of IPv6; b: listen for so many that wait,
+                                 or connect for 0 */
 };
 
 /* node -> agent; for START followed by folder\0, arguments, environment, with three or four descriptors:

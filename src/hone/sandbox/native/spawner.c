@@ -11,6 +11,7 @@
 #include <linux/mount.h>
 #include <linux/sched.h>
 #include <net/if.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -216,6 +217,43 @@ static int enter_network(void)
     int result = setns(network, CLONE_NEWNET);
     close(network);
     return result;
+}
+
+/* A socket that listens at a port of the loopback, or with nobody who may wait there one that is on its way to it. */
+static int socket_at(uint16_t port, int is_newer, int max_waiting)
+{
+    struct sockaddr_in old = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct sockaddr_in6 newer = {.sin6_family = AF_INET6, .sin6_port = htons(port), .sin6_addr = IN6ADDR_LOOPBACK_INIT};
+    const struct sockaddr *address = is_newer ? (struct sockaddr *)&newer : (struct sockaddr *)&old;
+    socklen_t size = is_newer ? sizeof newer : sizeof old;
+    int made = socket(address->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (made < 0)
+        return -1;
+    if (max_waiting ? bind(made, address, size) || listen(made, max_waiting)
+                    : connect(made, address, size) && errno != EINPROGRESS) {
+        int kept = errno;
+        close(made);
+        errno = kept;
+        return -1;
+    }
+    return made;
+}
+
+/* A socket in the network of a process. The cell has no part in its making and never holds it. */
+static int make_socket(int process, const struct operation *operation)
+{
+    if (own_network < 0 || operation->code != OPERATION_SOCKET) {
+        errno = ENOSYS;
+        return -1;
+    }
+    if (setns(process, CLONE_NEWNET))
+        return -1;
+    int made = socket_at(operation->a, operation->a >> 16, operation->b);
+    int kept = errno;
+    if (setns(own_network, CLONE_NEWNET))
+        _exit(1);
+    errno = kept;
+    return made;
 }
 
 static int limit(const struct operation *operation)
@@ -475,21 +513,26 @@ static void obey(int socket)
     memcpy(&order, message, sizeof order);
     const char *rest = message + sizeof order;
     struct spawned reply = {.identity = order.identity};
-    int pidfd = -1;
+    int answer = -1;
     if (order.identity == 0) { /* for the spawner itself: where all of its cells shall start from */
         uint32_t step = carry_out_all(rest, order.num_operations);
         reply.pid = step;
         reply.error = errno;
+    } else if (order.namespaces == 0) {
+        struct operation operation;
+        memcpy(&operation, rest, sizeof operation);
+        answer = make_socket(descriptors[0], &operation);
+        reply.error = answer < 0 ? errno : 0;
     } else {
         pid_t pid = 0;
-        pidfd = spawn(&order, rest, &pid);
+        answer = spawn(&order, rest, &pid);
         reply.pid = pid;
-        reply.error = pidfd < 0 ? errno : 0;
+        reply.error = answer < 0 ? errno : 0;
     }
-    if (pass(socket, &reply, sizeof reply, &pidfd, pidfd >= 0))
+    if (pass(socket, &reply, sizeof reply, &answer, answer >= 0))
         _exit(1);
-    if (pidfd >= 0)
-        close(pidfd);
+    if (answer >= 0)
+        close(answer);
     for (int i = 0; i < num_descriptors; i++)
         close(descriptors[i]);
 }
