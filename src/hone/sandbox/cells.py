@@ -291,7 +291,7 @@ class Cell:
             raise
         return program
 
-    async def listen(self, port: int, max_waiting: int) -> socket.socket:
+    async def listen_at(self, port: int, max_waiting: int) -> socket.socket:
         """A socket that listens at a port of its loopback, for us to accept what its programs connect.
 
         Made by the spawner: the cell never holds it. `Unsupported` for a cell without a network of its own.
@@ -299,7 +299,7 @@ class Cell:
         return await self._socket(port, max_waiting)
 
     async def connect(self, port: int) -> socket.socket:
-        """A connection to a port of its loopback, made as `listen` makes one. `OSError` where nobody listens."""
+        """A connection to a port of its loopback, made as `listen_at` makes one. `OSError` where nobody listens."""
         try:
             return await self._connect(port, is_ipv6=False)
         except ConnectionRefusedError:  # some programs listen at ::1 only
