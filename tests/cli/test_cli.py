@@ -155,6 +155,21 @@ def test_a_folder_to_serve_takes_no_overrides(refused: Callable[..., str], tmp_p
     assert "unknown argument --prot=9000" in refused("serve", tmp_path, "--prot", "9000")
 
 
+def test_an_address_to_chat_with_takes_no_overrides(refused: Callable[..., str]) -> None:
+    message = refused("chat", "http://127.0.0.1:9", "--engine.max_context=4")
+    assert "unknown argument --engine.max_context=4" in message
+
+
+@pytest.mark.slow
+def test_a_recipe_is_chatted_with_as_its_engine_section_says(recipe: Path) -> None:
+    changes = ("--sft.num_conversations=32", "--sft.epochs=2")
+    assert hone("sft", recipe, *changes).returncode == 0
+    ended = hone("chat", recipe, *changes, "--prompt", "hello", "--engine.max_context=4")
+    assert "a context of 4" in ended.stderr
+    ended = hone("chat", recipe, *changes, "--prompt", "hello", "--max-tokens", "4")
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_a_broken_model_to_serve_is_told(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert str(tmp_path) in refused("serve", tmp_path, "--port", "0")

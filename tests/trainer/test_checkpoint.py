@@ -67,6 +67,13 @@ def truncate(path: Path) -> None:
     data.write_bytes(data.read_bytes()[:-10])
 
 
+def flip_a_bit(path: Path) -> None:
+    data = next(path.glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+
+
 def remove_data(path: Path) -> None:
     next(path.glob("*.distcp")).unlink()
 
@@ -79,7 +86,7 @@ def garble_commit(path: Path) -> None:
     (path / checkpoint.COMMIT).write_text("{")
 
 
-@pytest.mark.parametrize("damage", [truncate, remove_data, remove_commit, garble_commit])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, remove_data, remove_commit, garble_commit])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     checkpoints: Checkpoints, trainer: Trainer, damage: Callable[[Path], None]
 ) -> None:
@@ -93,7 +100,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(
 ) -> None:
     checkpoints.save(trainer, Progress(1))
 
-    def dies(unfinished: Path, target: Path, progress: Progress) -> None:
+    def dies(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

@@ -27,7 +27,7 @@ DEFAULT_PORT = 8000
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command(context_settings=EXTRA)(serve)
-    app.command()(chat)
+    app.command(context_settings=EXTRA)(chat)
 
 
 def serve(
@@ -62,6 +62,7 @@ def serve(
 
 
 def chat(
+    context: typer.Context,
     target: Target,
     prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer and end.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -74,25 +75,31 @@ def chat(
     from hone.cli.chat import Settings
     from hone.cli.chat import chat as converse
 
+    changes = overrides(context)
+
     async def conversation() -> None:
-        async with _endpoint(target, model, api_key) as endpoint:
+        async with _endpoint(target, changes, model, api_key) as endpoint:
             await converse(endpoint, Settings(temperature, max_tokens), system, prompt)
 
     asyncio.run(conversation())
 
 
 @contextlib.asynccontextmanager
-async def _endpoint(target: str, model: str | None, api_key: str | None) -> "AsyncIterator[Endpoint]":
+async def _endpoint(
+    target: str, changes: list[str], model: str | None, api_key: str | None
+) -> "AsyncIterator[Endpoint]":
     from hone.cli.chat import Endpoint
-    from hone.launch.service import serving_folder
+    from hone.launch.service import serving
 
-    if target.startswith(("http://", "https://")):
-        base = target.rstrip("/")
-        yield Endpoint(base if base.endswith("/v1") else f"{base}/v1", model, api_key)
+    if not target.startswith(("http://", "https://")):
+        _served(target, changes)  # what is wrong with it is said here, before a server starts
+        async with serving(Path(target), changes) as address:
+            yield Endpoint(f"{address}/v1")
         return
-    folder = _newest_policy(_recipe(target, [])) if target.endswith(".toml") else Path(target)
-    async with serving_folder(folder) as address:
-        yield Endpoint(f"{address}/v1")
+    if changes:
+        raise ValueError(f"unknown argument {changes[0]}: {target} is an address, only a recipe has fields to override")
+    base = target.rstrip("/")
+    yield Endpoint(base if base.endswith("/v1") else f"{base}/v1", model, api_key)
 
 
 def _served(target: str, changes: list[str]) -> "tuple[Recipe | None, Path]":

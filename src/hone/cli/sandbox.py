@@ -11,16 +11,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.table import Table
 
     from hone.sandbox.client import Process, Sandbox
     from hone.sandbox.lifecycle import Limits
+    from hone.sandbox.node import Node
     from hone.sandbox.remote import RemoteNode
+    from hone.sandbox.serve import NodeServer
 
 app = typer.Typer(help="Sandboxes: run programs nobody trusts, here or on a node.", no_args_is_help=True)
 
 Address = Annotated[
-    str, typer.Option("--node", help="unix:/path or tcp://host:port of a node; the token is in $HONE_SANDBOX_TOKEN.")
+    str,
+    typer.Option(
+        "--node", help="unix:/path, tcp://host:port or tls://host:port of a node; the token is in $HONE_SANDBOX_TOKEN."
+    ),
 ]
 
 
@@ -84,10 +91,17 @@ async def _show(process: "Process", stream: int) -> None:
 
 @app.command()
 def serve(
-    listen: Annotated[str, typer.Option(help="unix:/path, or tcp://host:port with tokens.")] = "",
+    listen: Annotated[str, typer.Option(help="unix:/path, or with tokens tcp://host:port or tls://host:port.")] = "",
     name: Annotated[str, typer.Option(help="Of the node; its sandboxes' ids begin with it.")] = "local",
     folder: Annotated[Path | None, typer.Option(help="For its journal; default: in the user's cache.")] = None,
-    tokens: Annotated[Path | None, typer.Option(help="A file with a line `name token` for each owner.")] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with a line `name token` for each owner, `name token gateway` for one that serves many."
+        ),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="The certificate to show at a tls:// address.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
     max_sandboxes: Annotated[int, typer.Option(help="At once.")] = 4096,
     max_warm: Annotated[int, typer.Option(help="Cells kept ready; which ones follows the demand.")] = 16,
 ) -> None:
@@ -96,24 +110,35 @@ def serve(
 
     place = folder or _cache() / f"node-{name}"
     address = listen or f"unix:{place}/socket"
-    known = _read_tokens(tokens) if tokens is not None else {}
+    known, gateways = _read_tokens(tokens) if tokens is not None else ({}, set())
     limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
-    asyncio.run(_serve(name, place, address, known, limits))
+
+    def server_of(node: "Node") -> "NodeServer":
+        from hone.sandbox.serve import NodeServer
+
+        return NodeServer(node, address, tokens=known, gateways=gateways, certificate=tls_cert, key=tls_key)
+
+    asyncio.run(_serve(name, place, limits, server_of))
 
 
-async def _serve(name: str, folder: Path, address: str, tokens: dict[str, str], limits: "Limits") -> None:
-    import signal  # only a node is stopped by it
-
+async def _serve(name: str, folder: Path, limits: "Limits", server_of: "Callable[[Node], NodeServer]") -> None:
     from hone.sandbox.node import Node
-    from hone.sandbox.serve import NodeServer
+
+    stopped = until_stopped()
+    async with Node(name, folder=folder, limits=limits) as node, server_of(node) as server:
+        lost = f"; {len(node.lost)} sandboxes were lost with the node before" if node.lost else ""
+        typer.echo(f"node {name} serves at {server.address}{lost}")
+        await stopped.wait()
+
+
+def until_stopped() -> asyncio.Event:
+    """Set when this process is asked to end."""
+    import signal  # only what serves is stopped by it
 
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    async with Node(name, folder=folder, limits=limits) as node, NodeServer(node, address, tokens=tokens) as server:
-        lost = f"; {len(node.lost)} sandboxes were lost with the node before" if node.lost else ""
-        typer.echo(f"node {name} serves at {server.address}{lost}")
-        await stopped.wait()
+    return stopped
 
 
 @app.command(name="ls")
@@ -254,16 +279,21 @@ def _token() -> str:
     return os.environ.get("HONE_SANDBOX_TOKEN", "")
 
 
-def _read_tokens(path: Path) -> dict[str, str]:
-    tokens = {}
+def _read_tokens(path: Path) -> tuple[dict[str, str], set[str]]:
+    """Owners by token, and which of them are gateways."""
+    tokens, gateways = {}, set()
     for number, line in enumerate(path.read_text().splitlines(), 1):
         words = line.split()
         if not words or line.startswith("#"):
             continue
-        if len(words) != 2 or len(words[1]) < 16:
-            raise ValueError(f"{path}, line {number}: give a name and a token of 16 characters or more")
+        if len(words) not in (2, 3) or len(words[1]) < 16 or words[2:] not in ([], ["gateway"]):
+            raise ValueError(
+                f"{path}, line {number}: give a name and a token of 16 characters or more, and `gateway` for one"
+            )
         tokens[words[1]] = words[0]
-    return tokens
+        if words[2:]:
+            gateways.add(words[0])
+    return tokens, gateways
 
 
 def _cache() -> Path:

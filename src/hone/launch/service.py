@@ -5,7 +5,7 @@ import contextlib
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from hone.config.recipe import Recipe
@@ -73,12 +73,15 @@ async def served_sampler(
 
 
 @contextlib.asynccontextmanager
-async def serving_folder(model: Path) -> AsyncIterator[str]:
-    """Serve a model folder outside of any run while the body runs; yields the server's base address."""
+async def serving(target: Path, changes: Sequence[str] = ()) -> AsyncIterator[str]:
+    """Serve a model folder, or a recipe's newest policy as its sections say, while the body runs.
+
+    Outside of any run. changes: overrides of the recipe. Yields the server's base address.
+    """
     with tempfile.TemporaryDirectory(prefix="hone-serve-") as scratch:
         port = free_port()
         command = (
-            sys.executable, "-m", "hone.cli.main", "serve", str(model.absolute()), "--port", str(port)
+            sys.executable, "-m", "hone.cli.main", "serve", str(target.absolute()), "--port", str(port), *changes
         )  # fmt: skip
         supervisor = Supervisor(Path(scratch), max_restarts=0)
         async with supervisor.running([ProcessPlan("inference", command)]):

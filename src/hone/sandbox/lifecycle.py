@@ -20,6 +20,7 @@ from hone.schema.sandboxes import Outcome, SandboxSpec
 DEMAND_SECONDS = 5.0  # how far back a pool looks
 AHEAD_SECONDS = 2.0  # and how far ahead it provides
 MAX_REMEMBERED = 10_000
+DRAINING_SECONDS = 5.0  # after which one may ask again a node that is being drained
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ class Lifecycle:
         self.limits = limits
         self.leases: dict[str, Lease] = {}
         self.num_busy = 0
+        self.is_draining = False
         self._prefix = prefix
         self._numbers = itertools.count(1)
         self._cells = itertools.count(1)
@@ -157,7 +159,7 @@ class Lifecycle:
     def ask(self, spec: SandboxSpec, now: float, *, key: str = "", owner: str = "") -> Lease:
         """A lease on a sandbox that will be there. key: the same key of the same owner is the same sandbox, while it lives.
 
-        Raises `Busy` when as many wait as may, `ValueError` for a key that stands for a sandbox of another kind.
+        Raises `Busy` when as many wait as may or none are taken any more, `ValueError` for a key that stands for a sandbox of another kind.
         """
         if key and (known := self._by_key.get((owner, key))) is not None:
             lease = self.leases[known]
@@ -166,6 +168,9 @@ class Lifecycle:
                     f"the key {key!r} stands for {lease.sandbox_id}, a sandbox of another kind; use another key"
                 )
             return lease
+        if self.is_draining:
+            self.num_busy += 1
+            raise Busy("the node takes no new sandboxes", DRAINING_SECONDS)
         self._pool(spec).ask(now)
         if len(self._queue) >= self.limits.max_queued:
             self.num_busy += 1

@@ -22,6 +22,8 @@ from hone.sandbox.journal import Journal
 from hone.sandbox.lifecycle import Command, Destroy, Give, Lease, Lifecycle, Limits, Make, Over, Stage
 from hone.sandbox.programs import Process
 from hone.sandbox.python import PythonSession, WarmPython, Zygotes
+from hone.sandbox.report import report_of
+from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
     ExecResult,
     FileEntry,
@@ -33,6 +35,7 @@ from hone.schema.sandboxes import (
 
 TICK_SECONDS = 1.0
 NUM_FILE_THREADS = 4
+MAX_IMAGES_TOLD = 1000
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
 logger = logging.getLogger("hone.sandbox.node")
@@ -73,6 +76,7 @@ class Node:
         self._tasks: set[asyncio.Task[None]] = set()
         self._makings: set[asyncio.Task[None]] = set()
         self._ticking: asyncio.Task[None] | None = None
+        self._used_images: dict[str, None] = {"python": None}
         self._counts = {"created": 0, "failed": 0, "calls": 0}
         self._is_closing = False
 
@@ -137,6 +141,15 @@ class Node:
         return tuple(
             one.status() for one in list(self._sandboxes.values()) if owner is None or one.lease.owner == owner
         )
+
+    def drain(self, is_draining: bool) -> int:
+        """Take no new sandboxes, or take them again; the number of those that are left."""
+        self._lifecycle.is_draining = is_draining
+        return len(self._lifecycle.leases)
+
+    def report(self) -> NodeReport:
+        """What a gateway has to know."""
+        return report_of(self._lifecycle, self._used_images)
 
     async def keep_warm(self, spec: SandboxSpec, count: int) -> None:
         """Keep so many cells of this kind ready, within `Limits.max_warm`, whatever the demand."""
@@ -237,6 +250,8 @@ class Node:
             self._lifecycle.failed(command.number, time.monotonic(), str(error), outcome)
         else:
             self._counts["created"] += 1
+            if len(self._used_images) < MAX_IMAGES_TOLD:
+                self._used_images[command.spec.image] = None
             self._by_number[command.number] = cell
             self._lifecycle.made(command.number, time.monotonic())
         self._obey()

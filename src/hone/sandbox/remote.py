@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from hone.sandbox.addresses import connect, parse_address
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.wire import CHUNK_BYTES, Credit, Stream, error_of
 from hone.schema import sandbox_calls as calls
@@ -21,10 +22,14 @@ T = TypeVar("T")
 
 
 class RemoteNode:
-    """A connection to a node. What waits for a node that goes silent or away raises `SandboxError` (node lost)."""
+    """A connection to a node. What waits for a node that goes silent or away raises `SandboxError` (node lost).
 
-    def __init__(self, address: str, token: str = "") -> None:
+    ca_file: of the authorities whose word is taken at a tls:// address; by default that in $HONE_SANDBOX_CA.
+    """
+
+    def __init__(self, address: str, token: str = "", *, ca_file: str = "") -> None:
         self.address = address
+        self._ca_file = ca_file
         self._token = token
         self._session = secrets.token_hex(16)
         self._numbers = itertools.count(1)
@@ -104,20 +109,12 @@ class RemoteNode:
         self._processes.pop(call, None)
 
     async def _connect(self) -> None:
-        kind, _, rest = self.address.partition(":")
         loop = asyncio.get_running_loop()
         stream: Stream[Any] = Stream(calls.ToClient, self._hear, self._lose)
+        address = parse_address(self.address)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                if kind == "unix":
-                    await loop.create_unix_connection(lambda: stream, rest.removeprefix("//"))
-                elif kind == "tcp":
-                    host, _, port = rest.removeprefix("//").rpartition(":")
-                    await loop.create_connection(lambda: stream, host.strip("[]"), int(port))
-                else:
-                    raise ValueError(
-                        f"the address {self.address!r} of a node is neither unix:/path nor tcp://host:port"
-                    )
+                await connect(address, lambda: stream, ca_file=self._ca_file)
                 self._stream = stream
                 stream.send(calls.Hello(calls.VERSION, self._session, self._token))
                 await self._welcome

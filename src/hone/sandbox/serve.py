@@ -5,14 +5,15 @@ import contextlib
 import hmac
 import logging
 import os
-import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import msgspec
 
+from hone.sandbox.addresses import Listener, parse_address
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.node import Node, NodeSandbox
 from hone.sandbox.programs import Process
@@ -29,8 +30,9 @@ logger = logging.getLogger("hone.sandbox.serve")
 class NodeServer:
     """Lets clients use a node; an async context manager.
 
-    address: unix:/path, for this user and root only, or tcp://host:port, for whoever has a token. tokens: names of
-    owners by token; an owner sees its own sandboxes. On the unix address the owner is "local" and sees all.
+    address: unix:/path, for this user and root only, or tcp://host:port or tls://host:port, for whoever has a token; tls
+    wants a certificate with its key. tokens: names of owners by token; an owner sees its own sandboxes. On the unix
+    address the owner is "local" and sees all. gateways: names of those tokens that see all, and speak for other owners.
     grace_seconds: how long the sandboxes of a client outlive its connection, for it to come back.
     """
 
@@ -40,78 +42,61 @@ class NodeServer:
         address: str,
         *,
         tokens: Mapping[str, str] | None = None,
+        gateways: Collection[str] = (),
+        certificate: Path | None = None,
+        key: Path | None = None,
         grace_seconds: float = GRACE_SECONDS,
     ) -> None:
-        kind, _, rest = address.partition(":")
-        self._rest = rest.removeprefix("//")
-        self._is_unix = kind == "unix"
-        if kind not in ("unix", "tcp") or (kind == "tcp" and not self._rest.rpartition(":")[2].isdecimal()):
-            raise ValueError(f"the address {address!r} of a node is neither unix:/path nor tcp://host:port")
-        if kind == "tcp" and not tokens:
+        self._listener = Listener(parse_address(address), certificate=certificate, key=key)
+        self._is_unix = self._listener.address.kind == "unix"
+        if not self._is_unix and not tokens:
             raise ValueError(
                 f"{address} would run programs for everybody who can reach it; give tokens, or a unix: address"
             )
         self.node = node
         self.address = address
         self.grace_seconds = grace_seconds
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[tuple[Caller, str], Session] = {}
         self._tokens = dict(tokens or {})
-        self._server: asyncio.Server | None = None
+        self._gateways = frozenset(gateways)
         self._clients: set[_Client] = set()
 
     async def __aenter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        if self._is_unix:
-            path = Path(self._rest)
-            _clear_dead_socket(path)
-            previous = os.umask(0o177)
-            try:
-                self._server = await loop.create_unix_server(self._accept, str(path))
-            finally:
-                os.umask(previous)
-        else:
-            host, _, port = self._rest.rpartition(":")
-            self._server = await loop.create_server(self._accept, host.strip("[]"), int(port))
-            if port == "0":
-                self.address = f"tcp://{host}:{self._server.sockets[0].getsockname()[1]}"
+        await self._listener.open(self._accept)
+        self.address = str(self._listener.address)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._server is not None:
-            self._server.close()
+        self._listener.close()
         for client in list(self._clients):
             client.stream.close("the node was stopped")
         await asyncio.gather(*(client.ended() for client in list(self._clients)))
         for session in self.sessions.values():
             session.forget()
-        if self._is_unix:
-            Path(self._rest).unlink(missing_ok=True)
+        self._listener.remove()
 
-    def owner(self, hello: calls.Hello, peer_uid: int | None) -> str | None:
-        """Whom a client is; None if it is nobody we know."""
+    def caller(self, hello: calls.Hello, peer_uid: int | None) -> "Caller | None":
+        """Whom a client is; None if it is nobody we know, or speaks for others and may not."""
         if self._is_unix:
-            return "local" if peer_uid in (os.geteuid(), 0) else None
-        for token, name in self._tokens.items():
+            if peer_uid not in (os.geteuid(), 0):
+                return None
+            return Caller(hello.owner) if hello.owner else Caller("local", sees_all=True)
+        name = None
+        for token, known in self._tokens.items():
             if hmac.compare_digest(token.encode(), hello.token.encode()):
-                return name
-        return None
+                name = known
+        if name is None or (hello.owner and name not in self._gateways):
+            return None
+        return Caller(hello.owner) if hello.owner else Caller(name, sees_all=name in self._gateways)
 
-    def session(self, name: str, owner: str) -> "Session":
+    def session(self, name: str, caller: "Caller") -> "Session":
         """A client's sandboxes, also when it comes back."""
-        key = f"{owner}/{name}"
+        key = (caller, name)
         if key not in self.sessions:
-            self.sessions[key] = Session(self, key, owner)
+            self.sessions[key] = Session(self, key)
         return self.sessions[key]
-
-    def sees(self, owner: str, sandbox: NodeSandbox) -> bool:
-        """Whether an owner may use a sandbox."""
-        return self._is_unix or sandbox.lease.owner == owner
-
-    def whose(self, owner: str) -> str | None:
-        """Whose sandboxes an owner sees; None: everybody's."""
-        return None if self._is_unix else owner
 
     def _accept(self) -> Stream[Any]:
         client = _Client(self)
@@ -123,11 +108,19 @@ class NodeServer:
         self._clients.discard(client)
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. sees_all: everybody's sandboxes, not only those of this owner."""
+
+    owner: str
+    sees_all: bool = False
+
+
 class Session:
     """The sandboxes that one client asked for. They end some time after its last connection has."""
 
-    def __init__(self, server: NodeServer, key: str, owner: str) -> None:
-        self.owner = owner
+    def __init__(self, server: NodeServer, key: tuple[Caller, str]) -> None:
+        self.caller = key[0]
         self._server = server
         self._key = key
         self._sandboxes: dict[str, NodeSandbox] = {}
@@ -213,21 +206,21 @@ class _Client:
 
     def _greet(self, message: Any) -> None:
         problem = ""
-        owner = None
+        caller = None
         if not isinstance(message, calls.Hello):
             problem = "no greeting"
         elif message.version != calls.VERSION:
             problem = (
                 f"the node speaks version {calls.VERSION}, not {message.version}; install the same hone on both sides"
             )
-        elif (owner := self._server.owner(message, self.stream.peer_uid())) is None:
+        elif (caller := self._server.caller(message, self.stream.peer_uid())) is None:
             problem = "the node does not let you in; check the token"
-        if owner is None or problem:
+        if caller is None or problem:
             self.stream.send(calls.Failed(0, "value", problem))
             self.stream.close(problem)
             return
         self._late.cancel()
-        self._session = self._server.session(message.session, owner)
+        self._session = self._server.session(message.session, caller)
         self._session.join()
         self.stream.send(calls.Welcome(self._server.node.prefix))
 
@@ -255,16 +248,24 @@ class _Client:
 
     async def _do(self, message: Any) -> Any:
         assert self._session is not None
-        node, owner = self._server.node, self._session.owner
+        node, caller = self._server.node, self._session.caller
         match message:
             case calls.Create(_, spec, key):
-                sandbox = node.create(spec, key=key, owner=owner)
+                sandbox = node.create(spec, key=key, owner=caller.owner)
                 self._session.add(sandbox)
                 return sandbox.sandbox_id
             case calls.Status():
-                return node.sandboxes(self._server.whose(owner))
+                return node.sandboxes(None if caller.sees_all else caller.owner)
             case calls.Statistics():
                 return node.statistics()
+            case calls.Report() | calls.Drain() if not caller.sees_all:
+                raise ValueError("this is for those who see everybody's sandboxes; a gateway's token will do")
+            case calls.Report():
+                return node.report()
+            case calls.Drain(_, name, is_draining):
+                if name not in ("", node.name, node.prefix.rstrip(".")):
+                    raise ValueError(f"this is the node {node.name}, not {name}")
+                return node.drain(is_draining)
         return await self._do_in(self._find(message.sandbox_id), message)
 
     async def _do_in(self, sandbox: NodeSandbox, message: Any) -> Any:
@@ -299,7 +300,8 @@ class _Client:
     def _find(self, sandbox_id: str) -> NodeSandbox:
         assert self._session is not None
         sandbox = self._server.node.sandbox(sandbox_id)
-        if not self._server.sees(self._session.owner, sandbox):
+        caller = self._session.caller
+        if not caller.sees_all and sandbox.lease.owner != caller.owner:
             raise SandboxError(f"{sandbox_id}: there is no such sandbox (any more)")
         return sandbox
 
@@ -393,17 +395,3 @@ class _Program:
             self._stream.send(calls.Data(self._call, number, data))
             if not data:
                 return
-
-
-def _clear_dead_socket(path: Path) -> None:
-    """A node that was killed left its socket; one that lives does not lose it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_socket():
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            path.unlink(missing_ok=True)
-            return
-    raise SandboxError(f"a node listens at {path} already")

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from hone.sandbox.addresses import peer_uid
 from hone.sandbox.beneath import PROBLEMS
 from hone.sandbox.errors import Busy, SandboxError
 from hone.schema.sandbox_calls import Failed
@@ -80,11 +81,7 @@ class Stream(asyncio.Protocol, Generic[T]):
 
     def peer_uid(self) -> int | None:
         """The user at the other end, where the kernel tells."""
-        connection = self._transport.get_extra_info("socket") if self._transport is not None else None
-        if connection is None or connection.family != socket.AF_UNIX:
-            return None
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return int.from_bytes(credentials[4:8], "little")
+        return peer_uid(self._transport.get_extra_info("socket")) if self._transport is not None else None
 
 
 class Credit:

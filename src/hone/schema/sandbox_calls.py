@@ -8,7 +8,7 @@ import msgspec
 
 from hone.schema.sandboxes import SandboxSpec
 
-VERSION = 1
+VERSION = 2
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -16,11 +16,15 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_un
 
 
 class Hello(_Message, frozen=True):
-    """The first message. session: of the client; its sandboxes outlive a broken connection for a moment."""
+    """The first message. session: of the client; its sandboxes outlive a broken connection for a moment.
+
+    owner: on whose behalf a gateway speaks, which only those may do who are trusted with it.
+    """
 
     version: int
     session: str
     token: str
+    owner: str = ""
 
 
 class Create(_Message, frozen=True):
@@ -218,6 +222,23 @@ class Failed(_Message, frozen=True):
     number: float = 0.0
 
 
+class Report(_Message, frozen=True):
+    """How a node is (`NodeReport` of `hone.schema.sandbox_nodes`), for those who see everybody's sandboxes."""
+
+    call: int
+
+
+class Drain(_Message, frozen=True):
+    """A node shall take no new sandboxes, or take them again. Answered with the number of those that it still has.
+
+    node: its name, or the beginning of its sandboxes' ids; at the node itself, empty will do.
+    """
+
+    call: int
+    node: str
+    is_draining: bool
+
+
 ToNode = (
     Hello
     | Create
@@ -240,5 +261,7 @@ ToNode = (
     | Ping
     | Data
     | Credit
+    | Report
+    | Drain
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping

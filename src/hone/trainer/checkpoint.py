@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from hone.trainer.step import Trainer
 logger = logging.getLogger(__name__)
 
 COMMIT = "complete.json"
+PIECE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +51,17 @@ class Checkpoints:
         self.ranks.wait_for_all()
         with _alone_without_a_warning():
             state_dict_saver.save(_state(trainer), checkpoint_id=unfinished, **self._group())
+        checksums = self.ranks.collect({path.name: _checksum(path) for path in self._written_here(unfinished)})
         if self.ranks.leads:
-            _commit(unfinished, target, progress)
+            _commit(unfinished, target, progress, checksums)
             self._prune()
         self.ranks.wait_for_all()
         return target
 
     def resume(self, trainer: Trainer) -> Progress | None:
-        """Load the newest complete checkpoint; None when there is none."""
-        newest = complete_checkpoints(self.folder)[-1:] if self.ranks.leads else []
-        name = self.ranks.share(newest[0].name.encode() if newest else b"").decode()
-        if not name:
+        """Load the newest checkpoint that is complete and as it was written; None when there is none."""
+        name = self._newest_intact()
+        if name is None:
             return None
         state = _state(trainer)
         with _alone_without_a_warning():
@@ -76,6 +78,29 @@ class Checkpoints:
         """The step up to which no kept checkpoint needs its data again; 0 while fewer than `keep` are there."""
         complete = complete_checkpoints(self.folder)
         return _progress(complete[0]).step if len(complete) >= self.keep else 0
+
+    def _newest_intact(self) -> str | None:
+        complete = complete_checkpoints(self.folder) if self.ranks.leads else []
+        names = self.ranks.share("\n".join(path.name for path in complete).encode()).decode().split()
+        for name in reversed(names):
+            differing = self._differing(self.folder / name)
+            if not differing:
+                return name
+            logger.warning("checkpoint %s is passed over: %s changed since it was written", name, ", ".join(differing))
+        return None
+
+    def _differing(self, path: Path) -> list[str]:
+        """Files whose content is not what was written; the ranks read a share each."""
+        checksums = sorted(json.loads((path / COMMIT).read_text())["checksums"].items())
+        mine = checksums[self.ranks.rank :: self.ranks.num_ranks]
+        return sorted(self.ranks.collect({name: 1 for name, known in mine if _checksum(path / name) != known}))
+
+    def _written_here(self, unfinished: Path) -> list[Path]:
+        """The files of this rank, which its own page cache still has; the first one's include what is everybody's."""
+        files = list(unfinished.iterdir())
+        return [path for path in files if path.name.startswith(f"__{self.ranks.rank}_")] + [
+            path for path in files if self.ranks.leads and not path.name.startswith("__")
+        ]
 
     def _group(self) -> dict[str, Any]:
         if self.ranks.num_ranks == 1:
@@ -105,13 +130,14 @@ def _state(trainer: Trainer) -> dict[str, Any]:
     return {"model": model, "optimizers": optimizers}
 
 
-def _commit(unfinished: Path, target: Path, progress: Progress) -> None:
-    """The list of files with their sizes is written last; then one rename makes the checkpoint visible.
+def _commit(unfinished: Path, target: Path, progress: Progress, checksums: Mapping[str, int]) -> None:
+    """The list of files with sizes and checksums is written last; then one rename makes the checkpoint visible.
 
     Everything is on the disk before that: older checkpoints and the batches after them go when this one is there.
     """
     sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
-    (unfinished / COMMIT).write_text(json.dumps({"progress": asdict(progress), "files": sizes}))
+    record = {"progress": asdict(progress), "files": sizes, "checksums": checksums}
+    (unfinished / COMMIT).write_text(json.dumps(record))
     for path in (*unfinished.iterdir(), unfinished):
         _flush(path)
     shutil.rmtree(target, ignore_errors=True)
@@ -128,10 +154,20 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _checksum(path: Path) -> int:
+    """CRC-32: it finds what a disk or a person changed, at about the speed of reading."""
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
+
+
 def _is_complete(path: Path) -> bool:
     try:
-        sizes = json.loads((path / COMMIT).read_text())["files"]
-        complete = all((path / name).stat().st_size == size for name, size in sizes.items())
+        record = json.loads((path / COMMIT).read_text())
+        complete = all((path / name).stat().st_size == size for name, size in record["files"].items())
+        complete &= record["checksums"].keys() <= record["files"].keys()
     except (OSError, ValueError, KeyError):
         complete = False
     if not complete:

@@ -70,6 +70,14 @@ class Ranks:
         assert data is not None, "rank 0 has to bring the bytes to share"
         return data
 
+    def collect(self, facts: dict[str, int]) -> dict[str, int]:
+        """What all ranks know together, on every rank; where two name the same thing, the higher rank's counts."""
+        if self.num_ranks == 1:
+            return facts
+        gathered: list[dict[str, int]] = [{}] * self.num_ranks
+        dist.all_gather_object(gathered, facts, group=self.control)
+        return {name: value for one in gathered for name, value in one.items()}
+
     def wait_for_all(self) -> None:
         if self.num_ranks > 1:
             dist.barrier(group=self.control)
