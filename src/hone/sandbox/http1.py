@@ -170,11 +170,7 @@ def _parse(head: bytes) -> tuple[bytes, Fields]:
 
 
 def _tunnel(target: str, minor: int, fields: Fields) -> Request:
-    try:
-        name, port = split_authority(target)
-        host = normal_host(name)
-    except ValueError as error:
-        raise BadMessage(str(error)) from None
+    host, port = _authority(target)
     if port is None:
         raise BadMessage("CONNECT without a port")
     if not _request_body(fields, 1).is_empty:
@@ -189,13 +185,18 @@ def _absolute(method: str, target: str) -> tuple[str, int, str]:
         if target.lower().startswith("https:"):
             raise BadMessage("https goes through a tunnel; ask with CONNECT")
         raise BadMessage("this is a proxy: ask for http://HOST/PATH, or with CONNECT for HOST:PORT")
-    try:
-        name, port = split_authority(found[1])
-        host = normal_host(name)
-    except ValueError as error:
-        raise BadMessage(str(error)) from None
+    host, port = _authority(found[1])
     path = found[2] or ("*" if method == "OPTIONS" else "/")
     return host, port or 80, path if path[0] != "?" else "/" + path
+
+
+def _authority(text: str) -> tuple[str, int | None]:
+    """Host and port. What is wrong with them is not repeated: a password may stand there."""
+    try:
+        name, port = split_authority(text)
+        return normal_host(name), port
+    except ValueError:
+        raise BadMessage("the host is neither a name nor an address in the usual spelling") from None
 
 
 def _check_host(fields: Fields, host: str, port: int, *, is_required: bool) -> None:

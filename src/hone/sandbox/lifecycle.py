@@ -409,5 +409,10 @@ class Lifecycle:
 
 
 def kind_of(spec: SandboxSpec) -> SandboxSpec:
-    """What is alike in the cells of sandboxes that differ in lease and environment variables only."""
-    return msgspec.structs.replace(spec, ttl_seconds=SandboxSpec().ttl_seconds, idle_seconds=None, env={})
+    """What is alike in the cells of sandboxes that differ in lease, environment variables and allow-list only.
+
+    One with an allow-list begins as one without network: its proxy is of the node, and comes when it is given out.
+    """
+    network = "none" if spec.network == "allow" else spec.network
+    ttl_seconds = SandboxSpec().ttl_seconds
+    return msgspec.structs.replace(spec, ttl_seconds=ttl_seconds, idle_seconds=None, env={}, network=network, allow=())

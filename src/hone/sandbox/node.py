@@ -15,14 +15,18 @@ from typing import Self
 
 from hone.sandbox.beneath import Owner
 from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.egress import PROXY_PORT, NetworkPolicy, proxy_variables
 from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.files import Files, Tree
 from hone.sandbox.images import ImageStore
 from hone.sandbox.journal import Journal
 from hone.sandbox.lifecycle import Command, Destroy, Give, Lease, Lifecycle, Limits, Make, Over, Stage
+from hone.sandbox.network_log import NetworkLog
 from hone.sandbox.programs import Process
+from hone.sandbox.proxy import MAX_WAITING, Gate, Proxy
 from hone.sandbox.python import PythonSession, WarmPython, Zygotes
 from hone.sandbox.report import report_of
+from hone.schema.sandbox_network import NetworkRecord, parse_rules
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
     ExecResult,
@@ -45,7 +49,8 @@ class Node:
     """Leases sandboxes; an async context manager. Leaving it, or the death of this process, ends all of them.
 
     name: small letters, digits and dashes; the first part of the ids of its sandboxes, which also say which start of the
-    node they are of. folder: for its journal; None keeps none. Raises `SandboxError` where another node has the folder.
+    node they are of. folder: for its journal and the log of what sandboxes asked of the network; None keeps none. network:
+    what sandboxes with an allow-list get. Raises `SandboxError` where another node has the folder.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Node:
         limits: Limits = Limits(),
         images: ImageStore | None = None,
         is_weak_allowed: bool = False,
+        network: NetworkPolicy = NetworkPolicy(),
     ) -> None:
         if not NAME.fullmatch(name):
             raise ValueError(f"the node's name {name!r} is not of small letters, digits and dashes")
@@ -68,6 +74,8 @@ class Node:
         self._lifecycle = Lifecycle(self.prefix, limits)
         self._images = images or ImageStore()
         self._cells = Cells(is_weak_allowed=is_weak_allowed)
+        self.gate = Gate(network, NetworkLog(folder))
+        """The way out for the sandboxes with an allow-list."""
         self._zygotes = Zygotes(host=self._cells.host)
         self._threads = ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="hone-files")
         self._by_number: dict[int, Cell] = {}
@@ -112,6 +120,7 @@ class Node:
         finally:
             await self._zygotes.__aexit__(kind, error, trace)
             await asyncio.to_thread(self._threads.shutdown)
+            self.gate.close()
             if self._journal is not None:
                 self._journal.close()
 
@@ -122,6 +131,8 @@ class Node:
         """
         if self._is_closing:
             raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
+        if any(rule.is_private for rule in parse_rules(spec.allow)) and not self.gate.policy.is_private_allowed:
+            raise Unsupported(f"the node {self.name} lets no sandbox into private networks: allow {list(spec.allow)}")
         lease = self._lifecycle.ask(spec, time.monotonic(), key=key, owner=owner)
         sandbox = self._sandboxes.get(lease.sandbox_id)
         if sandbox is None:
@@ -172,6 +183,7 @@ class Node:
             "sandbox/refused": lifecycle.num_busy,
             "sandbox/calls": self._counts["calls"],
             "sandbox/lost_before_start": len(self.lost),
+            **self.gate.statistics(),
         }
 
     @contextlib.contextmanager
@@ -193,6 +205,7 @@ class Node:
         self._obey()
         if sandbox.cell is not None:
             await sandbox.cell.destroy()
+        await sandbox.hang_up()
 
     def renew(self, lease: Lease, seconds: float) -> None:
         """The lease lasts for so long from now."""
@@ -297,6 +310,7 @@ class NodeSandbox:
         self._python: WarmPython | None = None
         self._session: PythonSession | None = None
         self._session_turn = asyncio.Lock()
+        self._proxy: Proxy | None = None
 
     @property
     def sandbox_id(self) -> str:
@@ -379,6 +393,11 @@ class NodeSandbox:
         async with self._use() as cell:
             await self._tree(cell).remove(path, is_recursive=is_recursive)
 
+    async def network_log(self) -> tuple[NetworkRecord, ...]:
+        """What it asked of the network, the last thousand requests; those that are under way are not among them."""
+        async with self._use():
+            return tuple(self._proxy.records) if self._proxy is not None else ()
+
     async def pause(self) -> None:
         """As `Cell.pause`."""
         async with self._use() as cell:
@@ -425,7 +444,10 @@ class NodeSandbox:
     def receive(self, cell: Cell) -> None:
         """It is ready; called once, by the node."""
         self.cell = cell
-        self._ready.set_result(cell)
+        if self.lease.spec.network == "allow":
+            self._node.begin(self._open_network(cell))
+        else:
+            self._ready.set_result(cell)
 
     def lose(self, error: SandboxError) -> None:
         """Its lease is over; called once, by the node."""
@@ -435,8 +457,13 @@ class NodeSandbox:
             self._ready.exception()
         if self._files is not None:
             self._files.tree.close()
-        if self._python is not None:
+        if self._python is not None or self._proxy is not None:
             self._node.begin(self._let_go())
+
+    async def hang_up(self) -> None:
+        """End its way out; to be called when it is over. Harmless when repeated."""
+        if self._proxy is not None:
+            await self._proxy.close()
 
     async def _living(self) -> Cell:
         if self.over.done():
@@ -461,8 +488,24 @@ class NodeSandbox:
                     raise _again(self.over.result()) from error  # the reason, not its consequence
                 raise
 
+    async def _open_network(self, cell: Cell) -> None:
+        try:
+            listener = await cell.listen_at(PROXY_PORT, MAX_WAITING)
+        except (SandboxError, OSError) as error:
+            await self._node.end(self, f"it gets no network: {error}")
+            return
+        if self.over.done():
+            listener.close()
+            return
+        lease = self.lease
+        self._proxy = Proxy(self._node.gate, lease.sandbox_id, lease.owner, lease.spec.allow, listener)
+        self._ready.set_result(cell)
+
     def _variables(self, env: Mapping[str, str] | None) -> Mapping[str, str] | None:
-        return {**self.lease.spec.env, **(env or {})} if self.lease.spec.env else env
+        spec = self.lease.spec
+        if spec.network == "allow":
+            return {**proxy_variables(), **spec.env, **(env or {})}
+        return {**spec.env, **(env or {})} if spec.env else env
 
     def _tree(self, cell: Cell) -> Files:
         if self._files is None:
@@ -474,6 +517,7 @@ class NodeSandbox:
             await process.wait()
 
     async def _let_go(self) -> None:
+        await self.hang_up()
         with contextlib.suppress(SandboxError):
             if self._session is not None:
                 await self._session.close()

@@ -40,6 +40,19 @@ class Gate:
         self.upstream = Upstream(policy, resolve=resolve, connect=connect)
         self.num_connections = 0
 
+    def statistics(self) -> dict[str, float]:
+        """Numbers to watch."""
+        log = self.log
+        return {
+            "sandbox/network_connections": self.num_connections,
+            "sandbox/network_requests": log.num_requests,
+            "sandbox/network_denied": log.num_denied,
+            "sandbox/network_failed": log.num_failed,
+            "sandbox/network_unwritten": log.num_unwritten,
+            "sandbox/network_bytes_up": log.bytes_up,
+            "sandbox/network_bytes_down": log.bytes_down,
+        }
+
     def close(self) -> None:
         """To be called when its proxies are closed."""
         self.upstream.close()

@@ -13,6 +13,7 @@ from hone.sandbox.addresses import connect, parse_address
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.wire import CHUNK_BYTES, Credit, Stream, error_of
 from hone.schema import sandbox_calls as calls
+from hone.schema.sandbox_network import NetworkRecord
 from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxStatus
 
 CONNECT_SECONDS = 10.0
@@ -250,6 +251,10 @@ class RemoteSandbox:
 
     async def remove(self, path: str, *, is_recursive: bool = False) -> None:
         await self._node.call(calls.Remove(self._node.number(), self.sandbox_id, path, is_recursive), type(None))
+
+    async def network_log(self) -> tuple[NetworkRecord, ...]:
+        message = calls.ReadNetworkLog(self._node.number(), self.sandbox_id)
+        return await self._node.call(message, tuple[NetworkRecord, ...])
 
     async def pause(self) -> None:
         await self._node.call(calls.Pause(self._node.number(), self.sandbox_id, True), type(None))

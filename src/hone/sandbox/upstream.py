@@ -16,6 +16,7 @@ RESOLVE_SECONDS = 10.0
 CONNECT_SECONDS = 10.0
 MAX_ADDRESSES = 4
 NUM_RESOLVING = 8
+MAPPED = "mapped"  # in place of an address, which is the node's business
 
 Resolver = Callable[[str], Awaitable[Sequence[str]]]
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -93,14 +94,14 @@ class Upstream:
             async with asyncio.timeout(CONNECT_SECONDS):
                 if mapped.startswith("unix:"):
                     path = mapped.removeprefix("unix:")
-                    return Peer(*await asyncio.open_unix_connection(path, limit=MAX_HEAD_BYTES), mapped)
+                    return Peer(*await asyncio.open_unix_connection(path, limit=MAX_HEAD_BYTES), MAPPED)
                 name, port = split_authority(mapped)
                 assert port is not None
-                return Peer(*await self._connect(name.strip("[]"), port), mapped)
+                return Peer(*await self._connect(name.strip("[]"), port), MAPPED)
         except TimeoutError:
             raise Refused(Verdict.TIMEOUT, 504, f"{host} does not answer") from None
-        except OSError as error:  # where it is mapped to is the node's business
-            raise Refused(Verdict.UNREACHABLE, 502, f"{host} cannot be reached: {error.strerror or 'no'}") from None
+        except OSError:
+            raise Refused(Verdict.UNREACHABLE, 502, f"{host} cannot be reached; its node maps it somewhere") from None
 
     async def _look_up(self, host: str) -> Sequence[str]:
         loop = asyncio.get_running_loop()

@@ -165,6 +165,13 @@ class Statistics(_Message, frozen=True):
     call: int
 
 
+class ReadNetworkLog(_Message, frozen=True):
+    """What a sandbox asked of the network."""
+
+    call: int
+    sandbox_id: str
+
+
 class Cancel(_Message, frozen=True):
     """Nobody waits for this call any more. A program that it runs is killed."""
 
@@ -257,6 +264,7 @@ ToNode = (
     | Destroy
     | Status
     | Statistics
+    | ReadNetworkLog
     | Cancel
     | Ping
     | Data

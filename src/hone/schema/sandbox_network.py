@@ -41,8 +41,7 @@ class AllowRule:
         try:
             name, port = split_authority(authority)
             is_wildcard = name == "*" or name.startswith("*.")
-            rest = name[2:] if is_wildcard else name
-            host = normal_host(_ascii(rest)) if rest or not is_wildcard else ""
+            host = "" if name == "*" else normal_host(_ascii(name[2:] if is_wildcard else name))
         except ValueError as error:
             raise ValueError(f"allow {text!r}: {error}; write HOST, *.HOST or HOST:PORT") from error
         if is_wildcard and is_address(host):
@@ -84,7 +83,8 @@ class NetworkRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One request of a sandbox to its proxy. What was asked of the host, and what was said, is not recorded.
 
     time: seconds since 1970. method: CONNECT for a tunnel. host, port: as asked for; empty and 0 if unreadable.
-    address: what was connected to. problem: why not, in words. bytes_up, bytes_down: carried to the host and back.
+    address: what was connected to, or
+    "mapped" (`hone.sandbox.egress.NetworkPolicy.maps`). problem: why not, in words. bytes_up, bytes_down: carried to the host and back.
     """
 
     time: float
