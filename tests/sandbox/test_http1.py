@@ -111,7 +111,14 @@ def test_bytes_are_a_request_or_bad(data):
 @given(
     st.lists(
         st.sampled_from(
-            ["Content-Length: 5", "Transfer-Encoding: chunked", "Connection: close", "Connection: x-a", "X-a: b", "TE: x"]
+            [
+                "Content-Length: 5",
+                "Transfer-Encoding: chunked",
+                "Connection: close",
+                "Connection: x-a",
+                "X-a: b",
+                "TE: x",
+            ]
         ),
         max_size=5,
     )
