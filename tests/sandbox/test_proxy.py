@@ -182,7 +182,7 @@ async def test_names_that_lead_inside_are_denied(special):
 
 async def test_a_name_that_changes_its_address_gains_nothing():
     """Rebinding: looked up once for each request, and connected to what was checked."""
-    async with serving(echo_head, ["ok.example"]) as (world, one, address):
+    async with serving(echo_head, ["ok.example"]) as (world, _one, address):
         world.addresses["ok.example"] = [["93.184.216.34"], ["127.0.0.1"]]
         assert b"200 OK" in await ask(address, get("ok.example"))
         assert b"403" in await ask(address, get("ok.example"))
@@ -194,7 +194,7 @@ async def test_a_name_that_changes_its_address_gains_nothing():
 
 
 async def test_a_rule_may_allow_private_networks():
-    async with serving(echo_head, ["in.example:8080+private", "10.0.0.1+private"]) as (world, one, address):
+    async with serving(echo_head, ["in.example:8080+private", "10.0.0.1+private"]) as (world, _one, address):
         world.addresses["in.example"] = [["192.168.0.7"]]
         assert b"200 OK" in await ask(address, get("in.example:8080"))
         assert b"200 OK" in await ask(address, get("10.0.0.1"))
@@ -237,7 +237,7 @@ async def test_what_follows_a_body_is_a_request_and_never_goes_along():
     hidden = b"GET http://evil.example/ HTTP/1.1\r\nHost: evil.example\r\n\r\n"
     sized = b"POST http://ok.example/ HTTP/1.1\r\nHost: ok.example\r\nContent-Length: 3\r\n\r\nabc"
     chunked = b"POST http://ok.example/ HTTP/1.1\r\nHost: ok.example\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
-    async with serving(host, ["ok.example"]) as (world, one, address):
+    async with serving(host, ["ok.example"]) as (_world, _one, address):
         for first in (sized, chunked):
             said = await ask(address, first + hidden)
             assert said.startswith(b"HTTP/1.1 200 OK")
@@ -261,7 +261,7 @@ async def test_a_body_that_could_be_cut_in_two_ways_ends_the_connection(body):
 
 
 async def test_a_tunnel_carries_tls_both_ways():
-    async with serving(echo, ["ok.example"]) as (world, one, address):
+    async with serving(echo, ["ok.example"]) as (_world, one, address):
         reader, writer = await asyncio.open_connection(*address)
         writer.write(b"CONNECT ok.example:443 HTTP/1.1\r\n\r\n")
         assert b"200" in await reader.readuntil(b"\r\n\r\n")
@@ -295,7 +295,7 @@ async def test_a_tunnel_for_another_host_passes_no_byte(first, problem):
     async def host(reader, writer):
         received.append(await reader.read(-1))
 
-    async with serving(host, ["ok.example"]) as (world, one, address):
+    async with serving(host, ["ok.example"]) as (_world, one, address):
         said = await ask(address, b"CONNECT ok.example:443 HTTP/1.1\r\n\r\n" + first)
         assert said.endswith(bytes([21, 3, 1, 0, 2, 2, 112]))
     assert received == [b""]
@@ -363,8 +363,8 @@ async def test_a_client_that_does_not_read_holds_nobody_up():
             writer.write(bytes(1 << 16))
             await writer.drain()
 
-    async with serving(endless, ["ok.example+tcp"], idle_seconds=0.3) as (world, one, address):
-        reader, writer = await asyncio.open_connection(*address, limit=1 << 10)
+    async with serving(endless, ["ok.example+tcp"], idle_seconds=0.3) as (_world, one, address):
+        _reader, writer = await asyncio.open_connection(*address, limit=1 << 10)
         writer.transport.pause_reading()
         writer.write(b"CONNECT ok.example:443 HTTP/1.1\r\n\r\n")
         async with asyncio.timeout(10):
@@ -377,7 +377,7 @@ async def test_a_client_that_does_not_read_holds_nobody_up():
 
 async def test_a_flood_of_connections_waits_its_turn():
     """Of thousands some are served at a time; the next one is when they are gone."""
-    async with serving(echo_head, ["ok.example"], max_sandbox_connections=8) as (world, one, address):
+    async with serving(echo_head, ["ok.example"], max_sandbox_connections=8) as (world, _one, address):
         flood = []
         for _ in range(300):
             connection = socket.socket()
@@ -392,7 +392,7 @@ async def test_a_flood_of_connections_waits_its_turn():
 
 
 async def test_requests_have_a_pace():
-    async with serving(echo_head, ["ok.example"], max_requests_per_second=20) as (world, one, address):
+    async with serving(echo_head, ["ok.example"], max_requests_per_second=20) as (_world, _one, address):
         loop = asyncio.get_running_loop()
         begun = loop.time()
         for _ in range(30):

@@ -13,7 +13,7 @@ from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.node import Node
 from hone.sandbox.remote import RemoteNode
 from hone.schema.sandbox_network import NetworkRecord, Verdict
-from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec
+from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxUsage
 
 __all__ = [
     "Busy",
@@ -27,6 +27,7 @@ __all__ = [
     "Sandbox",
     "SandboxError",
     "SandboxSpec",
+    "SandboxUsage",
     "Unsupported",
     "Verdict",
     "embedded_node",
@@ -99,6 +100,7 @@ class Sandbox:
         ttl_seconds: float = 600.0,
         idle_seconds: float | None = None,
         env: Mapping[str, str] | None = None,
+        rollout: str = "",
         spec: SandboxSpec | None = None,
         node: "Node | str | None" = None,
         token: str = "",
@@ -118,6 +120,7 @@ class Sandbox:
             idle_seconds=idle_seconds,
             env=dict(env or {}),
             allow=tuple(allow),
+            rollout=rollout,
         )
         self._node = node
         self._token = token
@@ -222,6 +225,10 @@ class Sandbox:
     async def renew(self, seconds: float) -> None:
         """The lease lasts for so long from now."""
         await self._opened.renew(seconds)
+
+    async def usage(self) -> SandboxUsage:
+        """What it has used so far; after its end, in all."""
+        return await self._opened.usage()
 
     async def close(self) -> None:
         """End it; returns when nothing of it is left. Harmless when repeated."""
@@ -340,4 +347,5 @@ class _Inner(Protocol):
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
     async def renew(self, seconds: float) -> None: ...
+    async def usage(self) -> SandboxUsage: ...
     async def close(self) -> None: ...

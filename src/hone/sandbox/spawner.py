@@ -1,8 +1,8 @@
 """The helper process that clones cells: its start, orders to it and its answers."""
 
 import asyncio
+import collections
 import fcntl
-import itertools
 import os
 import socket
 import struct
@@ -18,12 +18,11 @@ from hone.sandbox.readiness import until_ready
 
 SPAWNED = struct.Struct("=Qii")
 LEAVE_SECONDS = 10.0
-FIRST_SOCKET = 1 << 62  # cells are numbered from 1
 
 
 @dataclass(frozen=True, slots=True)
 class Born:
-    """A cell's first process; or a socket, whose descriptor it then is."""
+    """A cell's first process."""
 
     pid: int
     pidfd: int
@@ -37,8 +36,8 @@ class Spawner:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[Born]] = {}
+        self._own: collections.deque[asyncio.Future[_Done]] = collections.deque()
         self._sending = asyncio.Lock()
-        self._socket_numbers = itertools.count(FIRST_SOCKET)
         self._is_lost = False
         self._started = self._loop.create_task(self._start(host, own_network=own_network))
 
@@ -70,12 +69,9 @@ class Spawner:
         prelude = plan_spawner(
             is_unprivileged=not host.has_id_ranges, uid=host.uid, gid=host.gid, own_network=own_network
         )
-        self._waiting[0] = self._loop.create_future()
-        await self._send(SPAWN.pack(0, 0, -1, 0, 0, 0, 0, len(prelude)) + encode_operations(prelude), [])
-        born = await self._waiting[0]
-        self._waiting.pop(0)
-        if born.pid != len(prelude):
-            problem = f"{prelude[born.pid]}: {os.strerror(-born.pidfd)}"
+        done = await self._carry_out(prelude, [])
+        if done.error:
+            problem = f"{prelude[done.num_steps]}: {os.strerror(done.error)}"
             raise Unsupported(f"this machine does not let cells be made: {problem}")
 
     @property
@@ -95,17 +91,29 @@ class Spawner:
         await self._send(data, descriptors)
         return born
 
+    async def carry_out(self, operations: Sequence[Operation], descriptors: Sequence[int] = ()) -> int:
+        """Have it take steps itself, for all of its cells; what one of them gave, or -1. `OSError` for one that fails."""
+        done = await self._carry_out(operations, descriptors)
+        if done.error:
+            if done.descriptor >= 0:
+                os.close(done.descriptor)
+            raise OSError(done.error, f"{operations[done.num_steps]}: {os.strerror(done.error)}")
+        return done.descriptor
+
     async def socket_in(self, process: int, port: int, *, max_waiting: int = 0, is_ipv6: bool = False) -> socket.socket:
         """A socket of the network that a process is in, named by its pidfd; the process never holds it.
 
         It listens at a port of the loopback, or, with nobody who may wait there, it is connected to it or on its way.
         Raises `OSError`.
         """
-        identity = next(self._socket_numbers)
         operation = Operation(Code.SOCKET, a=port | (is_ipv6 << 16), b=max_waiting)
-        order = SPAWN.pack(identity, 0, -1, 0, 0, 0, 0, 1) + encode_operations([operation])
-        made = await (await self.order(identity, order, [process]))
-        return socket.socket(fileno=made.pidfd)
+        return socket.socket(fileno=await self.carry_out([operation], [process]))
+
+    async def _carry_out(self, operations: Sequence[Operation], descriptors: Sequence[int]) -> "_Done":
+        done: asyncio.Future[_Done] = self._loop.create_future()
+        order = SPAWN.pack(0, 0, -1, 0, 0, 0, 0, 0, len(operations)) + encode_operations(operations)
+        await self._send(order, descriptors, expected=done)
+        return await done
 
     async def close(self) -> None:
         """End it, and with it what is left of its cells."""
@@ -116,13 +124,18 @@ class Spawner:
             process, self._process = self._process, None
             await asyncio.to_thread(_end, process)
 
-    async def _send(self, data: bytes, descriptors: Sequence[int]) -> None:
+    async def _send(
+        self, data: bytes, descriptors: Sequence[int], expected: "asyncio.Future[_Done] | None" = None
+    ) -> None:
+        """expected: what is told of an order for the spawner itself; the answers come in the order of the questions."""
         async with self._sending:
             while True:
                 if self._socket is None:
                     raise SandboxError("the spawner of cells is gone")
                 try:
                     socket.send_fds(self._socket, [data], descriptors)
+                    if expected is not None:
+                        self._own.append(expected)
                     return
                 except BlockingIOError:
                     await until_ready(self._socket.fileno(), self._loop.add_writer, self._loop.remove_writer)
@@ -141,17 +154,24 @@ class Spawner:
             self._lose()
             return
         identity, pid, error = SPAWNED.unpack(data)
+        if identity == 0:
+            self._hear_own(_Done(pid, error, descriptors[0] if descriptors else -1))
+            return
         waiting = self._waiting.get(identity)
         if waiting is None or waiting.done():  # cancelled: it ends by itself, as nobody has its socket
             for descriptor in descriptors:
                 os.close(descriptor)
-        elif identity == 0:
-            waiting.set_result(Born(pid, -error))
         elif descriptors:
             waiting.set_result(Born(pid, descriptors[0]))
         else:
-            what = "clone a cell" if identity < FIRST_SOCKET else "make a socket in it"
-            waiting.set_exception(OSError(error, f"the kernel does not {what}: {os.strerror(error)}"))
+            waiting.set_exception(OSError(error, f"the kernel does not clone a cell: {os.strerror(error)}"))
+
+    def _hear_own(self, done: "_Done") -> None:
+        expected = self._own.popleft()
+        if not expected.done():
+            expected.set_result(done)
+        elif done.descriptor >= 0:
+            os.close(done.descriptor)
 
     def _lose(self) -> None:
         self._is_lost = True
@@ -159,10 +179,20 @@ class Spawner:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
             self._socket = None
-        for waiting in list(self._waiting.values()):
+        expected: list[asyncio.Future[Born] | asyncio.Future[_Done]] = [*self._waiting.values(), *self._own]
+        for waiting in expected:
             if not waiting.done():
                 waiting.set_exception(SandboxError("the spawner of cells is gone"))
                 waiting.exception()
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What came of an order for the spawner itself: the steps taken, what stopped it there, a descriptor it gave."""
+
+    num_steps: int
+    error: int
+    descriptor: int
 
 
 def _sealed(name: str, content: bytes) -> int:

@@ -7,6 +7,8 @@ import msgspec
 
 from hone.schema.sandbox_network import parse_rules
 
+MAX_ROLLOUT = 256
+
 
 class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a sandbox shall be.
@@ -16,7 +18,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     the host's; or with "allow" the hosts that `allow` lists, through a proxy: "pypi.org", "*.example.org:8443" (see
     `hone.schema.sandbox_network.AllowRule`).
     ttl_seconds: the lease; when it is over, the sandbox is gone, as it is when nothing is asked of it for idle_seconds.
-    env: variables of every program in it.
+    env: variables of every program in it. rollout: what it is for, as spans and accounts of its node tell.
     """
 
     image: str = "python"
@@ -28,6 +30,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     ttl_seconds: float = 600.0
     idle_seconds: float | None = None
     env: dict[str, str] = {}
+    rollout: str = ""
     allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -36,6 +39,10 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
                 raise ValueError(f"{name} {getattr(self, name)} of a sandbox is not positive")
         if self.idle_seconds is not None and not self.idle_seconds > 0:
             raise ValueError(f"idle_seconds {self.idle_seconds} of a sandbox is not positive; None is without")
+        if len(self.rollout) > MAX_ROLLOUT:
+            raise ValueError(
+                f"the rollout of a sandbox is named by {len(self.rollout)} characters; {MAX_ROLLOUT} may be"
+            )
         if bool(self.allow) != (self.network == "allow"):
             advice = "name hosts, or take network='none'" if not self.allow else "take network='allow' with it"
             raise ValueError(
@@ -135,8 +142,26 @@ class PythonResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is_over: bool = False
 
 
+class SandboxUsage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a sandbox has used so far, or used in all when it is over.
+
+    cpu_seconds: of all of its processes, or where no cgroup of version 2 counts, of its programs that have ended.
+    memory_bytes: now, its files included. peak_memory_bytes: the most of that, or what its largest program used where no
+    cgroup counts. num_processes: alive now, threads included. disk_bytes: written and not removed. output_bytes: read from
+    its programs' streams. num_calls: that clients made. None where nobody counts.
+    """
+
+    cpu_seconds: float = 0.0
+    memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    num_processes: int | None = None
+    disk_bytes: int = 0
+    output_bytes: int = 0
+    num_calls: int = 0
+
+
 class SandboxStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A sandbox as its node sees it. stage: queued, starting or ready. memory_bytes: None where nobody counts."""
+    """A sandbox as its node sees it. stage: queued, starting or ready."""
 
     sandbox_id: str
     owner: str
@@ -144,5 +169,4 @@ class SandboxStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     image: str
     age_seconds: float
     seconds_left: float
-    num_calls: int
-    memory_bytes: int | None
+    usage: SandboxUsage
