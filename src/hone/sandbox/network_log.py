@@ -8,19 +8,16 @@ import msgspec
 from hone.schema.sandbox_network import NetworkRecord, Verdict
 
 MAX_LOG_BYTES = 64 << 20
-TROUBLE = frozenset({Verdict.UNREACHABLE, Verdict.TIMEOUT})
 
 
 class NetworkLog:
     """`network.jsonl` in a folder, and `network.1.jsonl` with what was there before it grew too long.
 
-    A line that cannot be written (a full disk) is counted and otherwise given up: no sandbox waits for it.
+    counts: requests by what became of them. A line that cannot be written (a full disk) is counted and otherwise given up: no sandbox waits for it.
     """
 
     def __init__(self, folder: Path | None, max_bytes: int = MAX_LOG_BYTES) -> None:
-        self.num_requests = 0
-        self.num_denied = 0
-        self.num_failed = 0
+        self.counts = dict.fromkeys(Verdict, 0)
         self.num_unwritten = 0
         self.bytes_up = 0
         self.bytes_down = 0
@@ -31,9 +28,7 @@ class NetworkLog:
 
     def add(self, record: NetworkRecord) -> None:
         """A request is over."""
-        self.num_requests += 1
-        self.num_failed += record.verdict in TROUBLE
-        self.num_denied += record.verdict not in TROUBLE and record.verdict is not Verdict.ALLOWED
+        self.counts[record.verdict] += 1
         self.bytes_up += record.bytes_up
         self.bytes_down += record.bytes_down
         try:

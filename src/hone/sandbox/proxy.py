@@ -13,7 +13,7 @@ from hone.sandbox.exchange import END_OF_HEAD, Meter, Peer, Refused, exchange, t
 from hone.sandbox.http1 import MAX_HEAD_BYTES, BadMessage, Request, parse_request, refusal
 from hone.sandbox.network_log import NetworkLog
 from hone.sandbox.upstream import Connector, Resolver, Upstream
-from hone.schema.sandbox_network import DEFAULT_PORTS, NetworkRecord, Verdict, parse_rules
+from hone.schema.sandbox_network import DEFAULT_PORTS, DENIALS, NetworkRecord, Verdict, parse_rules
 
 HEAD_SECONDS = 10.0
 SOCKET_BYTES = 128 << 10
@@ -42,15 +42,14 @@ class Gate:
 
     def statistics(self) -> dict[str, float]:
         """Numbers to watch."""
-        log = self.log
+        counts = self.log.counts
         return {
             "sandbox/network_connections": self.num_connections,
-            "sandbox/network_requests": log.num_requests,
-            "sandbox/network_denied": log.num_denied,
-            "sandbox/network_failed": log.num_failed,
-            "sandbox/network_unwritten": log.num_unwritten,
-            "sandbox/network_bytes_up": log.bytes_up,
-            "sandbox/network_bytes_down": log.bytes_down,
+            "sandbox/network_requests": sum(counts.values()),
+            "sandbox/network_denied": sum(counts[verdict] for verdict in DENIALS),
+            "sandbox/network_bytes_up": self.log.bytes_up,
+            "sandbox/network_bytes_down": self.log.bytes_down,
+            "sandbox/network_unwritten": self.log.num_unwritten,
         }
 
     def close(self) -> None:

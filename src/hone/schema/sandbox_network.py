@@ -79,6 +79,9 @@ class Verdict(StrEnum):
     """The sandbox, or the node, has as many connections, or has carried as many bytes, as it may."""
 
 
+DENIALS = frozenset({Verdict.NO_RULE, Verdict.BAD_ADDRESS, Verdict.BAD_NAME, Verdict.BAD_REQUEST})
+
+
 class NetworkRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One request of a sandbox to its proxy. What was asked of the host, and what was said, is not recorded.
 
