@@ -9,16 +9,21 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from hone.sandbox.beneath import LimitExceeded
+from hone.sandbox.code import CodeResult, ToolchainMissing, run_code
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
+from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.node import Node
 from hone.sandbox.remote import RemoteNode
 from hone.schema.sandbox_network import NetworkRecord, Verdict
 from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxUsage
 
 __all__ = [
+    "LANGUAGES",
     "Busy",
+    "CodeResult",
     "ExecResult",
     "FileEntry",
+    "Language",
     "LimitExceeded",
     "NetworkRecord",
     "Outcome",
@@ -28,9 +33,11 @@ __all__ = [
     "SandboxError",
     "SandboxSpec",
     "SandboxUsage",
+    "ToolchainMissing",
     "Unsupported",
     "Verdict",
     "embedded_node",
+    "run_code",
 ]
 
 
