@@ -22,6 +22,7 @@ class Feature(StrEnum):
     IMAGES = "images other than this machine's own"
     LOOPBACK = 'network="none", a loopback of its own'
     HOST_NETWORK = 'network="host"'
+    PORTS = "an allow-list of hosts, and published ports"
     DISK_SUM = "disk_mb as the limit of all its files together"
     MOVED_BINDS = "folders of the host at other paths"
     ZYGOTE = "a warm Python that is ready at once; others start their own python3 for it"
