@@ -27,6 +27,11 @@ async def silent(rollout, endpoint):
     return None
 
 
+class Duel(MultiAgent):
+    async def play(self, rollout, seats):
+        return None
+
+
 KINDS = {
     "tools": lambda **common: ToolUse(tools=[], **common),
     "sandbox": SandboxToolUse,
@@ -63,4 +68,4 @@ def test_a_kind_names_the_argument_that_it_does_not_know(kind):
 
 def test_several_agents_in_an_environment_take_no_other_arguments_either():
     with pytest.raises(TypeError, match="max_turn'"):
-        MultiAgent(agents=[], name="quiz", rubric=Rubric([exact]), train=[TASK], max_turn=3)
+        Duel(agents=[], name="quiz", rubric=Rubric([exact]), train=[TASK], max_turn=3)
