@@ -25,8 +25,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "guardian.h"
 #include "confine.h"
+#include "guardian.h"
 #include "messages.h"
 #include "protocol.h"
 
