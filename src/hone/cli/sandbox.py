@@ -152,7 +152,7 @@ def list_sandboxes(node: Address = "") -> None:
 async def _listed(address: str) -> "Table":
     from rich.table import Table
 
-    client = await _connected(address)
+    client = await connected(address)
     try:
         table = Table("sandbox", "owner", "stage", "image", "age", "left", "calls", "memory")
         for one in await client.sandboxes():
@@ -178,7 +178,7 @@ async def _stats(address: str, watch: bool) -> None:
 
     from hone.cli.listing import print_table
 
-    client = await _connected(address)
+    client = await connected(address)
     try:
         while True:
             table = Table("metric", "value")
@@ -263,7 +263,7 @@ async def _bench(rounds: int) -> dict[str, float]:
     return {what: statistics.median(values) for what, values in times.items()}
 
 
-async def _connected(address: str) -> "RemoteNode":
+async def connected(address: str) -> "RemoteNode":
     from hone.sandbox.client import SandboxError
     from hone.sandbox.remote import RemoteNode
 

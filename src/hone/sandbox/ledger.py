@@ -1,0 +1,222 @@
+"""What a gateway knows of the sandboxes behind it: how much each owner has, and which node a key is bound to.
+
+Kept from what passes through, put right by the nodes' reports. Nothing is looked up here on the way to a sandbox: its
+id says where it is.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hone.schema.sandbox_nodes import Leased
+from hone.schema.sandboxes import SandboxSpec
+
+HEARD_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class Totals:
+    """What an owner has, with what it has asked for."""
+
+    num_sandboxes: int = 0
+    memory_mb: int = 0
+    cpus: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A sandbox, or the wish for one. prefix: of the node that has it, or may have it. told: when its id came; None before.
+
+    is_uncertain: nobody waits for the node's answer any more; its next report will tell. is_gone: it counts no more.
+    """
+
+    owner: str
+    key: str
+    memory_mb: int
+    cpus: float
+    prefix: str = ""
+    sandbox_id: str = ""
+    told: float | None = None
+    is_uncertain: bool = False
+    is_gone: bool = False
+
+
+@dataclass(slots=True)
+class _Lost:
+    """A node that is gone, as far as one can see: what it had may live on there until a time."""
+
+    until: float
+    keys: set[tuple[str, str]] = field(default_factory=set)
+    owners: dict[str, str] = field(default_factory=dict)
+    unwanted: set[str] = field(default_factory=set)
+
+
+class Ledger:
+    """Entries by key and by sandbox. fence_seconds: so long after its loss may a node still have what it had."""
+
+    def __init__(self, fence_seconds: float) -> None:
+        self._fence_seconds = fence_seconds
+        self._totals: dict[str, Totals] = {}
+        self._by_id: dict[str, Entry] = {}
+        self._by_key: dict[tuple[str, str], Entry] = {}
+        self._uncertain: set[Entry] = set()
+        self._num_at: dict[str, Totals] = {}
+        self._ended: dict[str, set[str]] = {}
+        self._lost: dict[str, _Lost] = {}
+        self._missed: set[str] = set()
+
+    def totals(self, owner: str) -> Totals:
+        """What an owner has at once."""
+        return self._totals.get(owner, Totals())
+
+    def at(self, prefix: str) -> Totals:
+        """What is promised at a node."""
+        return self._num_at.get(prefix, Totals())
+
+    def prefixes_of(self, owner: str) -> set[str]:
+        """The nodes that have sandboxes of an owner."""
+        return {entry.prefix for entry in self._by_id.values() if entry.owner == owner}
+
+    def find(self, owner: str, key: str) -> Entry | None:
+        """What a key stands for, if it is bound."""
+        return self._by_key.get((owner, key)) if key else None
+
+    def fenced_seconds(self, owner: str, key: str, now: float) -> float:
+        """How long a lost node may still have the sandbox of a key; 0 if there is none such."""
+        for prefix in [prefix for prefix, lost in self._lost.items() if lost.until <= now]:
+            del self._lost[prefix]
+        return max((lost.until - now for lost in self._lost.values() if (owner, key) in lost.keys), default=0.0)
+
+    def begin(self, owner: str, key: str, spec: SandboxSpec) -> Entry:
+        """Somebody wants a sandbox. Its key must not be bound."""
+        assert self.find(owner, key) is None
+        entry = Entry(owner, key, spec.memory_mb, spec.cpus)
+        if key:
+            self._by_key[owner, key] = entry
+        self._count(entry, 1)
+        return entry
+
+    def send(self, entry: Entry, prefix: str) -> None:
+        """A node is asked for it."""
+        self._count(entry, -1)
+        entry.prefix = prefix
+        self._count(entry, 1)
+
+    def confirm(self, entry: Entry, sandbox_id: str, now: float) -> None:
+        """The node has it."""
+        if entry.is_gone:  # it had been, and was asked for again
+            entry.is_gone = False
+            self._count(entry, 1)
+            if entry.key:
+                self._by_key.setdefault((entry.owner, entry.key), entry)
+        elif entry.sandbox_id == sandbox_id:
+            return
+        if entry.sandbox_id and self._by_id.get(entry.sandbox_id) is entry:
+            del self._by_id[entry.sandbox_id]
+        if (known := self._by_id.get(sandbox_id)) is not None and known is not entry:
+            self.drop(known)  # a report was faster
+            if entry.key:
+                self._by_key[entry.owner, entry.key] = entry
+        entry.sandbox_id, entry.told = sandbox_id, now
+        self._by_id[sandbox_id] = entry
+
+    def doubt(self, entry: Entry, now: float) -> None:
+        """Nobody will hear the node's answer. A report that is asked for when it must have heard tells what became of it."""
+        entry.told, entry.is_uncertain = now + HEARD_SECONDS, True
+        self._uncertain.add(entry)
+
+    def drop(self, entry: Entry) -> None:
+        """There is no such sandbox. Harmless when repeated."""
+        if entry.is_gone:
+            return
+        entry.is_gone = True
+        if entry.sandbox_id and self._by_id.get(entry.sandbox_id) is entry:
+            del self._by_id[entry.sandbox_id]
+        if entry.key and self._by_key.get((entry.owner, entry.key)) is entry:
+            del self._by_key[entry.owner, entry.key]
+        self._uncertain.discard(entry)
+        self._count(entry, -1)
+
+    def end(self, sandbox_id: str, owner: str) -> None:
+        """An owner's sandbox is no more."""
+        if (entry := self._by_id.get(sandbox_id)) is not None and entry.owner == owner:
+            self._ended.setdefault(entry.prefix, set()).add(sandbox_id)
+            self.drop(entry)
+
+    def take_report(self, prefix: str, asked: float, sandboxes: Iterable[Leased]) -> list[str]:
+        """A node has told what it has; asked: when it was asked to. Which of that it shall end."""
+        told = {one.sandbox_id: one for one in sandboxes}
+        ended = self._ended.pop(prefix, set())
+        lost = self._lost.pop(prefix, None)
+        was_missed = prefix in self._missed
+        self._missed.discard(prefix)
+        unwanted = [one for one in told if lost is not None and one in lost.unwanted]
+        for entry in [one for one in self._by_id.values() if one.prefix == prefix and one.sandbox_id not in told]:
+            if entry.told is not None and entry.told < asked:
+                self.drop(entry)
+        bound = {(one.owner, one.key) for one in told.values() if one.key}
+        for entry in [one for one in self._uncertain if one.prefix == prefix]:
+            if entry.told is not None and entry.told < asked and (entry.owner, entry.key) not in bound:
+                self.drop(entry)
+        for sandbox_id, one in told.items():
+            if sandbox_id in self._by_id or sandbox_id in ended or sandbox_id in unwanted:
+                continue
+            if was_missed and (known := self.find(one.owner, one.key)) is not None and known.prefix != prefix:
+                unwanted.append(sandbox_id)  # its key stands for another one meanwhile
+            else:
+                self._adopt(prefix, one, asked)
+        return unwanted
+
+    def lose(self, prefix: str, now: float) -> None:
+        """A node is gone, as far as one can see. Its sandboxes count no more, but their keys stay bound for a while."""
+        lost = self._lost[prefix] = _Lost(now + self._fence_seconds)
+        self._missed.add(prefix)
+        for entry in [*self._by_id.values(), *self._uncertain]:
+            if entry.prefix == prefix:
+                if entry.key:
+                    lost.keys.add((entry.owner, entry.key))
+                if entry.sandbox_id:
+                    lost.owners[entry.sandbox_id] = entry.owner
+                self.drop(entry)
+        self._ended.pop(prefix, None)
+
+    def lose_wish(self, entry: Entry, now: float) -> None:
+        """A node was lost before it answered: it may have the sandbox."""
+        self.drop(entry)
+        if entry.key:
+            lost = self._lost.setdefault(entry.prefix, _Lost(now + self._fence_seconds))
+            lost.keys.add((entry.owner, entry.key))
+
+    def unwant(self, prefix: str, sandbox_id: str, owner: str) -> None:
+        """An owner does not want its sandbox of a lost node any more: it shall end if the node comes back."""
+        lost = self._lost.get(prefix)
+        if lost is not None and lost.owners.get(sandbox_id) == owner:
+            lost.unwanted.add(sandbox_id)
+
+    def bury(self, prefix: str) -> None:
+        """A lost node is dead for certain, and all that it had."""
+        self._lost.pop(prefix, None)
+        self._missed.discard(prefix)
+
+    def _adopt(self, prefix: str, one: Leased, asked: float) -> None:
+        """A sandbox came to light: of another gateway, of one before this, or of an answer that is not here yet."""
+        known = self.find(one.owner, one.key)
+        if known is not None and known.prefix == prefix and not known.sandbox_id:
+            if known.is_uncertain:
+                known.is_uncertain = False
+                self._uncertain.discard(known)
+                self.confirm(known, one.sandbox_id, asked)
+            return
+        entry = Entry(one.owner, one.key, one.memory_mb, one.cpus, prefix, one.sandbox_id, asked)
+        self._by_id[one.sandbox_id] = entry
+        if one.key:
+            self._by_key.setdefault((one.owner, one.key), entry)
+        self._count(entry, 1)
+
+    def _count(self, entry: Entry, sign: int) -> None:
+        for totals, name in ((self._totals, entry.owner), (self._num_at, entry.prefix)):
+            one = totals.setdefault(name, Totals())
+            one.num_sandboxes += sign
+            one.memory_mb += sign * entry.memory_mb
+            one.cpus += sign * entry.cpus
+            if not one.num_sandboxes:
+                del totals[name]
