@@ -60,54 +60,56 @@ class Creates:
 
     def hear(self, creating: Creating, frame: bytes) -> None:
         """The node has answered: it is over, unless another node can be asked."""
-        entry = creating.entry
+        entry, ledger = creating.entry, self._gateway.ledger
         assert entry is not None
         answer = msgspec.msgpack.decode(memoryview(frame)[4:], type=calls.Done | calls.Failed)
         if isinstance(answer, calls.Done):
-            self._gateway.ledger.confirm(entry, msgspec.msgpack.decode(answer.result, type=str), time.monotonic())
-        elif answer.kind == "busy":
-            busy = Busy("", answer.number)
-            busy.args = (answer.message,)
-            creating.refusals.append(busy)
-            creating.front.creates[creating.call] = creating
-            if not creating.is_repeated:
-                self._try_next(creating)
+            ledger.confirm(entry, msgspec.msgpack.decode(answer.result, type=str), time.monotonic())
+        else:
+            is_busy = answer.kind == "busy"
+            ledger.refuse(entry, is_absent=is_busy)  # what it has, it gives, busy or not
+            if is_busy:
+                self._go_on(creating, entry, answer)
                 return
-            self._gateway.ledger.drop(entry)  # it has no such sandbox, or it would have said so
-            creating.is_repeated = False
-            self._place(creating)
-            self._settle(entry)
-            return
-        elif not creating.is_repeated:
-            self._gateway.ledger.drop(entry)
+            ledger.drop(entry)
         creating.front.frames.write(frame)
         self._settle(entry)
 
     def lose(self, creating: Creating, error: SandboxError) -> None:
-        """The node is lost, and with it the answer: there may be a sandbox there."""
+        """The connection to the node is lost, and with it the answer: there may be a sandbox."""
         assert creating.entry is not None
-        if not creating.is_repeated:
-            self._gateway.ledger.lose_wish(creating.entry, time.monotonic())
+        self._gateway.ledger.doubt(creating.entry, time.monotonic())
         creating.front.fail(creating.call, error)
         self._settle(creating.entry)
 
     def leave(self, creating: Creating) -> None:
         """Nobody waits for it any more."""
         entry = creating.entry
-        if entry is None:
-            return
+        assert entry is not None
         if creating in self._waiting.get(entry, []):
             self._waiting[entry].remove(creating)
             return
-        if not creating.is_repeated:
-            self._gateway.ledger.doubt(entry, time.monotonic())
+        self._gateway.ledger.doubt(entry, time.monotonic())
         self._settle(entry)
+
+    def _go_on(self, creating: Creating, entry: Entry, answer: calls.Failed) -> None:
+        busy = Busy("", answer.number)
+        busy.args = (answer.message,)
+        creating.refusals.append(busy)
+        creating.front.creates[creating.call] = creating
+        if creating.is_repeated:
+            self._gateway.ledger.drop(entry)
+            creating.is_repeated = False
+            self._place(creating)
+            self._settle(entry)
+        else:
+            self._try_next(creating)
 
     def _place(self, creating: Creating) -> None:
         gateway, owner = self._gateway, creating.front.grant.owner
         entry = gateway.ledger.find(owner, creating.key)
         creating.entry = entry
-        if entry is not None and (entry.sandbox_id or entry.is_uncertain):
+        if entry is not None and entry.is_bound:
             creating.is_repeated = True
             creating.left = [entry.prefix]
             self._try_next(creating)
@@ -138,13 +140,11 @@ class Creates:
             link = front.link(prefix := creating.left.pop(0))
             if link is None:
                 continue
-            if not creating.is_repeated:
-                self._gateway.ledger.send(entry, prefix)
+            self._gateway.ledger.ask(entry, prefix)
             front.calls[creating.call] = link
             link.write(creating.frame)
             return
-        if not creating.is_repeated:
-            self._gateway.ledger.drop(entry)
+        self._gateway.ledger.drop(entry)
         self._refuse(creating, self._why_not(creating))
         self._settle(entry)
 

@@ -24,9 +24,10 @@ class Totals:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A sandbox, or the wish for one. prefix: of the node that has it, or may have it. told: when its id came; None before.
+    """A sandbox, or the wish for one. prefix: of the node that has it, or may have it. told: when its id was.
 
-    is_uncertain: nobody waits for the node's answer any more; its next report will tell. is_gone: it counts no more.
+    num_asked: requests for it that a node has not answered. doubtful: until when a node may hear of requests that nobody
+    waits for any more; None without such. is_gone: it counts no more.
     """
 
     owner: str
@@ -35,9 +36,15 @@ class Entry:
     cpus: float
     prefix: str = ""
     sandbox_id: str = ""
-    told: float | None = None
-    is_uncertain: bool = False
+    told: float = 0.0
+    num_asked: int = 0
+    doubtful: float | None = None
     is_gone: bool = False
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it is, or may be, where it is said to be; else its place is not settled."""
+        return bool(self.sandbox_id) or self.doubtful is not None
 
 
 @dataclass(slots=True)
@@ -56,9 +63,10 @@ class Ledger:
     def __init__(self, fence_seconds: float) -> None:
         self._fence_seconds = fence_seconds
         self._totals: dict[str, Totals] = {}
+        self._entries: set[Entry] = set()
         self._by_id: dict[str, Entry] = {}
         self._by_key: dict[tuple[str, str], Entry] = {}
-        self._uncertain: set[Entry] = set()
+        self._doubtful: set[Entry] = set()
         self._num_at: dict[str, Totals] = {}
         self._ended: dict[str, set[str]] = {}
         self._lost: dict[str, _Lost] = {}
@@ -74,7 +82,7 @@ class Ledger:
 
     def prefixes_of(self, owner: str) -> set[str]:
         """The nodes that have sandboxes of an owner."""
-        return {entry.prefix for entry in self._by_id.values() if entry.owner == owner}
+        return {entry.prefix for entry in self._entries if entry.owner == owner}
 
     def find(self, owner: str, key: str) -> Entry | None:
         """What a key stands for, if it is bound."""
@@ -87,59 +95,54 @@ class Ledger:
         return max((lost.until - now for lost in self._lost.values() if (owner, key) in lost.keys), default=0.0)
 
     def begin(self, owner: str, key: str, spec: SandboxSpec) -> Entry:
-        """Somebody wants a sandbox. Its key must not be bound."""
+        """Somebody wants a sandbox. Its key must not stand for one."""
         assert self.find(owner, key) is None
         entry = Entry(owner, key, spec.memory_mb, spec.cpus)
+        self._entries.add(entry)
         if key:
             self._by_key[owner, key] = entry
         self._count(entry, 1)
         return entry
 
-    def send(self, entry: Entry, prefix: str) -> None:
-        """A node is asked for it."""
-        self._count(entry, -1)
-        entry.prefix = prefix
-        self._count(entry, 1)
+    def ask(self, entry: Entry, prefix: str) -> None:
+        """A node is asked for it; it will be `confirm`, `refuse` or `doubt`."""
+        if entry.prefix != prefix:
+            self._count(entry, -1)
+            entry.prefix = prefix
+            self._count(entry, 1)
+        entry.num_asked += 1
 
     def confirm(self, entry: Entry, sandbox_id: str, now: float) -> None:
         """The node has it."""
-        if entry.is_gone:  # it had been, and was asked for again
-            entry.is_gone = False
-            self._count(entry, 1)
-            if entry.key:
-                self._by_key.setdefault((entry.owner, entry.key), entry)
-        elif entry.sandbox_id == sandbox_id:
-            return
-        if entry.sandbox_id and self._by_id.get(entry.sandbox_id) is entry:
-            del self._by_id[entry.sandbox_id]
-        if (known := self._by_id.get(sandbox_id)) is not None and known is not entry:
-            self.drop(known)  # a report was faster
-            if entry.key:
-                self._by_key[entry.owner, entry.key] = entry
-        entry.sandbox_id, entry.told = sandbox_id, now
-        self._by_id[sandbox_id] = entry
+        entry.num_asked -= 1
+        if not entry.is_gone:
+            self._name(entry, sandbox_id, now)
+
+    def refuse(self, entry: Entry, *, is_absent: bool) -> None:
+        """The node does not give it; is_absent: because it has none. The entry stays until it is asked for elsewhere, or
+        dropped.
+        """
+        entry.num_asked -= 1
+        if is_absent:
+            self._unname(entry)
 
     def doubt(self, entry: Entry, now: float) -> None:
         """Nobody will hear the node's answer. A report that is asked for when it must have heard tells what became of it."""
-        entry.told, entry.is_uncertain = now + HEARD_SECONDS, True
-        self._uncertain.add(entry)
+        entry.num_asked -= 1
+        if not entry.is_gone:
+            entry.doubtful = now + HEARD_SECONDS
+            self._doubtful.add(entry)
 
     def drop(self, entry: Entry) -> None:
-        """There is no such sandbox. Harmless when repeated."""
-        if entry.is_gone:
-            return
-        entry.is_gone = True
-        if entry.sandbox_id and self._by_id.get(entry.sandbox_id) is entry:
-            del self._by_id[entry.sandbox_id]
-        if entry.key and self._by_key.get((entry.owner, entry.key)) is entry:
-            del self._by_key[entry.owner, entry.key]
-        self._uncertain.discard(entry)
-        self._count(entry, -1)
+        """Unless somebody else has asked for it, there is no such sandbox. Harmless when repeated."""
+        if not entry.sandbox_id and not entry.num_asked and entry.doubtful is None:
+            self._remove(entry)
 
     def end(self, sandbox_id: str, owner: str) -> None:
         """An owner's sandbox is no more."""
         if (entry := self._by_id.get(sandbox_id)) is not None and entry.owner == owner:
             self._ended.setdefault(entry.prefix, set()).add(sandbox_id)
+            self._unname(entry)
             self.drop(entry)
 
     def take_report(self, prefix: str, asked: float, sandboxes: Iterable[Leased]) -> list[str]:
@@ -150,41 +153,37 @@ class Ledger:
         was_missed = prefix in self._missed
         self._missed.discard(prefix)
         unwanted = [one for one in told if lost is not None and one in lost.unwanted]
-        for entry in [one for one in self._by_id.values() if one.prefix == prefix and one.sandbox_id not in told]:
-            if entry.told is not None and entry.told < asked:
-                self.drop(entry)
-        bound = {(one.owner, one.key) for one in told.values() if one.key}
-        for entry in [one for one in self._uncertain if one.prefix == prefix]:
-            if entry.told is not None and entry.told < asked and (entry.owner, entry.key) not in bound:
-                self.drop(entry)
+        absent = [one for one in self._by_id.values() if one.prefix == prefix and one.sandbox_id not in told]
+        for entry in absent:
+            if entry.told < asked:
+                self._unname(entry)
+        heard = [one for one in self._doubtful if one.prefix == prefix and (one.doubtful or 0.0) < asked]
+        for entry in heard:
+            entry.doubtful = None
+            self._doubtful.discard(entry)
         for sandbox_id, one in told.items():
             if sandbox_id in self._by_id or sandbox_id in ended or sandbox_id in unwanted:
                 continue
-            if was_missed and (known := self.find(one.owner, one.key)) is not None and known.prefix != prefix:
+            known = self.find(one.owner, one.key)
+            if was_missed and known is not None and known.prefix != prefix:
                 unwanted.append(sandbox_id)  # its key stands for another one meanwhile
             else:
-                self._adopt(prefix, one, asked)
+                self._adopt(prefix, one, known, asked)
+        for entry in (*absent, *heard):
+            self.drop(entry)
         return unwanted
 
     def lose(self, prefix: str, now: float) -> None:
         """A node is gone, as far as one can see. Its sandboxes count no more, but their keys stay bound for a while."""
         lost = self._lost[prefix] = _Lost(now + self._fence_seconds)
         self._missed.add(prefix)
-        for entry in [*self._by_id.values(), *self._uncertain]:
-            if entry.prefix == prefix:
-                if entry.key:
-                    lost.keys.add((entry.owner, entry.key))
-                if entry.sandbox_id:
-                    lost.owners[entry.sandbox_id] = entry.owner
-                self.drop(entry)
+        for entry in [one for one in self._entries if one.prefix == prefix]:
+            if entry.key:
+                lost.keys.add((entry.owner, entry.key))
+            if entry.sandbox_id:
+                lost.owners[entry.sandbox_id] = entry.owner
+            self._remove(entry)
         self._ended.pop(prefix, None)
-
-    def lose_wish(self, entry: Entry, now: float) -> None:
-        """A node was lost before it answered: it may have the sandbox."""
-        self.drop(entry)
-        if entry.key:
-            lost = self._lost.setdefault(entry.prefix, _Lost(now + self._fence_seconds))
-            lost.keys.add((entry.owner, entry.key))
 
     def unwant(self, prefix: str, sandbox_id: str, owner: str) -> None:
         """An owner does not want its sandbox of a lost node any more: it shall end if the node comes back."""
@@ -197,20 +196,43 @@ class Ledger:
         self._lost.pop(prefix, None)
         self._missed.discard(prefix)
 
-    def _adopt(self, prefix: str, one: Leased, asked: float) -> None:
+    def _adopt(self, prefix: str, one: Leased, known: Entry | None, asked: float) -> None:
         """A sandbox came to light: of another gateway, of one before this, or of an answer that is not here yet."""
-        known = self.find(one.owner, one.key)
-        if known is not None and known.prefix == prefix and not known.sandbox_id:
-            if known.is_uncertain:
-                known.is_uncertain = False
-                self._uncertain.discard(known)
-                self.confirm(known, one.sandbox_id, asked)
-            return
+        if known is not None and known.prefix == prefix:
+            if not known.sandbox_id:
+                self._name(known, one.sandbox_id, asked)
+            return  # or it is of an older report: a node has one for a key
         entry = Entry(one.owner, one.key, one.memory_mb, one.cpus, prefix, one.sandbox_id, asked)
+        self._entries.add(entry)
         self._by_id[one.sandbox_id] = entry
         if one.key:
             self._by_key.setdefault((one.owner, one.key), entry)
         self._count(entry, 1)
+
+    def _name(self, entry: Entry, sandbox_id: str, now: float) -> None:
+        if entry.sandbox_id == sandbox_id:
+            return
+        self._unname(entry)
+        if (known := self._by_id.get(sandbox_id)) is not None:  # a report was faster
+            self._remove(known)
+        entry.sandbox_id, entry.told = sandbox_id, now
+        self._by_id[sandbox_id] = entry
+
+    def _unname(self, entry: Entry) -> None:
+        if entry.sandbox_id:
+            del self._by_id[entry.sandbox_id]
+            entry.sandbox_id = ""
+
+    def _remove(self, entry: Entry) -> None:
+        if entry.is_gone:
+            return
+        entry.is_gone = True
+        self._entries.discard(entry)
+        self._unname(entry)
+        if entry.key and self._by_key.get((entry.owner, entry.key)) is entry:
+            del self._by_key[entry.owner, entry.key]
+        self._doubtful.discard(entry)
+        self._count(entry, -1)
 
     def _count(self, entry: Entry, sign: int) -> None:
         for totals, name in ((self._totals, entry.owner), (self._num_at, entry.prefix)):
