@@ -21,7 +21,7 @@ name = "arithmetic"
 arguments = {{ operations = "+" }}
 [rollouts]
 num_tasks = 4
-attempts = 2
+num_attempts = 2
 """
 
 

@@ -30,7 +30,7 @@ model = "shopper"
 name = "basket"
 [rollouts]
 num_tasks = 12
-attempts = 2
+num_attempts = 2
 """
 
 RECIPE = """

@@ -103,7 +103,7 @@ def test_an_evaluation_that_was_made_as_asked_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"num_tasks": 2, "attempts": 2}, {"num_tasks": 3}, {"sampling": {"temperature": 0.5}}],
+    [{"num_tasks": 2, "num_attempts": 2}, {"num_tasks": 3}, {"sampling": {"temperature": 0.5}}],
     ids=["attempts", "tasks", "sampling"],
 )
 def test_an_evaluation_that_was_made_otherwise_is_made_again(tmp_path: Path, changed: dict[str, object]) -> None:

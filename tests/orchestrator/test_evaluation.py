@@ -61,7 +61,7 @@ def key(request):
 
 
 def test_no_more_rollouts_run_than_allowed():
-    plan = evaluation(attempts=2, max_concurrent=3)
+    plan = evaluation(num_attempts=2, max_concurrent=3)
     first = plan.start()
     assert len(first) == 3
     assert plan.start() == []
@@ -104,7 +104,7 @@ async def test_it_scores_what_an_evaluation_outside_of_training_scores():
 
     tasks = [Task((user(f"say {n % 4}"),), str(n % 4)) for n in range(8)]
     environment = SingleTurn(name="e", version="1", rubric=Rubric([exact]), train=[], held_out=tasks)
-    section = EvaluationSection(num_tasks=6, attempts=4, max_concurrent=3)
+    section = EvaluationSection(num_tasks=6, num_attempts=4, max_concurrent=3)
     sampler = ScriptedSampler(lambda branch: str(len(sampler.calls) % 3))
     plan = Evaluation(0, {"e": environment}, section, run_seed=0, retries=Retries({}))
     traces = []
@@ -152,7 +152,7 @@ def test_an_evaluation_in_which_everything_failed_reaches_no_goal():
 
 @pytest.mark.parametrize("attempts", [1, 3])
 def test_each_task_is_attempted_so_often(attempts):
-    assert len({key(request) for request in evaluation(attempts=attempts).start()}) == 2 * attempts
+    assert len({key(request) for request in evaluation(num_attempts=attempts).start()}) == 2 * attempts
 
 
 class Broken(Environment):
@@ -166,7 +166,7 @@ class Broken(Environment):
 
 
 def test_code_of_an_environment_that_raises_costs_its_rollouts_and_not_the_evaluation():
-    plan = Evaluation(7, {"e": Broken()}, EvaluationSection(num_tasks=2, attempts=2), run_seed=0, retries=RETRIES)
+    plan = Evaluation(7, {"e": Broken()}, EvaluationSection(num_tasks=2, num_attempts=2), run_seed=0, retries=RETRIES)
     started = plan.start()
     assert len(started) == 2
     for request in started:
@@ -183,7 +183,7 @@ def test_rollouts_are_counted_under_the_name_of_the_recipe():
 
 
 def test_attempts_that_are_scored_together_are_one_request():
-    under_way = evaluation(Together, attempts=3, max_concurrent=5)
+    under_way = evaluation(Together, num_attempts=3, max_concurrent=5)
     [first] = under_way.start()
     assert first.attempts == [0, 1, 2]
     assert under_way.environment_of((first.group, 2)) == "e"
@@ -196,6 +196,6 @@ def test_attempts_that_are_scored_together_are_one_request():
 
 
 def test_a_group_larger_than_what_may_run_at_once_runs_alone():
-    under_way = evaluation(Together, attempts=3, max_concurrent=2)
+    under_way = evaluation(Together, num_attempts=3, max_concurrent=2)
     assert [request.attempts for request in under_way.start()] == [[0, 1, 2]]
     assert under_way.start() == []

@@ -163,7 +163,7 @@ async def test_an_environment_that_always_raises_ends_the_run_with_what_it_said(
 
 
 async def test_evaluations_are_interleaved_and_the_last_version_is_evaluated(make_run):
-    run = make_run({"num_steps": 5}, evaluation={"every": 2, "num_tasks": 3, "attempts": 2, "max_concurrent": 2})
+    run = make_run({"num_steps": 5}, evaluation={"every": 2, "num_tasks": 3, "num_attempts": 2, "max_concurrent": 2})
     async with run.world(seconds=0.05) as (_, worker, _):
         await finish(run)
         groups = {request.group for request in worker.requests if request.group.startswith("eval-000005")}
@@ -205,7 +205,7 @@ WHOLE = {(False, (0, 1, 2, 3)), (True, (0, 1, 2))}
 
 
 async def test_groups_that_are_scored_together_go_to_one_worker_whole_also_after_a_death(make_run):
-    run = make_together(make_run, {"num_steps": 6}, evaluation={"every": 3, "num_tasks": 2, "attempts": 3})
+    run = make_together(make_run, {"num_steps": 6}, evaluation={"every": 3, "num_tasks": 2, "num_attempts": 3})
     async with run.world() as (engine, worker, trainer):
         worker.seconds = lambda dice: dice.random() * 0.03  # the answers of a group come apart
         async with type(worker)(run.addresses.workers, engine, name="worker-1") as other, asyncio.TaskGroup() as group:
@@ -225,7 +225,7 @@ async def test_groups_that_are_scored_together_go_to_one_worker_whole_also_after
 
 
 async def test_a_group_scored_without_its_failed_rollouts_does_not_try_them_again(make_run):
-    run = make_together(make_run, evaluation={"every": 2, "num_tasks": 2, "attempts": 3})
+    run = make_together(make_run, evaluation={"every": 2, "num_tasks": 2, "num_attempts": 3})
     async with run.world() as (_, worker, trainer):
         worker.outcome = lambda request, attempt: failed(request, attempt) if attempt == 1 else None
         await finish(run)
@@ -240,7 +240,7 @@ async def test_a_group_scored_without_its_failed_rollouts_does_not_try_them_agai
 
 
 async def test_a_group_with_too_few_valid_rollouts_runs_again_whole(make_run):
-    run = make_together(make_run, evaluation={"every": 2, "num_tasks": 2, "attempts": 3})
+    run = make_together(make_run, evaluation={"every": 2, "num_tasks": 2, "num_attempts": 3})
     async with run.world() as (_, worker, trainer):
 
         def at_first_all_but_one(request, attempt):

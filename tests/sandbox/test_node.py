@@ -22,6 +22,8 @@ from hone.schema.sandbox_calls import Destroy
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
 SMALL = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)
+MARK = f"{os.getpid()}.876543"
+"""How long programs sleep, so that they are told from those of other tests that run at the same time."""
 
 
 @pytest.fixture
@@ -285,8 +287,8 @@ async def test_a_killed_node_leaves_nothing_and_the_next_one_knows_what_was_lost
     boxes = [Sandbox(spec=SMALL, node=f"unix:{tmp_path}/socket") for _ in range(3)]
     for box in boxes:
         await box.open()
-        await box.exec(["sh", "-c", "sleep 876543 & setsid sleep 876543 &"])
-    call = asyncio.create_task(boxes[0].exec(["sleep", "876543"]))
+        await box.exec(["sh", "-c", f"sleep {MARK} & setsid sleep {MARK} &"])
+    call = asyncio.create_task(boxes[0].exec(["sleep", MARK]))
     await asyncio.sleep(0.1)
     node.kill()
     with pytest.raises(SandboxError) as error:
@@ -294,7 +296,7 @@ async def test_a_killed_node_leaves_nothing_and_the_next_one_knows_what_was_lost
     assert error.value.outcome is Outcome.NODE_LOST
     await asyncio.to_thread(node.wait)
     node.stdout.close()
-    await until_none("876543")
+    await until_none(MARK)
     again = serve(tmp_path)
     assert await asyncio.to_thread(again.stdout.readline) == "3\n"
     assert cgroups_of([node.pid]) == []
@@ -318,13 +320,13 @@ def _commands():
             continue
 
 
-EMBEDDED = """
+EMBEDDED = f"""
 import asyncio
 from hone.sandbox.client import Sandbox
 async def one():
     while True:
         async with Sandbox(memory_mb=64, disk_mb=16) as box:
-            await box.exec(["sh", "-c", "setsid sleep 765432 & sleep 0.01"])
+            await box.exec(["sh", "-c", "setsid sleep {MARK} & sleep 0.01"])
             print("x", flush=True)
 async def main():
     await asyncio.gather(*(one() for _ in range(4)))
@@ -344,7 +346,7 @@ async def test_a_process_that_is_killed_at_any_moment_leaves_nothing_after_the_n
         await asyncio.to_thread(program.wait)
         program.stdout.close()
         pids.append(program.pid)
-    await until_none("765432")
+    await until_none(MARK)
     async with asyncio.timeout(20), Cells():  # sweeps
         pass
     assert not cgroups_of(pids)

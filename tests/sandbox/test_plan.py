@@ -55,13 +55,14 @@ def test_layers_belong_to_the_cells_ids_where_it_has_a_range() -> None:
     layered = Image(layers=("/images/a", "/images/b"))
     assert plan_cell(SandboxSpec(), layered, GRANTS).layers == ("/images/a", "/images/b")
     alone = Grants(uid=5, gid=5, num_ids=1, cores=frozenset({0}))
-    assert plan_cell(SandboxSpec(), layered, alone).layers == ()
+    assert plan_cell(SandboxSpec(), layered, GRANTS).maps_layers
+    assert not plan_cell(SandboxSpec(), layered, alone).maps_layers
 
 
 def test_an_order_can_be_read_back() -> None:
     plan = plan_cell(SandboxSpec(), IMAGE, GRANTS)
     order = plan.encode(7, cgroup=2)
-    identity, namespaces, cgroup, uids, gids, _, layers, steps = SPAWN.unpack_from(order)
+    identity, namespaces, cgroup, uids, gids, _, layers, _, steps = SPAWN.unpack_from(order)
     assert (identity, namespaces, cgroup, steps) == (7, plan.namespaces, 2, len(plan.operations))
     position = SPAWN.size + uids + gids + layers
     for operation in plan.operations:

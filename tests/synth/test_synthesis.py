@@ -34,7 +34,7 @@ def settings_of(tmp_path, *, name="arithmetic", target="http://nowhere", model="
         "synthesis": {"folder": str(tmp_path)},
         "teacher": {"target": target} | ({"model": model} if model else {}),
         "environments": [{"name": name}],
-        "rollouts": {"num_tasks": 6, "attempts": 2, "max_concurrent": 4},
+        "rollouts": {"num_tasks": 6, "num_attempts": 2, "max_concurrent": 4},
         "decontamination": {"held_out_tasks": 50},
     }
     for section, values in sections.items():
@@ -117,7 +117,7 @@ async def test_a_finished_synthesis_is_selected_anew_without_a_rollout(tmp_path)
 async def test_more_attempts_add_to_what_is_there_and_fewer_tasks_leave_the_others_out(tmp_path):
     await synthesise(settings_of(tmp_path), ScriptedSampler(solve))
     sampler = ScriptedSampler(solve)
-    await synthesise(settings_of(tmp_path, rollouts={"attempts": 3}), sampler)
+    await synthesise(settings_of(tmp_path, rollouts={"num_attempts": 3}), sampler)
     assert len(sampler.calls) == 6
     made = await synthesise(settings_of(tmp_path, rollouts={"num_tasks": 2}), sampler)
     assert len(sampler.calls) == 6
@@ -193,7 +193,7 @@ async def test_held_out_tasks_and_files_are_kept_out(tmp_path):
 
 
 async def test_gold_answers_are_a_teacher_too(tmp_path):
-    made = await synthesise(settings_of(tmp_path, target="gold", model=None, rollouts={"attempts": 1}), None)
+    made = await synthesise(settings_of(tmp_path, target="gold", model=None, rollouts={"num_attempts": 1}), None)
     assert made.num_kept == 6
     assert {row["teacher"] for row in rows_in(made)} == {"gold"}
 
@@ -272,7 +272,7 @@ async def test_reasoning_is_written(tmp_path):
         ({"teacher": {"target": "http://x", "model": None}}, "teacher.model is missing"),
         ({"teacher": {"target": "gold"}}, "have an effect with an http address only"),
         ({"rollouts": {"num_tasks": 0}}, "rollouts.num_tasks = 0"),
-        ({"keep": {"max_per_task": 3}}, "keep.max_per_task 3 is more than rollouts.attempts 2"),
+        ({"keep": {"max_per_task": 3}}, "keep.max_per_task 3 is more than rollouts.num_attempts 2"),
         ({"keep": {"near_duplicate": 0.5}}, "did you mean near_duplicates"),
         ({"output": {"formats": []}}, "output.formats is empty"),
         ({"output": {"formats": ["csv"]}}, "output.formats.0"),

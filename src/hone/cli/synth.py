@@ -54,7 +54,7 @@ async def _synthesise(settings: "SynthesisFile", console: "StageConsole") -> "Sy
 
     target = settings.teacher.target
     source = "" if target == GOLD else source_of(target, settings.teacher.model)
-    total = settings.rollouts.num_tasks * settings.rollouts.attempts
+    total = settings.rollouts.num_tasks * settings.rollouts.num_attempts
     async with _teacher(settings) as sampler:
         with console.counting(f"synth {settings.synthesis.name}", total) as update:
 

@@ -444,7 +444,7 @@ class EvaluationSection(Section):
 
     num_tasks: Positive = 128
     """Tasks of each environment, from its held-out split."""
-    attempts: Positive = 1
+    num_attempts: Positive = 1
     """Rollouts of each task (the k of avg@k and pass@k)."""
     every: Positive | None = None
     """Policy versions between two evaluations during RL; default: none during training."""

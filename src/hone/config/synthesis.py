@@ -53,7 +53,7 @@ class RolloutsSection(Section):
 
     num_tasks: Positive
     """Train tasks in all, shared among the environments by their weights."""
-    attempts: Positive = 1
+    num_attempts: Positive = 1
     """Rollouts of each task: the n of best-of-n."""
     max_concurrent: Positive = 64
     """Most rollouts under way."""
@@ -128,13 +128,15 @@ class SynthesisFile(Section):
         names = [environment.name for environment in self.environments]
         if len(set(names)) != len(names):
             raise ValueError(f"environment {max(names, key=names.count)!r} is listed twice; merge the two")
-        if self.keep.max_per_task is not None and self.keep.max_per_task > self.rollouts.attempts:
+        if self.keep.max_per_task is not None and self.keep.max_per_task > self.rollouts.num_attempts:
             raise ValueError(
-                f"keep.max_per_task {self.keep.max_per_task} is more than rollouts.attempts {self.rollouts.attempts};"
+                f"keep.max_per_task {self.keep.max_per_task} is more than rollouts.num_attempts {self.rollouts.num_attempts};"
                 " lower it"
             )
-        if self.teacher.target == GOLD and self.rollouts.attempts > 1:
-            raise ValueError("rollouts.attempts has no effect with teacher.target = 'gold', which always says the same")
+        if self.teacher.target == GOLD and self.rollouts.num_attempts > 1:
+            raise ValueError(
+                "rollouts.num_attempts has no effect with teacher.target = 'gold', which always says the same"
+            )
         return self
 
     @property

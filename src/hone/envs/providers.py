@@ -1,12 +1,16 @@
 """Sandboxes of nodes for environments: their trouble becomes a failure of the rollout here, and only here."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from hone.envs.failures import RolloutFailure, failures_as
 from hone.envs.local_processes import LocalProcesses
+from hone.envs.rollout import underway
 from hone.envs.sandboxes import Process, Sandbox, SandboxProvider
-from hone.schema.sandboxes import ExecResult, SandboxSpec
+from hone.schema.sandboxes import MAX_ROLLOUT, ExecResult, SandboxSpec
 from hone.schema.traces import FailureClass
 
 if TYPE_CHECKING:
@@ -38,8 +42,9 @@ class NodeSandboxes:
         """A sandbox that is ready; raises a `RolloutFailure` of class sandbox."""
         from hone.sandbox import client  # `import hone.envs` stays light
 
+        spec = msgspec.structs.replace(spec, rollout=spec.rollout or _rollout_name())
         sandbox = client.Sandbox(spec=spec, node=self._address, token=self._token)
-        with failures_as(FailureClass.SANDBOX, "create sandbox"):
+        with failures_as(FailureClass.SANDBOX, "create sandbox"), _Boundary("create sandbox"):
             try:
                 await sandbox.open()
                 await sandbox.ready()
@@ -137,18 +142,30 @@ class NodeProcess:
 
 
 class _Boundary:
-    """Trouble of the infrastructure is a failure of the rollout; errors of files and of the caller are what they are."""
+    """Trouble of the infrastructure is a failure of the rollout; errors of files and of the caller are what they are.
+
+    What is spent in here is the rollout's time with sandboxes.
+    """
 
     def __init__(self, where: str) -> None:
         self._where = where
+        self._entered = 0.0
 
     def __enter__(self) -> None:
-        return None
+        self._entered = time.perf_counter()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if (found := underway.get()) is not None:
+            found.rollout.sandbox_seconds += time.perf_counter() - self._entered
         if error is None:
             return
         from hone.sandbox.client import SandboxError  # `import hone.envs` stays light
 
         if isinstance(error, SandboxError):
             raise RolloutFailure(FailureClass.SANDBOX, self._where, f"{error} ({error.outcome})") from error
+
+
+def _rollout_name() -> str:
+    """The rollout under way, as sandboxes tell whose they are; empty outside of one."""
+    found = underway.get()
+    return "" if found is None else f"{found.group or found.environment}/{found.rollout.attempt}"[-MAX_ROLLOUT:]

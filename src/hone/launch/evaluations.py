@@ -77,7 +77,7 @@ def plans_of(recipe: Recipe, run: RunFolder, label: str, *, model: str, source: 
         environment.name: Plan(
             environment=environment_of(environment),
             num_tasks=section.num_tasks,
-            attempts=section.attempts,
+            attempts=section.num_attempts,
             sampling=sampling_parameters(section.sampling),
             seed=derive_seed(recipe.run.seed, "evaluation"),
             limits=limits_from(recipe),

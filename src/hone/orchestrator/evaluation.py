@@ -50,7 +50,7 @@ class Evaluation:
     ) -> None:
         self.version = version
         self._environments = environments
-        self._attempts = section.attempts
+        self._attempts = section.num_attempts
         self._max_concurrent = section.max_concurrent
         self._retries = retries
         self._outcomes: dict[str, list[Outcome]] = {name: [] for name in environments}
@@ -76,12 +76,12 @@ class Evaluation:
                 logger.warning("environment %r gives no held-out task %d: %s", name, index, error)
                 self._outcomes[name] += [
                     Outcome(f"held-out task {index}", attempt, FailureClass.ENVIRONMENT)
-                    for attempt in range(section.attempts)
+                    for attempt in range(section.num_attempts)
                 ]
             requests += [
                 RolloutRequest(f"{PREFIX}{self.version:06d}-{name}-{index}", name, task, attempts, sampling, seed)
                 for index, task in drawn.tasks.items()
-                for attempts in _requests_of(environment, section.attempts)
+                for attempts in _requests_of(environment, section.num_attempts)
             ]
         return requests
 

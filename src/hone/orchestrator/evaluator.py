@@ -42,7 +42,7 @@ class Evaluator:
         spans: Spans,
         metrics: Metrics,
     ) -> None:
-        self.group_size = section.attempts
+        self.group_size = section.num_attempts
         self._folder = folder
         self._environments = environments
         self._section = section

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+COPY_BYTES = 1 << 20
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 OPENAT2 = 437  # the number is the same on every architecture
 NO_MAGIC_LINKS, NO_SYMBOLIC_LINKS, IN_ROOT = 0x02, 0x04, 0x10  # RESOLVE_...
 MAX_RETRIES = 128
@@ -102,6 +105,60 @@ def closing(descriptor: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def status_of(parent: int, name: str) -> os.stat_result | None:
+    """Of what a folder has by this name, a link itself rather than its target; None if there is nothing."""
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def names_in(folder: int, max_entries: int, path: str) -> list[str]:
+    """What is in a folder, sorted; `LimitExceeded` if that is more."""
+    names = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            names.append(entry.name)
+            if len(names) > max_entries:
+                raise LimitExceeded(f"the folder {path} has more than {max_entries} names")
+    return sorted(names)
+
+
+def read_up_to(descriptor: int, size: int) -> bytes:
+    """So many bytes, or all there are."""
+    pieces = []
+    while size > 0 and (piece := os.read(descriptor, min(size, COPY_BYTES))):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all of it, in as many calls as it takes."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def make_folders(root: int, path: str, *, follows_links: bool = True) -> int:
+    """A descriptor of the folder at a path, made with those above it where there is none."""
+    flags = os.O_PATH | os.O_DIRECTORY
+    with contextlib.suppress(FileNotFoundError):
+        return open_beneath(root, path, flags, follows_links=follows_links)
+    names = [name for name in path.split("/") if name]
+    folder = open_beneath(root, "/", flags)
+    for number, name in enumerate(names, 1):
+        reached = "/" + "/".join(names[:number])
+        with closing(folder):
+            try:
+                folder = open_beneath(root, reached, flags, follows_links=follows_links)
+            except FileNotFoundError:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o755, dir_fd=folder)
+                folder = open_beneath(root, reached, flags, follows_links=follows_links)
+    return folder
 
 
 def reopen_regular(located: int, flags: int, path: str) -> int:

@@ -20,9 +20,10 @@ from typing import BinaryIO, TypeVar
 
 import msgspec
 
+from hone.sandbox.archives import Limits
 from hone.sandbox.beneath import BadArchive, closing
 from hone.sandbox.errors import ImageError
-from hone.sandbox.files import Limits, Tree
+from hone.sandbox.files import Tree
 from hone.sandbox.host import host_image
 from hone.sandbox.image_build import build_image
 from hone.sandbox.plan import Image

@@ -36,7 +36,7 @@ WORK = "/work"
 INODES_PER_MB = 256
 NUM_NETWORKS = 16  # kept ready; an empty one costs the kernel about 100 KB
 MAX_OPEN_FILES = 4096
-SPAWN = struct.Struct("=QQiIIIII")
+SPAWN = struct.Struct("=QQiIIIIII4x")
 OPERATION = struct.Struct("=IIQQ")
 
 
@@ -64,6 +64,9 @@ class Code(IntEnum):
     LEAVE = 19
     UNMOUNT = 20
     BECOME_AGENT = 21
+    KEEPER = 23
+    TAKE_DESCRIPTOR = 24
+    GIVE = 25
 
 
 CONFINING = frozenset({Code.LIMIT, Code.CORES, Code.DROP_POWERS, Code.LANDLOCK, Code.FILTER})
@@ -85,20 +88,24 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a cell comes to be: the namespaces it is cloned into, its ids, layers made to belong to them, its steps."""
+    """How a cell comes to be: the namespaces it is cloned into, its ids, its layers and its steps.
+
+    maps_layers: whether what root owns in them shall belong to the cell's root.
+    """
 
     namespaces: int
     uid_map: bytes
     gid_map: bytes
     layers: tuple[str, ...]
+    maps_layers: bool
     operations: tuple[Operation, ...]
     steps: bytes  # the operations, encoded
 
     def encode(self, identity: int, cgroup: int = -1) -> bytes:
         """The order to the spawner. cgroup: which of the descriptors sent with it is the cgroup to be born in."""
         layers = b"".join(_text(layer) for layer in self.layers)
-        sizes = (len(self.uid_map), len(self.gid_map), len(self.layers), len(layers), len(self.operations))
-        head = SPAWN.pack(identity, self.namespaces, cgroup, *sizes)
+        sizes = (len(self.uid_map), len(self.gid_map), len(self.layers), len(layers))
+        head = SPAWN.pack(identity, self.namespaces, cgroup, *sizes, self.maps_layers, len(self.operations))
         return head + self.uid_map + self.gid_map + layers + self.steps
 
 
@@ -116,7 +123,8 @@ class Bind:
 class Image:
     """A root file system. Every cell has its own writable layer above it.
 
-    layers: folders of the host laid over one another, the first on top; without any, the root starts empty.
+    layers: folders of the host laid over one another, the first on top; without any, the root starts empty. A name
+    without a slash at its beginning is a layer that the spawner keeps.
     binds: what else is seen. links: path and target of symbolic links. files: path and content.
     env: variables of every program. working_folder: where programs start; made if it is missing.
     """
@@ -172,7 +180,8 @@ def plan_cell(spec: SandboxSpec, image: Image, grants: Grants, binds: Sequence[B
         namespaces=namespaces,
         uid_map=uid_map,
         gid_map=gid_map,
-        layers=image.layers if grants.num_ids > 1 else (),
+        layers=image.layers,
+        maps_layers=grants.num_ids > 1,
         steps=encode_operations(operations),
         operations=operations,
     )
@@ -235,7 +244,7 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
 
     Sources are taken with the host's ids and put in place with the cell's: the host's may be all that can reach a
     source, the cell's are all that can own anything in its file systems. What is put in place after the pivot cannot
-    be led outside by symbolic links in the image.
+    be led outside by symbolic links in the image; /proc, whose links lead anywhere, comes last.
     """
     yield Operation(Code.TAKE_TREE, _text(f"{STAGE}/devices"), a=DEVICE_FOLDER, b=1)
     yield Operation(Code.TAKE_TREE, _text(f"{STAGE}/nothing"), a=NOTHING)
@@ -245,7 +254,7 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
     size = f"size={spec.disk_mb}m,nr_inodes={max(4096, spec.disk_mb * INODES_PER_MB)},mode=755"
     yield _mount("tmpfs", STAGE, "tmpfs", NO_SETUID | NO_DEVICES, size)
     if image.layers:
-        yield from _layers(image.layers, are_mapped=grants.num_ids > 1)
+        yield from _layers(len(image.layers))
     else:
         yield _folder(f"{STAGE}/shm", 0o1777)
         yield Operation(Code.TAKE_TREE, _text(f"{STAGE}/shm"), a=SHARED_MEMORY)
@@ -256,14 +265,6 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
     yield Operation(Code.PUT_TREE, _text("/dev"), a=DEVICE_FOLDER, b=ATTRIBUTE_READ_ONLY)
     yield Operation(Code.PUT_TREE, _text("/dev/shm"), a=SHARED_MEMORY, b=ATTRIBUTE_NO_SETUID | ATTRIBUTE_NO_DEVICES)
     yield _mount("devpts", "/dev/pts", "devpts", NO_SETUID | NO_PROGRAMS, "newinstance,ptmxmode=0666,mode=620")
-    yield from tree.folder("/proc")
-    yield _mount("proc", "/proc", "proc", NO_SETUID | NO_DEVICES | NO_PROGRAMS)
-    yield Operation(Code.WRITE, _text("/proc/sys/user/max_user_namespaces") + b"0")
-    # Its owner inside could make the agent the kernel's first choice when memory runs out.
-    yield Operation(Code.PUT_TREE, _text("/proc/1"), a=NOTHING, b=ATTRIBUTE_READ_ONLY)
-    for name in grants.masked:
-        yield Operation(Code.TAKE_TREE, _text("/dev/null"), a=MASK)
-        yield Operation(Code.PUT_TREE, _text(f"/proc/{name}"), a=MASK, b=ATTRIBUTE_READ_ONLY)
     yield from tree.folder("/tmp", 0o1777)
     for path, content in image.files:
         yield from tree.file(path, content)
@@ -272,20 +273,26 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
     for path, target in image.links:
         yield from tree.link(path, target)
     yield from tree.folder(image.working_folder)
+    yield from tree.folder("/proc")
+    yield _mount("proc", "/proc", "proc", NO_SETUID | NO_DEVICES | NO_PROGRAMS)
+    yield Operation(Code.WRITE, _text("/proc/sys/user/max_user_namespaces") + b"0")
+    # Its owner inside could make the agent the kernel's first choice when memory runs out.
+    yield Operation(Code.PUT_TREE, _text("/proc/1"), a=NOTHING, b=ATTRIBUTE_READ_ONLY)
+    for name in grants.masked:
+        yield Operation(Code.TAKE_TREE, _text("/dev/null"), a=MASK)
+        yield Operation(Code.PUT_TREE, _text(f"/proc/{name}"), a=MASK, b=ATTRIBUTE_READ_ONLY)
     yield Operation(Code.LEAVE)
 
 
-def _layers(layers: Sequence[str], *, are_mapped: bool) -> Iterator[Operation]:
-    """The layers below one of its own. Mapped ones are there as trees, in which the cell's root owns what root owns."""
+def _layers(num_layers: int) -> Iterator[Operation]:
+    """The layers, which are there as trees, below one of its own."""
     for name in ("layer", "scratch", "root"):
         yield _folder(f"{STAGE}/{name}")
     yield _folder(f"{STAGE}/shm", 0o1777)
-    for number, layer in enumerate(layers):
-        if not are_mapped:
-            yield Operation(Code.TAKE_TREE, _text(layer), a=FIRST_LAYER + number)
+    for number in range(num_layers):
         yield _folder(f"{STAGE}/{number}")
         yield Operation(Code.PUT_TREE, _text(f"{STAGE}/{number}"), a=FIRST_LAYER + number)
-    lower = ":".join(f"{STAGE}/{number}" for number in range(len(layers)))
+    lower = ":".join(f"{STAGE}/{number}" for number in range(num_layers))
     options = f"lowerdir={lower},upperdir={STAGE}/layer,workdir={STAGE}/scratch,userxattr"
     yield _mount("overlay", f"{STAGE}/root", "overlay", NO_SETUID | NO_DEVICES, options)
     yield Operation(Code.KEEP, _text(f"{STAGE}/layer"))

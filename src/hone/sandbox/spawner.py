@@ -1,6 +1,7 @@
 """The helper process that clones cells: its start, orders to it and its answers."""
 
 import asyncio
+import collections
 import fcntl
 import os
 import socket
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import Host
 from hone.sandbox.native.build import BuildError, build
-from hone.sandbox.plan import SPAWN, encode_operations, plan_spawner
+from hone.sandbox.plan import SPAWN, Operation, encode_operations, plan_spawner
 from hone.sandbox.readiness import until_ready
 
 SPAWNED = struct.Struct("=Qii")
@@ -35,6 +36,7 @@ class Spawner:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[Born]] = {}
+        self._own: collections.deque[asyncio.Future[_Done]] = collections.deque()
         self._sending = asyncio.Lock()
         self._is_lost = False
         self._started = self._loop.create_task(self._start(host, own_network=own_network))
@@ -67,12 +69,9 @@ class Spawner:
         prelude = plan_spawner(
             is_unprivileged=not host.has_id_ranges, uid=host.uid, gid=host.gid, own_network=own_network
         )
-        self._waiting[0] = self._loop.create_future()
-        await self._send(SPAWN.pack(0, 0, -1, 0, 0, 0, 0, len(prelude)) + encode_operations(prelude), [])
-        born = await self._waiting[0]
-        self._waiting.pop(0)
-        if born.pid != len(prelude):
-            problem = f"{prelude[born.pid]}: {os.strerror(-born.pidfd)}"
+        done = await self._carry_out(prelude, [])
+        if done.error:
+            problem = f"{prelude[done.num_steps]}: {os.strerror(done.error)}"
             raise Unsupported(f"this machine does not let cells be made: {problem}")
 
     @property
@@ -92,6 +91,21 @@ class Spawner:
         await self._send(data, descriptors)
         return born
 
+    async def carry_out(self, operations: Sequence[Operation], descriptors: Sequence[int] = ()) -> int:
+        """Have it take steps itself, for all of its cells; what one of them gave, or -1. `OSError` for one that fails."""
+        done = await self._carry_out(operations, descriptors)
+        if done.error:
+            if done.descriptor >= 0:
+                os.close(done.descriptor)
+            raise OSError(done.error, f"{operations[done.num_steps]}: {os.strerror(done.error)}")
+        return done.descriptor
+
+    async def _carry_out(self, operations: Sequence[Operation], descriptors: Sequence[int]) -> "_Done":
+        done: asyncio.Future[_Done] = self._loop.create_future()
+        order = SPAWN.pack(0, 0, -1, 0, 0, 0, 0, 0, len(operations)) + encode_operations(operations)
+        await self._send(order, descriptors, expected=done)
+        return await done
+
     async def close(self) -> None:
         """End it, and with it what is left of its cells."""
         self._started.cancel()
@@ -101,13 +115,18 @@ class Spawner:
             process, self._process = self._process, None
             await asyncio.to_thread(_end, process)
 
-    async def _send(self, data: bytes, descriptors: Sequence[int]) -> None:
+    async def _send(
+        self, data: bytes, descriptors: Sequence[int], expected: "asyncio.Future[_Done] | None" = None
+    ) -> None:
+        """expected: what is told of an order for the spawner itself; the answers come in the order of the questions."""
         async with self._sending:
             while True:
                 if self._socket is None:
                     raise SandboxError("the spawner of cells is gone")
                 try:
                     socket.send_fds(self._socket, [data], descriptors)
+                    if expected is not None:
+                        self._own.append(expected)
                     return
                 except BlockingIOError:
                     await until_ready(self._socket.fileno(), self._loop.add_writer, self._loop.remove_writer)
@@ -126,16 +145,24 @@ class Spawner:
             self._lose()
             return
         identity, pid, error = SPAWNED.unpack(data)
+        if identity == 0:
+            self._hear_own(_Done(pid, error, descriptors[0] if descriptors else -1))
+            return
         waiting = self._waiting.get(identity)
         if waiting is None or waiting.done():  # cancelled: it ends by itself, as nobody has its socket
             for descriptor in descriptors:
                 os.close(descriptor)
-        elif identity == 0:
-            waiting.set_result(Born(pid, -error))
         elif descriptors:
             waiting.set_result(Born(pid, descriptors[0]))
         else:
             waiting.set_exception(OSError(error, f"the kernel does not clone a cell: {os.strerror(error)}"))
+
+    def _hear_own(self, done: "_Done") -> None:
+        expected = self._own.popleft()
+        if not expected.done():
+            expected.set_result(done)
+        elif done.descriptor >= 0:
+            os.close(done.descriptor)
 
     def _lose(self) -> None:
         self._is_lost = True
@@ -143,10 +170,20 @@ class Spawner:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
             self._socket = None
-        for waiting in list(self._waiting.values()):
+        expected: list[asyncio.Future[Born] | asyncio.Future[_Done]] = [*self._waiting.values(), *self._own]
+        for waiting in expected:
             if not waiting.done():
                 waiting.set_exception(SandboxError("the spawner of cells is gone"))
                 waiting.exception()
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What came of an order for the spawner itself: the steps taken, what stopped it there, a descriptor it gave."""
+
+    num_steps: int
+    error: int
+    descriptor: int
 
 
 def _sealed(name: str, content: bytes) -> int:

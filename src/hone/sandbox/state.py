@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from hone.sandbox.files import Files, Limits
+from hone.sandbox.archives import Limits
+from hone.sandbox.files import Files
 
 SPOOL_BYTES = 16 << 20
 

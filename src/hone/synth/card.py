@@ -93,7 +93,7 @@ def _teacher(settings: SynthesisFile) -> str:
     if teacher.target == GOLD:
         return "the environments' gold answers"
     name = f"`{teacher.model}` at {teacher.target}" if teacher.model else f"`{teacher.target}`"
-    return f"{name}, temperature {sampling.temperature:g}, {settings.rollouts.attempts} attempts a task"
+    return f"{name}, temperature {sampling.temperature:g}, {settings.rollouts.num_attempts} attempts a task"
 
 
 def _source(name: str, environment: Environment, kept: Sequence[Conversation]) -> str:

@@ -62,7 +62,7 @@ async def synthesise(
     folder = settings.folder.absolute()
     with claim(folder, _settings(settings, environments, source)):
         rollouts = settings.rollouts
-        wanted = wanted_attempts(environments, _num_tasks(settings), rollouts.attempts)
+        wanted = wanted_attempts(environments, _num_tasks(settings), rollouts.num_attempts)
         await teach(
             wanted,
             _teacher(sampler),

@@ -476,13 +476,15 @@ __attribute__((used)) void serve(void)
     call(__NR_rt_sigprocmask, SIG_BLOCK, (long)&children, 0, 8, 0);
     struct polled polled[2] = {{CONTROL, POLLIN, 0}, {call(__NR_signalfd4, -1, (long)&children, 8, O_CLOEXEC, 0), POLLIN, 0}};
     call(__NR_fcntl, CONTROL, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */, 0, 0);
-    int descriptors[2] = {open_path("/", O_PATH | O_DIRECTORY | O_CLOEXEC), LAYER};
+    /* The copy of the layer's mount goes when the agent does: its end in the node would keep the node waiting. */
     int has_layer = call(__NR_fcntl, LAYER, 2, 1, 0, 0) == 0;
+    int descriptors[2] = {open_path("/", O_PATH | O_DIRECTORY | O_CLOEXEC)};
+    if (has_layer)
+        descriptors[1] = call(__NR_openat, LAYER, (long)".", O_PATH | O_DIRECTORY | O_CLOEXEC, 0, 0);
     struct report ready = {.kind = REPORT_READY};
     send_report(&ready, descriptors, 1 + has_layer);
-    call(__NR_close, descriptors[0], 0, 0, 0, 0);
-    if (has_layer)
-        call(__NR_close, LAYER, 0, 0, 0, 0);
+    for (int i = 0; i < 1 + has_layer; i++)
+        call(__NR_close, descriptors[i], 0, 0, 0, 0);
     for (;;) {
         call(__NR_ppoll, (long)polled, 2, 0, 0, 0);
         if (polled[1].happened) {

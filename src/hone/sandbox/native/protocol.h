@@ -12,12 +12,12 @@
 #define CONTROL 3
 #define LAYER 4
 
-/* Where the trees of layers with mapped ids begin. */
+/* Where the trees of layers begin. */
 #define FIRST_LAYER 64
 #define MAX_LAYERS 64
 
-/* node -> spawner, followed by uid map, gid map, the folders of layers that shall belong to the cell's ids, each with a
-   zero, and operations. The first descriptor is the agent's control socket. */
+/* node -> spawner, followed by uid map, gid map, the folders of layers, each with a zero, and operations. A layer's path
+   that does not begin with a slash is one of the keeper's mounts. The first descriptor is the agent's control socket. */
 struct spawn {
     uint64_t identity;
     uint64_t namespaces; /* CLONE_NEW...; a new network is one of those that are ready */
@@ -26,10 +26,11 @@ struct spawn {
     uint32_t gid_map_bytes;
     uint32_t num_layers;
     uint32_t layers_bytes;
+    uint32_t maps_layers; /* whether layers shall belong to the cell's ids */
     uint32_t num_operations;
 };
 
-/* spawner -> node, with a pidfd. */
+/* spawner -> node, with a pidfd, or with what OPERATION_GIVE names. */
 struct spawned {
     uint64_t identity;
     int32_t pid;
@@ -50,7 +51,7 @@ enum {
     OPERATION_WRITE,          /* path\0 content; a: mode, or 0 for a file that is there */
     OPERATION_TAKE_TREE,      /* path; a: slot for a copy of the mount there; b: with the mounts below */
     OPERATION_PUT_TREE,       /* path; a: slot; b: attributes (MOUNT_ATTR_...) */
-    OPERATION_KEEP,           /* path of the writable layer, which the agent hands to the node */
+    OPERATION_KEEP,           /* path of the writable layer: the agent keeps a copy of its mount, and names it to the node */
     OPERATION_PIVOT,          /* path of the new root */
     OPERATION_HOSTNAME,       /* name */
     OPERATION_NETWORKS,       /* keep a empty networks ready, each with a loopback */
@@ -65,6 +66,9 @@ enum {
     OPERATION_LEAVE,          /* unmount the old root */
     OPERATION_UNMOUNT,        /* path, with what is mounted below */
     OPERATION_BECOME_AGENT,
+    OPERATION_KEEPER = 23,     /* the following ones in a view of mounts of its own, where layers of cells are kept */
+    OPERATION_TAKE_DESCRIPTOR, /* a: slot for the tree that is one of the descriptors; b: which */
+    OPERATION_GIVE,            /* path of a folder, of which the node gets a descriptor */
 };
 
 /* node -> agent; for START followed by folder\0, arguments, environment, with three or four descriptors:

@@ -48,6 +48,7 @@ static int num_descriptors;
 static int trees[MAX_TREES];
 static int agent;
 static int networks = -1, own_network = -1;
+static int keeper = -1, own_mounts = -1, given = -1;
 static pid_t network_maker;
 
 /* mount(2) and friends of libc's headers collide with the kernel's newer ones. */
@@ -88,6 +89,36 @@ static int take_tree(const struct operation *operation, const char *path)
     }
     trees[operation->a] = syscall(SYS_open_tree, AT_FDCWD, path, flags);
     return trees[operation->a] < 0 ? -1 : 0;
+}
+
+static int take_descriptor(const struct operation *operation)
+{
+    if (operation->a >= MAX_TREES || operation->b >= (uint64_t)num_descriptors) {
+        errno = E2BIG;
+        return -1;
+    }
+    trees[operation->a] = fcntl(descriptors[operation->b], F_DUPFD_CLOEXEC, 0);
+    return trees[operation->a] < 0 ? -1 : 0;
+}
+
+/* See the mounts that are kept. Were they among the spawner's own, every cell would copy them when it is cloned. */
+static int enter_keeper(void)
+{
+    if (keeper >= 0)
+        return setns(keeper, CLONE_NEWNS);
+    own_mounts = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+    if (own_mounts < 0 || unshare(CLONE_NEWNS))
+        return -1;
+    keeper = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+    return keeper < 0 ? -1 : 0;
+}
+
+static void leave_keeper(void)
+{
+    int kept = errno;
+    if (own_mounts >= 0 && setns(own_mounts, CLONE_NEWNS))
+        _exit(1);
+    errno = kept;
 }
 
 static int put_tree(const struct operation *operation, const char *path)
@@ -314,9 +345,15 @@ static int carry_out(const struct operation *operation, const char *data)
     case OPERATION_PUT_TREE:
         return put_tree(operation, data);
     case OPERATION_KEEP: {
-        int descriptor = open(data, O_PATH | O_DIRECTORY | O_CLOEXEC);
-        return descriptor < 0 ? -1 : dup3(descriptor, LAYER, 0);
+        int tree = syscall(SYS_open_tree, AT_FDCWD, data, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+        return tree < 0 || dup3(tree, LAYER, 0) < 0 ? -1 : close(tree);
     }
+    case OPERATION_KEEPER:
+        return enter_keeper();
+    case OPERATION_TAKE_DESCRIPTOR:
+        return take_descriptor(operation);
+    case OPERATION_GIVE:
+        return (given = open(data, O_PATH | O_DIRECTORY | O_CLOEXEC)) < 0 ? -1 : 0;
     case OPERATION_PIVOT:
         return pivot(data);
     case OPERATION_LEAVE:
@@ -395,25 +432,47 @@ static int map_ids(pid_t pid, const struct spawn *order, const char *maps)
     return write_file(path, maps + order->uid_map_bytes, order->gid_map_bytes, 0);
 }
 
-/* Copies of layers in which files of root belong to the root of a cell; how many, or -1. */
-static int map_layers(pid_t pid, const struct spawn *order, const char *paths, int *layers)
+/* A copy of a layer, in which files of root belong to the root of a cell where there are ids for that; or -1. */
+static int copy_layer(const char *path, const struct mount_attr *attributes)
 {
-    char path[64];
-    snprintf(path, sizeof path, "/proc/%d/ns/user", pid);
-    struct mount_attr attributes = {.attr_set = MOUNT_ATTR_IDMAP, .userns_fd = open(path, O_RDONLY | O_CLOEXEC)};
-    uint32_t i = 0;
-    for (; i < order->num_layers && i < MAX_LAYERS; i++, paths = after(paths)) {
-        layers[i] = syscall(SYS_open_tree, AT_FDCWD, paths, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
-        if (layers[i] < 0)
-            break;
-        if (syscall(SYS_mount_setattr, layers[i], "", AT_EMPTY_PATH, &attributes, sizeof attributes)) {
-            i++;
-            break;
-        }
+    int layer = syscall(SYS_open_tree, AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+    if (layer >= 0 && attributes->attr_set &&
+        syscall(SYS_mount_setattr, layer, "", AT_EMPTY_PATH, attributes, sizeof *attributes)) {
+        int kept = errno;
+        close(layer);
+        errno = kept;
+        return -1;
     }
-    int error = i < order->num_layers ? errno : 0;
+    return layer;
+}
+
+/* Copies of all layers; how many, with errno saying why they are not more. */
+static uint32_t copy_layers(pid_t pid, const struct spawn *order, const char *path, int *layers)
+{
+    char name[64];
+    snprintf(name, sizeof name, "/proc/%d/ns/user", pid);
+    struct mount_attr attributes = {.attr_set = order->maps_layers ? MOUNT_ATTR_IDMAP : 0,
+                                    .userns_fd = open(name, O_RDONLY | O_CLOEXEC)};
+    uint32_t i = 0;
+    int is_in_keeper = 0;
+    errno = 0;
+    for (; i < order->num_layers && i < MAX_LAYERS; i++, path = after(path)) {
+        if ((*path != '/') != is_in_keeper) {
+            if (is_in_keeper)
+                leave_keeper();
+            else if (enter_keeper())
+                break;
+            is_in_keeper = !is_in_keeper;
+        }
+        if ((layers[i] = copy_layer(path, &attributes)) < 0)
+            break;
+        errno = 0;
+    }
+    if (is_in_keeper)
+        leave_keeper();
+    int kept = errno;
     close(attributes.userns_fd);
-    errno = error;
+    errno = i < order->num_layers && !kept ? E2BIG : kept;
     return i;
 }
 
@@ -423,8 +482,7 @@ static int release(pid_t pid, const struct spawn *order, const char *rest, int g
     int layers[MAX_LAYERS];
     if (map_ids(pid, order, rest))
         return -1;
-    errno = 0;
-    int num_layers = map_layers(pid, order, rest + order->uid_map_bytes + order->gid_map_bytes, layers);
+    int num_layers = copy_layers(pid, order, rest + order->uid_map_bytes + order->gid_map_bytes, layers);
     int error = errno;
     if (!error && pass(gate, "", 1, layers, num_layers))
         error = errno;
@@ -480,6 +538,9 @@ static void obey(int socket)
         uint32_t step = carry_out_all(rest, order.num_operations);
         reply.pid = step;
         reply.error = errno;
+        leave_keeper();
+        pidfd = given;
+        given = -1;
     } else {
         pid_t pid = 0;
         pidfd = spawn(&order, rest, &pid);
