@@ -12,6 +12,7 @@ from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.wire import Stream, failed
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandbox_nodes import Leased, NodeReport
+from hone.schema.sandboxes import SandboxUsage
 
 
 class ScriptedNode:
@@ -66,9 +67,14 @@ class ScriptedNode:
                     owner = message.owner
                     if owner:
                         self.sessions.append((owner, message.session))
-                    stream.send(calls.Welcome(self.prefix))
+                    stream.send(calls.Welcome(self.prefix, 10.0))
                 case calls.Ping():
                     stream.send(message)
+                case calls.Received():
+                    pass
+                case calls.Resume(call):
+                    self.heard.append(message)
+                    stream.send(calls.Resumed(call, False, 0, 0, 0))
                 case calls.Report(call):
                     done(call, self.report())
                 case calls.Create():
@@ -79,7 +85,9 @@ class ScriptedNode:
                     self.heard.append(message)
                     if isinstance(message, calls.Destroy):
                         self.sandboxes.pop(message.sandbox_id, None)
-                        done(message.call, None)
+                        done(message.call, SandboxUsage(1.0))
+                    elif isinstance(message, calls.Cancel):
+                        stream.send(calls.Failed(message.call, "cancelled", "the call was cancelled"))
                     elif isinstance(message, calls.Drain):
                         self.is_draining = message.is_draining
                         done(message.call, len(self.sandboxes))

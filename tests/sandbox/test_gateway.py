@@ -13,7 +13,7 @@ from hone.sandbox.gateway import Gateway
 from hone.sandbox.remote import RemoteNode, RemoteSandbox
 from hone.sandbox.tenants import Grant, Quota, Scope, Tenants, digest_of
 from hone.schema import sandbox_calls as calls
-from hone.schema.sandboxes import Outcome, SandboxSpec, SandboxStatus
+from hone.schema.sandboxes import Outcome, SandboxSpec, SandboxStatus, SandboxUsage
 from scripted_node import ScriptedNode, until
 
 SMALL = SandboxSpec(memory_mb=64, disk_mb=16)
@@ -194,7 +194,7 @@ async def test_a_key_of_a_lost_node_is_not_made_a_second_time_while_it_may_live(
     await until(lambda: len(gateway.nodes) == 2)
     with pytest.raises(Busy, match="may stand for a sandbox of a lost node") as error:
         await client.create(SMALL, key="k")
-    assert 0 < error.value.retry_after_seconds <= 15
+    assert 10 < error.value.retry_after_seconds <= 22  # until the node must have ended it
     await client.create(SMALL, key="another")
 
 
@@ -234,10 +234,10 @@ async def test_one_broken_connection_is_that_sessions_alone(nodes, gateway, clie
         node.answer = lambda message: None
         mine, their = asyncio.create_task(box.read("/x")), asyncio.create_task(theirs.read("/x"))
         await until(lambda: sum(isinstance(m, calls.Read) for m in node.heard) == 2)
-        node.streams[-2].close()
-        await lost(mine)
         node.answer = lambda message: b"here"
-        assert await box.read("/x") == b"here"
+        node.streams[-2].close()
+        assert await mine == b"here"
+        assert sum(isinstance(m, calls.Resume) for m in node.heard) == 1
         assert not their.done()
         their.cancel()
     assert len(gateway.nodes) == 3
@@ -315,7 +315,7 @@ async def test_who_has_no_token_stays_outside(guarded, nodes):
 async def test_a_tenant_sees_its_own_and_the_admin_everybodys(guarded, nodes):
     for one in nodes:
         one.answer = lambda message, one=one: [
-            SandboxStatus(sandbox.sandbox_id, sandbox.owner, "ready", "python", 1.0, 1.0, 0, None)
+            SandboxStatus(sandbox.sandbox_id, sandbox.owner, "ready", "python", 1.0, 1.0, SandboxUsage())
             for sandbox in one.sandboxes.values()
         ]
     async with (
@@ -424,8 +424,7 @@ async def test_a_node_that_does_not_read_stops_its_writers_who_hear_that_the_gat
     writing = [asyncio.create_task(box.write("/x", b"x" * (1 << 20))) for _ in range(32)]
     (front,) = gateway._fronts
     await until(lambda: front.frames.is_held)
-    link = front._links[node.prefix]
-    assert link.frames._transport.get_write_buffer_size() < 8 << 20
+    assert front._nodes[node.prefix].frames._transport.get_write_buffer_size() < 8 << 20
     await asyncio.sleep(2.5)  # longer than a client waits for a sign of life
     assert not client.is_lost
     stream._transport.resume_reading()

@@ -13,8 +13,9 @@ from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.ledger import HEARD_SECONDS, Entry, Ledger, Totals
 from hone.sandbox.placement import Candidate, order
 from hone.sandbox.quotas import Rate, check_quota
-from hone.sandbox.relay import Route, frame_of, head_of, routes
+from hone.sandbox.relay import Route, head_of, routes
 from hone.sandbox.tenants import Quota
+from hone.sandbox.wire import framed
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandbox_nodes import Leased
 from hone.schema.sandboxes import SandboxSpec
@@ -126,7 +127,7 @@ def test_every_message_to_a_node_has_a_route():
 
 @pytest.mark.parametrize("message", [calls.Read(1 << 40, "n.0.1", "/x", 5), calls.Cancel(7), calls.Data(3, 1, b"x")])
 def test_a_head_says_where_a_frame_belongs(message):
-    head = head_of(frame_of(message))
+    head = head_of(framed(message))
     assert (head.kind, head.call) == (type(message).__name__, message.call)
     if routes()[head.kind] is Route.SANDBOX:
         assert msgspec.msgpack.decode(head.about) == message.sandbox_id
@@ -157,7 +158,7 @@ class World(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = Ledger(FENCE)
+        self.ledger = Ledger()
         self.now = 0.0
         self.has: dict[str, dict[str, Leased]] = {"n0.0.": {}, "n1.0.": {}}
         self.cut: dict[str, tuple[float, bool]] = {}
@@ -261,7 +262,7 @@ class World(RuleBasedStateMachine):
         prefix = self.here()[choice % len(self.here())]
         self.cut[prefix] = (self.now, is_stubborn)
         self.asked.pop(prefix, None)
-        self.ledger.lose(prefix, self.now)
+        self.ledger.lose(prefix, self.now + FENCE)
         for request in [one for one in self.flying if one.prefix == prefix]:
             self.flying.remove(request)
             if request.is_waited_for:

@@ -18,7 +18,7 @@ from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import Outcome
 
 if TYPE_CHECKING:
-    from hone.sandbox.fronts import Link
+    from hone.sandbox.node_connection import NodeConnection
 
 CONNECT_SECONDS = 3.0
 PING_SECONDS = 0.25
@@ -48,7 +48,8 @@ class Watcher(Protocol):
 class Control:
     """One address of a node. `run` connects, watches, and connects again when the node is lost.
 
-    prefix: of the ids of the sandboxes of the node that is or was there last.
+    prefix: of the ids of the sandboxes of the node that is or was there last. grace_seconds: how long the sandboxes of a
+    client that is gone live on there.
     """
 
     def __init__(self, address: Address, watcher: Watcher, *, token: str = "", ca_file: str = "") -> None:
@@ -57,10 +58,11 @@ class Control:
         self.ca_file = ca_file
         self.prefix = ""
         self.former_prefix = ""
+        self.grace_seconds = 0.0
         self.report: NodeReport | None = None
         self.is_up = False
         self.problem = "not connected yet"
-        self.links: set[Link] = set()
+        self.connections: set[NodeConnection] = set()
         """The connections of clients' sessions to the node."""
         self.tried = asyncio.Event()
         """Set when the first attempt to connect has come to an end, good or bad."""
@@ -181,13 +183,17 @@ class Control:
         self._num_unanswered = 0
         match message:
             case calls.Done(call, result):
+                self.tell(calls.Received(call))
                 if (waiting := self._calls.get(call)) is not None and not waiting.done():
                     waiting.set_result(msgspec.Raw(bytes(result)))
             case calls.Failed(call):
+                if call:
+                    self.tell(calls.Received(call))
                 refused = self._welcome if call == 0 else self._calls.get(call)
                 if refused is not None and not refused.done():
                     refused.set_exception(error_of(message))
-            case calls.Welcome(prefix):
+            case calls.Welcome(prefix, grace_seconds):
+                self.grace_seconds = grace_seconds
                 if self._welcome is not None and not self._welcome.done():
                     self._welcome.set_result(prefix)
 

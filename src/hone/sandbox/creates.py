@@ -1,6 +1,7 @@
 """Creations through a gateway: placed, tried elsewhere where a node is busy, and one sandbox for one key."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,9 @@ from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.ledger import Entry
 from hone.sandbox.placement import order
 from hone.sandbox.quotas import Rate, check_quota
-from hone.sandbox.wire import failed
+from hone.sandbox.wire import failed, framed
 from hone.schema import sandbox_calls as calls
-from hone.schema.sandboxes import SandboxSpec
+from hone.schema.sandboxes import Outcome, SandboxSpec
 
 if TYPE_CHECKING:
     from hone.sandbox.fronts import Front
@@ -72,31 +73,57 @@ class Creates:
                 self._go_on(creating, entry, answer)
                 return
             ledger.drop(entry)
+        del creating.front.creates[creating.call]
         creating.front.frames.write(frame)
         self._settle(entry)
 
-    def lose(self, creating: Creating, error: SandboxError) -> None:
-        """The connection to the node is lost, and with it the answer: there may be a sandbox."""
+    def repeat(self, creating: Creating) -> None:
+        """The connection to the node broke; over another one the same question has the same answer."""
         assert creating.entry is not None
+        node = creating.front.node(creating.entry.prefix)
+        if node is None:
+            self.lose(creating, SandboxError("its node is gone", Outcome.NODE_LOST))
+        else:
+            creating.front.calls[creating.call] = node
+            node.hand(creating.frame, creating.front.frames)
+            creating.front.frames.flush_handed()
+
+    def lose(self, creating: Creating, error: SandboxError) -> None:
+        """The node is lost, and with it the answer: there may be a sandbox."""
+        assert creating.entry is not None
+        del creating.front.creates[creating.call]
         self._gateway.ledger.doubt(creating.entry, time.monotonic())
         creating.front.fail(creating.call, error)
         self._settle(creating.entry)
 
-    def leave(self, creating: Creating) -> None:
-        """Nobody waits for it any more."""
-        entry = creating.entry
-        assert entry is not None
-        if creating in self._waiting.get(entry, []):
-            self._waiting[entry].remove(creating)
-            return
-        self._gateway.ledger.doubt(entry, time.monotonic())
-        self._settle(entry)
+    def leave(self, creates: Sequence[Creating]) -> None:
+        """Their client is gone."""
+        asked = [one.entry for one in creates if not self._stop_waiting(one) and one.entry is not None]
+        for entry in asked:
+            self._gateway.ledger.doubt(entry, time.monotonic())
+        for entry in asked:
+            self._settle(entry)
+
+    def cancel(self, creating: Creating) -> None:
+        """Its client wants it no more. What a node was asked for is heard to its end: the answer binds the key."""
+        if self._stop_waiting(creating):
+            del creating.front.creates[creating.call]
+            creating.front.frames.say(calls.Failed(creating.call, "cancelled", "the call was cancelled"))
+
+    def _stop_waiting(self, creating: Creating) -> bool:
+        assert creating.entry is not None
+        waiting = self._waiting.get(creating.entry, [])
+        if creating in waiting:
+            waiting.remove(creating)
+            return True
+        return False
 
     def _go_on(self, creating: Creating, entry: Entry, answer: calls.Failed) -> None:
         busy = Busy("", answer.number)
         busy.args = (answer.message,)
         creating.refusals.append(busy)
-        creating.front.creates[creating.call] = creating
+        front = creating.front
+        front.calls.pop(creating.call).hand(framed(calls.Received(creating.call)), front.frames)
         if creating.is_repeated:
             self._gateway.ledger.drop(entry)
             creating.is_repeated = False
@@ -104,6 +131,7 @@ class Creates:
             self._settle(entry)
         else:
             self._try_next(creating)
+        front.frames.flush_handed()
 
     def _place(self, creating: Creating) -> None:
         gateway, owner = self._gateway, creating.front.grant.owner
@@ -137,12 +165,12 @@ class Creates:
         entry, front = creating.entry, creating.front
         assert entry is not None
         while creating.left:
-            link = front.link(prefix := creating.left.pop(0))
-            if link is None:
+            node = front.node(prefix := creating.left.pop(0))
+            if node is None:
                 continue
             self._gateway.ledger.ask(entry, prefix)
-            front.calls[creating.call] = link
-            link.write(creating.frame)
+            front.calls[creating.call] = node
+            node.hand(creating.frame, front.frames)
             return
         self._gateway.ledger.drop(entry)
         self._refuse(creating, self._why_not(creating))

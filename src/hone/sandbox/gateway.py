@@ -16,17 +16,17 @@ from hone.sandbox.control import CONNECT_SECONDS, PING_SECONDS, Control
 from hone.sandbox.creates import Creates
 from hone.sandbox.discovery import Source
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.fronts import Front, Session
+from hone.sandbox.fronts import GRACE_SECONDS, Front, Session
 from hone.sandbox.ledger import Ledger
 from hone.sandbox.placement import Candidate
 from hone.sandbox.relay import Frames
 from hone.sandbox.tenants import Grant, Scope, Tenants
 from hone.schema import sandbox_calls as calls
 
-GRACE_SECONDS = 10.0
-FENCE_SECONDS = 15.0  # a node ends what a lost gateway's clients had after ten, and has to notice first
+NOTICE_SECONDS = 12.0  # within which a node notices that connections are dead, and then waits for clients to come back
+MAX_SILENT_TICKS = 40
 LOOK_SECONDS = 5.0
-LINK_PING_SECONDS = 2.0
+CONNECTION_PING_SECONDS = 2.0
 MAX_CLIENTS = 8192
 T = TypeVar("T")
 
@@ -50,7 +50,6 @@ class Gateway:
         ca_file: str = "",
         certificate: Path | None = None,
         key: Path | None = None,
-        fence_seconds: float = FENCE_SECONDS,
     ) -> None:
         self._listener = Listener(parse_address(address), certificate=certificate, key=key)
         self._is_unix = self._listener.address.kind == "unix"
@@ -62,7 +61,7 @@ class Gateway:
             raise ValueError("a gateway without nodes has nothing to do; give the address of one")
         self.address = address
         self.tenants = tenants or Tenants({}, {})
-        self.ledger = Ledger(fence_seconds)
+        self.ledger = Ledger()
         self.creates = Creates(self)
         self.nodes: dict[str, Control] = {}
         """Those that are there, by the prefix of their sandboxes' ids."""
@@ -224,9 +223,9 @@ class Gateway:
         logger.warning("the node %s is lost: %s", control.prefix.rstrip("."), problem)
         self.nodes.pop(control.prefix, None)
         self.num_lost += 1
-        self.ledger.lose(control.prefix, time.monotonic())
-        for link in list(control.links):
-            link.close(problem, is_dead=True)
+        self.ledger.lose(control.prefix, time.monotonic() + NOTICE_SECONDS + control.grace_seconds)
+        for connection in list(control.connections):
+            connection.close(problem, is_dead=True)
 
     def _accept(self) -> Frames:
         front = Front(self)
@@ -261,11 +260,13 @@ class Gateway:
             for front in list(self._fronts):
                 if front.frames.is_held and not front.frames.is_full:
                     front.frames.say(calls.Ping(0))
-            if now - pinged >= LINK_PING_SECONDS:
+                elif front.frames.count_silence() >= MAX_SILENT_TICKS:
+                    front.frames.abort(f"nothing was heard for {MAX_SILENT_TICKS * PING_SECONDS:g} s")
+            if now - pinged >= CONNECTION_PING_SECONDS:
                 pinged = now
                 for control in self.nodes.values():
-                    for link in control.links:
-                        link.ping()
+                    for connection in control.connections:
+                        connection.ping()
             for key in [
                 key for key, one in self._sessions.items() if one.front is None and now - one.left > GRACE_SECONDS
             ]:

@@ -58,10 +58,9 @@ class _Lost:
 
 
 class Ledger:
-    """Entries by key and by sandbox. fence_seconds: so long after its loss may a node still have what it had."""
+    """Entries by key and by sandbox."""
 
-    def __init__(self, fence_seconds: float) -> None:
-        self._fence_seconds = fence_seconds
+    def __init__(self) -> None:
         self._totals: dict[str, Totals] = {}
         self._entries: set[Entry] = set()
         self._by_id: dict[str, Entry] = {}
@@ -173,9 +172,11 @@ class Ledger:
             self.drop(entry)
         return unwanted
 
-    def lose(self, prefix: str, now: float) -> None:
-        """A node is gone, as far as one can see. Its sandboxes count no more, but their keys stay bound for a while."""
-        lost = self._lost[prefix] = _Lost(now + self._fence_seconds)
+    def lose(self, prefix: str, until: float) -> None:
+        """A node is gone, as far as one can see. Its sandboxes count no more, but their keys stay bound until then: so
+        long may the node still have what it had.
+        """
+        lost = self._lost[prefix] = _Lost(until)
         self._missed.add(prefix)
         for entry in [one for one in self._entries if one.prefix == prefix]:
             if entry.key:

@@ -10,7 +10,7 @@ from typing import get_args
 import msgspec
 
 from hone.sandbox.addresses import peer_uid
-from hone.sandbox.wire import MAX_FRAME_BYTES, WINDOW_BYTES
+from hone.sandbox.wire import MAX_FRAME_BYTES, MAX_UNSENT_BYTES, framed, notice_dead_machines
 from hone.schema import sandbox_calls as calls
 
 
@@ -34,7 +34,7 @@ class Route(Enum):
 
 
 OWN = {"Hello", "Create", "Status", "Statistics", "Ping", "Report", "Drain"}
-FOLLOWING = {"Signal", "Resize", "Cancel", "Data", "Credit"}
+FOLLOWING = {"Signal", "Resize", "Cancel", "Data", "Credit", "Received"}
 
 
 def routes() -> dict[str, Route]:
@@ -51,22 +51,11 @@ def routes() -> dict[str, Route]:
 
 
 _HEADS = msgspec.msgpack.Decoder(Head)
-_ENCODER = msgspec.msgpack.Encoder()
 
 
 def head_of(frame: bytes) -> Head:
     """The head of a frame; `msgspec.MsgspecError` if it has none."""
     return _HEADS.decode(memoryview(frame)[4:])
-
-
-def _size(data: bytes | bytearray, begin: int = 0) -> int:
-    return int.from_bytes(data[begin : begin + 4], "little")
-
-
-def frame_of(message: msgspec.Struct) -> bytes:
-    """A message as a frame."""
-    data = _ENCODER.encode(message)
-    return len(data).to_bytes(4, "little") + data
 
 
 class Frames(asyncio.Protocol):
@@ -85,6 +74,8 @@ class Frames(asyncio.Protocol):
         max_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
         self.max_bytes = max_bytes
+        self.handed: list[Frames] = []
+        """The connections that have got something with `hand` from what is being heard."""
         self.is_full = False
         self._hear = hear
         self._lose = lose
@@ -92,34 +83,42 @@ class Frames(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
         self._holders: set[Hashable] = set()
+        self._out: list[bytes] = []
+        self._num_silences = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        transport.set_write_buffer_limits(high=WINDOW_BYTES)
+        transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
         connection = transport.get_extra_info("socket")
         if connection is not None and connection.family != socket.AF_UNIX:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            notice_dead_machines(connection)
         if self._holders:
             transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
-        if not self._received and 4 <= len(data) <= self.max_bytes and len(data) - 4 == _size(data):
-            self._hear(data)  # nearly always: what was written as one frame is read as one
-            return
-        self._received += data
+        self._num_silences = 0
+        if self._received:
+            self._received += data
+            taken = self._cut(self._received)
+            del self._received[:taken]
+        elif (taken := self._cut(data)) < len(data):
+            self._received += data[taken:]
+        self.flush_handed()
+
+    def _cut(self, data: bytes | bytearray) -> int:
+        """Hear the whole frames at the beginning; how long they are."""
         begin = 0
-        while self._transport is not None and len(self._received) - begin >= 4:
-            size = _size(self._received, begin)
-            if size > self.max_bytes:
-                self.close(f"a frame of {size} bytes")
-                return
-            if len(self._received) - begin - 4 < size:
+        while self._transport is not None and len(data) - begin >= 4:
+            end = begin + 4 + int.from_bytes(data[begin : begin + 4], "little")
+            if end - begin - 4 > self.max_bytes:
+                self.close(f"a frame of {end - begin - 4} bytes")
                 break
-            frame = bytes(memoryview(self._received)[begin : begin + 4 + size])
-            begin += 4 + size
-            self._hear(frame)
-        del self._received[:begin]
+            if end > len(data):
+                break
+            self._hear(bytes(data[begin:end]))
+            begin = end
+        return begin
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._transport is not None:
@@ -152,18 +151,44 @@ class Frames(asyncio.Protocol):
             if not self._holders and self._transport is not None:
                 self._transport.resume_reading()
 
+    def hand(self, frame: bytes, giver: "Frames") -> None:
+        """Hand a frame on, together with others that the giver hears at the same time."""
+        if not self._out:
+            giver.handed.append(self)
+        self._out.append(frame)
+
+    def flush_handed(self) -> None:
+        """Send what others were handed by this one."""
+        for other in self.handed:
+            other.flush()
+        self.handed.clear()
+
+    def flush(self) -> None:
+        """Send what was handed on."""
+        frames, self._out = self._out, []
+        if self._transport is not None and frames:
+            self._transport.write(frames[0] if len(frames) == 1 else b"".join(frames))
+
     def write(self, frame: bytes) -> None:
-        """Hand a frame on. Nothing happens when the connection is over: `lose` has said so."""
+        """Send a frame. Nothing happens when the connection is over: `lose` has said so."""
+        self.flush()
         if self._transport is not None:
             self._transport.write(frame)
 
+    def count_silence(self) -> int:
+        """How often in a row this was called and nothing had come since; nothing comes while somebody holds."""
+        if not self._holders:
+            self._num_silences += 1
+        return self._num_silences - 1
+
     def say(self, message: msgspec.Struct) -> None:
         """A message of our own."""
-        self.write(frame_of(message))
+        self.write(framed(message))
 
     def close(self, problem: str = "the connection is closed") -> None:
         """End the connection when all is written; `lose` hears of it now."""
         if self._transport is not None:
+            self.flush()
             transport, self._transport = self._transport, None
             transport.close()
             self._lose(problem)
@@ -171,6 +196,7 @@ class Frames(asyncio.Protocol):
     def abort(self, problem: str) -> None:
         """End the connection without waiting for a side that takes nothing."""
         if (transport := self._transport) is not None:
+            self._out.clear()
             self.close(problem)
             with contextlib.suppress(RuntimeError):
                 transport.abort()
