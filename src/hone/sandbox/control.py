@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 3.0
 PING_SECONDS = 0.25
 MAX_UNANSWERED = 6  # silent for 1.5 s to 1.75 s, a node is lost
+PATIENCE_SECONDS = 1.5  # for a node whose connection broke to be there still
+RETRY_SECONDS = 0.1
 REPORT_SECONDS = 1.0
 CALL_SECONDS = 5.0
 MIN_BACKOFF_SECONDS = 0.2
@@ -73,7 +75,8 @@ class Control:
         self._over: asyncio.Future[str] | None = None
         self._welcome: asyncio.Future[str] | None = None
         self._num_unanswered = 0
-        self._is_reporting = False
+        self._is_silent = False
+        self._until = 0.0
 
     @property
     def name(self) -> str:
@@ -83,18 +86,21 @@ class Control:
     async def run(self) -> None:
         """Until cancelled."""
         backoff = MIN_BACKOFF_SECONDS
-        while True:
-            began = time.monotonic()
-            try:
-                await self._serve()
-            except (OSError, ValueError, SandboxError, TimeoutError, msgspec.MsgspecError) as error:
-                self.problem = str(error) or f"no answer within {CONNECT_SECONDS:g} s"
-            self.tried.set()
-            if time.monotonic() - began > MAX_BACKOFF_SECONDS:
-                backoff = MIN_BACKOFF_SECONDS
-            logger.debug("%s: %s; again in %.1f s", self.address, self.problem, backoff)
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
-            backoff = min(MAX_BACKOFF_SECONDS, 2 * backoff)
+        try:
+            while True:
+                began = time.monotonic()
+                await self._visit()
+                self.tried.set()
+                if self.is_up:  # the connection broke, and the node may well be there
+                    await asyncio.sleep(RETRY_SECONDS if time.monotonic() - began < PATIENCE_SECONDS else 0)
+                    continue
+                if time.monotonic() - began > MAX_BACKOFF_SECONDS:
+                    backoff = MIN_BACKOFF_SECONDS
+                logger.debug("%s: %s; again in %.1f s", self.address, self.problem, backoff)
+                await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+                backoff = min(MAX_BACKOFF_SECONDS, 2 * backoff)
+        finally:
+            self._leave("it is watched no more")
 
     async def call(self, message: Any, kind: type[T]) -> T:
         """Ask the node, and wait for the answer; `SandboxError` (node lost) if there will be none."""
@@ -121,43 +127,68 @@ class Control:
         """Of the next call."""
         return next(self._numbers)
 
-    async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._over, self._welcome, self._num_unanswered = loop.create_future(), loop.create_future(), 0
+    async def _visit(self) -> None:
+        """Connect, and watch until the connection is over; the node may not be lost then."""
         stream: Stream[Any] = Stream(calls.ToClient, self._hear, self._lose)
-        ticking: asyncio.Task[None] | None = None
         try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                await connect(self.address, lambda: stream, ca_file=self.ca_file)
-                self._stream = stream
-                stream.send(calls.Hello(calls.VERSION, secrets.token_hex(16), self.token))
-                prefix = await self._welcome
-                self.former_prefix, self.prefix = self.prefix, prefix
-                asked = time.monotonic()
-                self.report = await self.call(calls.Report(self.number()), NodeReport)
+            seconds = self._until - time.monotonic() if self.is_up else CONNECT_SECONDS
+            async with asyncio.timeout(seconds):
+                await self._enter(stream)
+        except (OSError, ValueError, SandboxError, TimeoutError, msgspec.MsgspecError) as error:
+            self.problem = str(error) or "it does not answer"
+            is_gone = isinstance(error, ConnectionRefusedError | FileNotFoundError)
+            if is_gone or not self.is_up or time.monotonic() + RETRY_SECONDS >= self._until:
+                self._leave(self.problem)
+        else:
+            await self._watch(stream)
+        finally:
+            self._stream = None
+            stream.close()
+
+    async def _enter(self, stream: Stream[Any]) -> None:
+        loop = asyncio.get_running_loop()
+        self._over, self._welcome = loop.create_future(), loop.create_future()
+        await connect(self.address, lambda: stream, ca_file=self.ca_file)
+        self._stream = stream
+        stream.send(calls.Hello(calls.VERSION, secrets.token_hex(16), self.token))
+        prefix = await self._welcome
+        if prefix != self.prefix:
+            self._leave("it was started anew")
+            self.former_prefix, self.prefix = self.prefix, prefix
+        asked = time.monotonic()
+        self.report = await self.call(calls.Report(self.number()), NodeReport)
+        if not self.is_up:
             if not self._watcher.node_came(self):
                 raise SandboxError(f"the node {self.name} is known by another address already")
             self.is_up = True
-            self._watcher.node_told(self, asked)
-            self.tried.set()
-            ticking = loop.create_task(self._tick(stream))
-            await self._over
+        self._watcher.node_told(self, asked)
+        self.tried.set()
+
+    async def _watch(self, stream: Stream[Any]) -> None:
+        assert self._over is not None
+        ticking = asyncio.get_running_loop().create_task(self._tick(stream))
+        try:
+            self.problem = await self._over
         finally:
-            if ticking is not None:
-                ticking.cancel()
-            stream.close()
-            self._stream = None
-            self.problem = self._over.result() if self._over.done() else self.problem
-            if self.is_up:
-                self.is_up = False
-                self._watcher.node_went(self, self.problem)
+            ticking.cancel()
+        self._until = time.monotonic() + PATIENCE_SECONDS
+        if self._is_silent:
+            self._leave(self.problem)
+
+    def _leave(self, problem: str) -> None:
+        if self.is_up:
+            self.is_up = False
+            self._watcher.node_went(self, problem)
 
     async def _tick(self, stream: Stream[Any]) -> None:
         """Each ping that goes unanswered was sent by a loop that ran: a stall of our own does not count."""
         reports: set[asyncio.Task[None]] = set()
         reported = time.monotonic()
+        self._num_unanswered = 0
+        self._is_silent = False
         for number in itertools.count(1):
             if self._num_unanswered >= MAX_UNANSWERED:
+                self._is_silent = True
                 stream.close(f"no answer for {MAX_UNANSWERED * PING_SECONDS:g} s")
                 return
             self._num_unanswered += 1
