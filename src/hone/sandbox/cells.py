@@ -21,7 +21,7 @@ import msgspec
 
 from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, sweep
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
+from hone.sandbox.host import FIRST_ID, LANDLOCK_ABSTRACT_SOCKETS, LAST_ID, MIN_KERNEL, Host, host_image, look
 from hone.sandbox.plan import CONFINING, Bind, Grants, Image, Operation, Plan, encode_operations, id_maps, plan_cell
 from hone.sandbox.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Ending, Process, Tally
 from hone.sandbox.readiness import until_ready
@@ -31,7 +31,6 @@ from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, SandboxUsage
 CREATE_SECONDS = 30.0
 CONNECT_SECONDS = 10.0
 NUM_IDS = 1 << 16
-FIRST_ID, LAST_ID = 1 << 20, 1 << 31
 MAX_PLANS = 256
 
 REPORT = struct.Struct("=IIiiQQQ")
