@@ -83,7 +83,9 @@ def test_ids_are_given_where_there_are_enough_of_them(tmp_path: Path) -> None:
 
 
 def test_a_proc_of_which_parts_are_hidden_is_seen(tmp_path: Path) -> None:
-    whole = "24 1 0:22 / /proc rw - proc proc rw\n30 24 0:30 / /proc/sys/fs/binfmt_misc rw - binfmt_misc binfmt_misc rw\n"
+    whole = (
+        "24 1 0:22 / /proc rw - proc proc rw\n30 24 0:30 / /proc/sys/fs/binfmt_misc rw - binfmt_misc binfmt_misc rw\n"
+    )
     (tmp_path / "mountinfo").write_text(whole)
     assert _has_whole_proc(tmp_path / "mountinfo")
     (tmp_path / "mountinfo").write_text(f"{whole}31 24 0:31 / /proc/acpi ro - tmpfs tmpfs ro\n")
