@@ -24,9 +24,29 @@ from hone.sandbox.runtimes.known import features, missing
 from hone.sandbox.runtimes.runtime import Feature
 from hone.schema.sandboxes import RUNTIMES, ExecResult, Outcome, RuntimeName, SandboxSpec
 
-VARIANTS = {"process": "process", "bwrap": "bwrap", "crun": "oci", "runc": "oci", "cell": "cell"}
+VARIANTS = {
+    "process": "process",
+    "bwrap": "bwrap",
+    "crun": "oci",
+    "runc": "oci",
+    "cell": "cell",
+    "process in Python": "process",
+    "bwrap in Python": "bwrap",
+    "crun in Python": "oci",
+    "cell in Python": "cell",
+}
 """Runtimes by the name of what is tried; one runtime may have several programs to choose from."""
-NEEDED = {"process": (), "bwrap": ("bwrap",), "crun": ("crun",), "runc": ("runc",), "cell": ()}
+NEEDED = {
+    "process": (),
+    "bwrap": ("bwrap",),
+    "crun": ("crun",),
+    "runc": ("runc",),
+    "cell": (),
+    "process in Python": (),
+    "bwrap in Python": ("bwrap",),
+    "crun in Python": ("crun",),
+    "cell in Python": (),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +72,7 @@ class Place:
 @pytest.fixture(params=VARIANTS)
 async def place(request: pytest.FixtureRequest, leaving_nothing_behind) -> AsyncIterator[Place]:
     runtime = VARIANTS[request.param]
-    host = with_programs(look(), NEEDED[request.param])
+    host = replace(with_programs(look(), NEEDED[request.param]), can_build="Python" not in request.param)
     async with leaving_nothing_behind(Cells(host=host, runtimes=(runtime,))) as cells:
         yield Place(runtime, cells)
 
