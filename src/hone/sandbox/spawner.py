@@ -19,6 +19,16 @@ from hone.sandbox.native.build import BuildError, build, cache_folder
 from hone.sandbox.plan import SPAWN, Code, Operation, encode_operations
 from hone.sandbox.readiness import until_ready
 
+# A shell runs it up to its exec, and for Python it begins with a string.
+LAUNCHER = """#!/bin/sh
+''':'
+for python in {python} /usr/bin/python3 /usr/local/bin/python3; do
+    if [ -x "$python" ]; then exec "$python" -I -S "$0"; fi
+done
+echo "without a C compiler on the node, the image has to have a Python 3 for the agent" >&2
+exit 127
+'''
+"""
 GUEST = Path(__file__).parent / "guest"
 SPAWNED = struct.Struct("=Qii")
 LEAVE_SECONDS = 10.0
@@ -231,7 +241,7 @@ def _native() -> _Program:
 
 def _in_python() -> _Program:
     agent = (GUEST / "agent.py").read_bytes()
-    script = f"#!{Path(sys.executable).resolve()} -IS\n".encode() + agent
+    script = LAUNCHER.format(python=Path(sys.executable).resolve()).encode() + agent
     path = cache_folder() / f"agent-{hashlib.sha256(script).hexdigest()[:24]}"
     if not path.exists():
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as unfinished:
