@@ -13,6 +13,7 @@ from hone.sandbox.code import CodeResult, ToolchainMissing, run_code
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.node import Node
+from hone.sandbox.ports import Forwarding
 from hone.sandbox.remote import RemoteNode
 from hone.schema.sandbox_network import NetworkRecord, Verdict
 from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxUsage
@@ -21,6 +22,7 @@ __all__ = [
     "LANGUAGES",
     "Busy",
     "CodeResult",
+    "Connection",
     "ExecResult",
     "FileEntry",
     "Language",
@@ -73,6 +75,25 @@ class Process(Protocol):
 
     async def close(self) -> None:
         """Kill it if it runs, and let go of its streams."""
+
+
+class Connection(Protocol):
+    """A connection to a port of a sandbox. It breaks off with the sandbox."""
+
+    async def write(self, data: bytes) -> None:
+        """Send; `BrokenPipeError` if nobody reads."""
+
+    def end_input(self) -> None:
+        """The other side will read the end."""
+
+    async def read(self) -> bytes:
+        """The next piece; empty at the end, also where the connection broke: `read_error` has then something."""
+
+    async def read_error(self) -> bytes:
+        """What broke it; empty if nothing did, when the other side has ended."""
+
+    async def close(self) -> None:
+        """Hang up."""
 
 
 class Sandbox:
@@ -192,6 +213,21 @@ class Sandbox:
         Read both of its streams: a program whose stderr nobody reads waits when that is full.
         """
         return await self._opened.spawn(argv, env=env, cwd=cwd, terminal=terminal)
+
+    async def connect(self, port: int, *, timeout_seconds: float = 0.0) -> Connection:
+        """A connection to a port of its loopback that a program in it listens at; `Connection.close` it.
+
+        Where nobody listens it is tried for so long, then it is a `ConnectionRefusedError`. No network is needed for it;
+        with network="host" or "off" there is no loopback of its own to connect to.
+        """
+        return await self._opened.connect(port, timeout_seconds=timeout_seconds)
+
+    def forward(self, port: int, local_port: int = 0, *, timeout_seconds: float = 0.0) -> Forwarding:
+        """A port of this machine's loopback that leads to one of the sandbox; an async context manager with a `port`.
+
+        local_port: 0 is a free one. timeout_seconds: as of `connect`, for each connection.
+        """
+        return Forwarding(lambda: self.connect(port, timeout_seconds=timeout_seconds), local_port)
 
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
@@ -344,6 +380,7 @@ class _Inner(Protocol):
         cwd: str,
         terminal: tuple[int, int] | None,
     ) -> Process: ...
+    async def connect(self, port: int, *, timeout_seconds: float) -> Connection: ...
     async def python(self, code: str, *, timeout_seconds: float) -> PythonResult: ...
     async def snippet(self, code: str, *, timeout_seconds: float) -> ExecResult: ...
     async def read(self, path: str, *, max_bytes: int) -> bytes: ...

@@ -305,7 +305,19 @@ class ReadNetworkLog(_Message, frozen=True):
     sandbox_id: str
 
 
-Streamed = Spawn
+class Dial(_Message, frozen=True):
+    """A connection to a port of a sandbox. It has the streams of a program: its errors say what broke the connection.
+
+    timeout_seconds: for so long it is tried while nobody listens.
+    """
+
+    call: int
+    sandbox_id: str
+    port: int
+    timeout_seconds: float
+
+
+Streamed = Spawn | Dial
 """The calls that have streams (a union)."""
 
 
@@ -342,5 +354,6 @@ ToNode = (
     | Drain
     | Usage
     | ReadNetworkLog
+    | Dial
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping | Resumed | Interrupted
