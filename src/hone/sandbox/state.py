@@ -1,59 +1,270 @@
-"""Snapshots of what programs left in a cell's working folder, to go back to or to go on from in many cells."""
+"""Snapshots of sandboxes' files on a node: taken of a cell, held for a time by their owners, and what cells begin from."""
 
+import asyncio
+import itertools
+import math
+import os
 import tempfile
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import BinaryIO, cast
 
-from hone.sandbox.archives import Limits
-from hone.sandbox.files import Files
+from hone.sandbox.archives import Limits as TreeLimits
+from hone.sandbox.cells import Cell
+from hone.sandbox.errors import Busy, SandboxError, Unsupported
+from hone.sandbox.files import Tree
+from hone.sandbox.host import Host
+from hone.sandbox.layer_copy import copy_layer, open_folders
+from hone.sandbox.layers import Layer, Layers, can_hold, hold, is_too_deep, over, used
+from hone.sandbox.plan import Image
+from hone.schema.sandboxes import Outcome, SandboxSpec
 
 SPOOL_BYTES = 16 << 20
+RETRY_SECONDS = 5.0
 
 
+@dataclass(eq=False, slots=True)
+class Archive:
+    """Files as a tar archive, to be unpacked in each cell: where no cell can lie over the layers of others."""
+
+    file: BinaryIO
+    size_bytes: int
+    num_holders: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a cell begins from: an image and, above it, what other cells left, the last on top."""
+
+    image: Image
+    layers: tuple[Layer, ...] = ()
+    archive: Archive | None = None
+
+
+@dataclass(slots=True)
 class Snapshot:
-    """A folder of a sandbox as it was: files, folders and links, but no processes and no memory.
+    """The files of a sandbox as they were. spec: of that sandbox. ends: when it is let go of, in the node's time."""
 
-    It belongs to this process and needs no cell. Use it as a context manager, or `close` it.
+    snapshot_id: str
+    owner: str
+    spec: SandboxSpec
+    base: Base
+    ends: float
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of the machine's memory, some of it together with other snapshots."""
+        archive = self.base.archive.size_bytes if self.base.archive is not None else 0
+        return sum(layer.size_bytes for layer in self.base.layers) + archive
+
+
+class Snapshots:
+    """All snapshots of a node, and the layers that they and its sandboxes hold.
+
+    prefix: of the ids. threads: for copying. max_snapshots, max_bytes: more are `Busy`. now: the time.
     """
 
-    def __init__(self, folder: str, limits: Limits) -> None:
-        self._folder = folder
-        self._limits = limits
-        self._archive = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 - it lives as long as the snapshot
+    def __init__(
+        self,
+        prefix: str,
+        host: Host,
+        threads: Executor,
+        *,
+        max_snapshots: int,
+        max_bytes: int,
+        now: Callable[[], float],
+    ) -> None:
+        self.layers = Layers()
+        self._prefix = prefix
+        self._host = host
+        self._threads = threads
+        self._max_snapshots = max_snapshots
+        self._max_bytes = max_bytes
+        self._now = now
+        self._numbers = itertools.count(1)
+        self._snapshots: dict[str, Snapshot] = {}
+        self._archives: set[Archive] = set()
 
-    @classmethod
-    async def take(cls, files: Files, folder: str = ".", limits: Limits = Limits()) -> Self:
-        """Snapshot a folder. Pause the cell meanwhile where its programs may be writing."""
-        made = cls(folder, limits)
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._snapshots)
+
+    @property
+    def size_bytes(self) -> int:
+        """What all of them, and the sandboxes that began from some, hold of the machine's memory."""
+        return sum(one.size_bytes for one in (*self.layers.held, *self._archives))
+
+    @property
+    def can_hold(self) -> bool:
+        """Whether cells lie over the layers of others here."""
+        return can_hold(self._host)
+
+    def admit(self) -> None:
+        """Raises `Busy` where there is no room for another one."""
+        if self.count >= self._max_snapshots:
+            raise Busy(f"{self.count} snapshots are held already", RETRY_SECONDS)
+        if self.size_bytes >= self._max_bytes:
+            raise Busy(f"snapshots hold {self.size_bytes >> 20} MB already", RETRY_SECONDS)
+
+    def find(self, snapshot_id: str, owner: str | None) -> Snapshot:
+        """A snapshot by its id. owner: whose it has to be, if anybody's. `SandboxError` if there is none."""
+        snapshot = self._snapshots.get(snapshot_id)
+        if snapshot is None or owner not in (None, snapshot.owner):
+            outcome = Outcome.AGENT_LOST if snapshot_id.startswith(self._prefix) else Outcome.NODE_LOST
+            raise SandboxError(f"{snapshot_id}: there is no such snapshot (any more)", outcome)
+        return snapshot
+
+    def add(self, base: Base, spec: SandboxSpec, owner: str, seconds: float) -> Snapshot:
+        """A snapshot, which from now on holds what the caller held of its base."""
+        snapshot = Snapshot(f"{self._prefix}s{next(self._numbers)}", owner, spec, base, self._now() + seconds)
+        self._snapshots[snapshot.snapshot_id] = snapshot
+        return snapshot
+
+    async def let_go(self, snapshot: Snapshot) -> None:
+        """Forget one. Sandboxes that began from it go on. Harmless when repeated."""
+        if self._snapshots.pop(snapshot.snapshot_id, None) is not None:
+            await self.release(snapshot.base)
+
+    async def let_go_of_old(self) -> None:
+        """Forget those whose time is over."""
+        now = self._now()
+        for snapshot in [one for one in self._snapshots.values() if one.ends <= now]:
+            await self.let_go(snapshot)
+
+    async def let_go_of_all(self) -> None:
+        """Forget all."""
+        for snapshot in list(self._snapshots.values()):
+            await self.let_go(snapshot)
+
+    def hold(self, base: Base) -> None:
+        """Want what is in a base kept; `release` it."""
+        hold(base.layers)
+        if base.archive is not None:
+            base.archive.num_holders += 1
+
+    async def release(self, base: Base) -> None:
+        """Want it no longer."""
+        for layer in base.layers:
+            await self.layers.release(layer)
+        if base.archive is not None:
+            base.archive.num_holders -= 1
+            if not base.archive.num_holders:
+                self._archives.discard(base.archive)
+                base.archive.file.close()
+
+    def check(self, spec: SandboxSpec, base: Base) -> None:
+        """Raises where a sandbox like this cannot begin from a base."""
+        if any(layer.spawner.is_lost for layer in base.layers):
+            raise SandboxError("the snapshot was lost with the process that held it")
+        if any(layer.spawner.own_network == (spec.network == "host") for layer in base.layers):
+            raise Unsupported("a sandbox from a snapshot has the host's network if the one that was snapshot had it")
+
+    def image(self, base: Base) -> Image:
+        """What a cell is to be made of."""
+        return over(base.image, base.layers)
+
+    async def fill(self, cell: Cell, tree: Tree, base: Base) -> None:
+        """Give a new cell what it does not lie over."""
+        if base.archive is None:
+            return
+        archive = base.archive
+
+        def unpack() -> None:
+            with tempfile.TemporaryFile() as own:  # each reader needs a position of its own
+                archive.file.seek(0)
+                _copy(archive.file, own)
+                own.seek(0)
+                tree.unpack("/", cast(BinaryIO, own), _limits(cell.spec))
+
+        await self._run(unpack)
+
+    async def take_over(self, cell: Cell, base: Base) -> Base:
+        """The files of a cell in which nothing will run any more, made a layer: nothing is copied. `OSError` if not."""
+        assert cell.spawner is not None
+        cell.is_layer_held = True
+        layer = await self.layers.take_over(cell.spawner, cell.layer_descriptor, self._first_id(cell))
+        hold(base.layers)
+        return Base(base.image, (layer, *base.layers))
+
+    async def copy(self, cell: Cell, base: Base) -> Base:
+        """The files of a cell that goes on, copied; for that moment it is paused, where it can be.
+
+        Layers that are too many are made one with the copy.
+        """
+        was_paused = cell.is_paused
+        if cell.can_pause and not was_paused:
+            await cell.pause()
         try:
-            await files.pack(folder, made._archive, limits)  # type: ignore[arg-type]
+            if not self.can_hold:
+                return await self._archived(cell, base)
+            below = base.layers if is_too_deep(base.image, base.layers) else ()
+            layer = await self._copied(cell, base.image, below)
+        finally:
+            if cell.can_pause and not was_paused:
+                await asyncio.shield(cell.resume())
+        rest = () if below else base.layers
+        hold(rest)
+        return Base(base.image, (layer, *rest))
+
+    async def _copied(self, cell: Cell, image: Image, below: tuple[Layer, ...]) -> Layer:
+        """One layer of a cell's own and of those below."""
+        assert cell.spawner is not None
+        sources = [(layer.descriptor, layer.first_id) for layer in reversed(below)]
+        sources.append((cell.layer_descriptor, self._first_id(cell)))
+        room = used(cell.layer_descriptor)
+        for layer in below:
+            room += used(layer.descriptor)
+        made = await self.layers.make(cell.spawner, room)
+
+        def copy() -> None:
+            with open_folders(image.layers) as folders:
+                for source, first_id in sources:
+                    copy_layer(source, made.descriptor, first_id, folders)
+
+        hold(below)  # so that they stay open
+        try:
+            await self._run(copy)
         except BaseException:  # a cancellation too: undo, then pass it on
-            made.close()
+            await self.layers.release(made)
             raise
+        finally:
+            for layer in below:
+                await self.layers.release(layer)
         return made
 
-    async def restore(self, files: Files) -> None:
-        """Make the folder of a sandbox, the same one or another, what it was: what is not in the snapshot goes."""
-        await files.make_folder(self._folder)
-        for entry in await files.list(self._folder):
-            await files.remove(f"{self._folder}/{entry.name}", is_recursive=True)
-        self._archive.seek(0)
-        await files.unpack(self._folder, self._archive, self._limits)  # type: ignore[arg-type]
+    async def _archived(self, cell: Cell, base: Base) -> Base:
+        file = cast(BinaryIO, tempfile.SpooledTemporaryFile(SPOOL_BYTES))  # noqa: SIM115 - it lives as long as its holders
+        tree = Tree(cell.layer_descriptor)
+        try:
+            await self._run(lambda: tree.pack("/", file, _limits(cell.spec)))
+        except BaseException:  # a cancellation too: undo, then pass it on
+            file.close()
+            raise
+        finally:
+            tree.close()
+        archive = Archive(file, file.seek(0, os.SEEK_END))
+        self._archives.add(archive)
+        return Base(base.image, (), archive)
 
-    async def fork(self, sandboxes: Sequence[Files]) -> None:
-        """Restore it in each of some sandboxes, one after the other."""
-        for files in sandboxes:
-            await self.restore(files)
+    async def _run(self, work: Callable[[], object]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def close(self) -> None:
-        """Forget it."""
-        self._archive.close()
+    def _first_id(self, cell: Cell) -> int:
+        return cell.uid_base if self._host.has_id_ranges else 0
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def _limits(spec: SandboxSpec) -> TreeLimits:
+    """Holes count as what they are long: a file with a hole larger than any disk is not copied."""
+    return TreeLimits(total_bytes=max(1 << 30, 4 * spec.disk_mb << 20), num_entries=1_000_000, depth=200)
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    while data := source.read(1 << 20):
+        target.write(data)
+
+
+def time_left(snapshot: Snapshot, now: float) -> float:
+    """For how long it is held yet."""
+    return max(0.0, snapshot.ends - now) if math.isfinite(snapshot.ends) else math.inf
