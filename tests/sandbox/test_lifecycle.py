@@ -5,7 +5,7 @@ import random
 import pytest
 
 from hone.sandbox.errors import Busy, SandboxError
-from hone.sandbox.lifecycle import Destroy, Give, Lifecycle, Limits, Make, Over, Stage
+from hone.sandbox.lifecycle import Destroy, End, Give, Lifecycle, Limits, Make, Over, Stage
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
 SPEC = SandboxSpec(ttl_seconds=100)
@@ -109,7 +109,7 @@ def test_a_cell_that_cannot_be_made_ends_its_lease_with_the_reason():
     lease = lifecycle.ask(SPEC, 0.0)
     lifecycle.take()
     lifecycle.failed(1, 1.0, "no room", Outcome.POLICY_DENIED)
-    assert lifecycle.take() == [Over(lease.sandbox_id, "no room", Outcome.POLICY_DENIED)]
+    assert lifecycle.take() == [Over(lease.sandbox_id, "no room", Outcome.POLICY_DENIED, End.NOT_READY)]
     assert lifecycle.num_cells == 0
 
 

@@ -1,6 +1,7 @@
 """`hone sandbox`: run a program in one, serve a node, and see what this machine and a node are up to."""
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
@@ -11,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.table import Table
 
     from hone.sandbox.client import Process, Sandbox
-    from hone.sandbox.lifecycle import Limits
     from hone.sandbox.node import Node
     from hone.sandbox.remote import RemoteNode
     from hone.sandbox.serve import NodeServer
+
+NUM_HEAD_ROWS = 10
+"""Lines of the live table that are not sandboxes."""
 
 app = typer.Typer(help="Sandboxes: run programs nobody trusts, here or on a node.", no_args_is_help=True)
 
@@ -104,8 +105,15 @@ def serve(
     tls_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
     max_sandboxes: Annotated[int, typer.Option(help="At once.")] = 4096,
     max_warm: Annotated[int, typer.Option(help="Cells kept ready; which ones follows the demand.")] = 16,
+    metrics_port: Annotated[int | None, typer.Option(help="For Prometheus: /metrics, and /health for probes.")] = None,
+    metrics_host: Annotated[str, typer.Option(help="Who reaches them; 0.0.0.0 is everybody who can.")] = "127.0.0.1",
+    spans: Annotated[Path | None, typer.Option(help="A file to tell each creation and call in, a line each.")] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(help="At SIGTERM, how long sandboxes may live on while no new ones are taken.")
+    ] = 10.0,
 ) -> None:
-    """Serve a node until it is interrupted."""
+    """Serve a node until SIGINT, which ends it at once as a second SIGTERM does; the first one drains it."""
+    from hone.cli.sandbox_serve import Observation, serve_node
     from hone.sandbox.lifecycle import Limits
 
     place = folder or _cache() / f"node-{name}"
@@ -118,17 +126,8 @@ def serve(
 
         return NodeServer(node, address, tokens=known, gateways=gateways, certificate=tls_cert, key=tls_key)
 
-    asyncio.run(_serve(name, place, limits, server_of))
-
-
-async def _serve(name: str, folder: Path, limits: "Limits", server_of: "Callable[[Node], NodeServer]") -> None:
-    from hone.sandbox.node import Node
-
-    stopped = until_stopped()
-    async with Node(name, folder=folder, limits=limits) as node, server_of(node) as server:
-        lost = f"; {len(node.lost)} sandboxes were lost with the node before" if node.lost else ""
-        typer.echo(f"node {name} serves at {server.address}{lost}")
-        await stopped.wait()
+    observation = Observation(metrics_port, metrics_host, spans)
+    asyncio.run(serve_node(name, place, limits, server_of, observation, drain_seconds))
 
 
 def until_stopped() -> asyncio.Event:
@@ -150,16 +149,11 @@ def list_sandboxes(node: Address = "") -> None:
 
 
 async def _listed(address: str) -> "Table":
-    from rich.table import Table
+    from hone.cli.sandbox_tables import sandboxes_table
 
     client = await _connected(address)
     try:
-        table = Table("sandbox", "owner", "stage", "image", "age", "left", "calls", "memory")
-        for one in await client.sandboxes():
-            memory = "-" if one.memory_bytes is None else f"{one.memory_bytes / 1e6:.1f} MB"
-            left, age = f"{one.seconds_left:.0f} s", f"{one.age_seconds:.0f} s"
-            table.add_row(one.sandbox_id, one.owner, one.stage, one.image, age, left, str(one.num_calls), memory)
-        return table
+        return sandboxes_table(await client.sandboxes())
     finally:
         await client.close()
 
@@ -169,25 +163,31 @@ def stats(
     node: Address = "",
     watch: Annotated[bool, typer.Option(help="Show them again every second, until interrupted.")] = False,
 ) -> None:
-    """Show a node's numbers."""
-    asyncio.run(_stats(node, watch))
+    """Show the numbers of a node and what its sandboxes use."""
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_stats(node, watch))
 
 
 async def _stats(address: str, watch: bool) -> None:
-    from rich.table import Table
+    from rich.console import Console
+    from rich.live import Live
 
     from hone.cli.listing import print_table
+    from hone.cli.sandbox_tables import Look, live_view, sandboxes_table, statistics_table
 
     client = await _connected(address)
     try:
-        while True:
-            table = Table("metric", "value")
-            for name, value in (await client.statistics()).items():
-                table.add_row(name, f"{value:g}")
-            print_table(table)
-            if not watch:
-                return
-            await asyncio.sleep(1)
+        before = Look(await client.statistics(), await client.sandboxes())
+        if not watch:
+            print_table(statistics_table(before.statistics))
+            print_table(sandboxes_table(before.sandboxes))
+            return
+        with Live(live_view(before, None), console=Console(highlight=False), auto_refresh=False) as live:
+            while True:
+                await asyncio.sleep(1)
+                now = Look(await client.statistics(), await client.sandboxes())
+                live.update(live_view(now, before, max_rows=max(1, live.console.height - NUM_HEAD_ROWS)), refresh=True)
+                before = now
     finally:
         await client.close()
 

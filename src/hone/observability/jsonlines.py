@@ -14,8 +14,11 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)
 
-    def write(self, line: Mapping[str, object]) -> None:
-        self._file.write(encode(line).encode() + b"\n")
+    def write(self, line: Mapping[str, object]) -> int:
+        """Returns how many bytes it has become."""
+        data = encode(line).encode() + b"\n"
+        self._file.write(data)
+        return len(data)
 
     def close(self) -> None:
         self._file.close()

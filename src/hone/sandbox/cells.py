@@ -16,14 +16,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, sweep
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
 from hone.sandbox.plan import CONFINING, Bind, Grants, Image, Operation, Plan, encode_operations, id_maps, plan_cell
-from hone.sandbox.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Ending, Process
+from hone.sandbox.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Ending, Process, Tally
 from hone.sandbox.readiness import until_ready
 from hone.sandbox.spawner import Born, Spawner
-from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec
+from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, SandboxUsage
 
 CREATE_SECONDS = 30.0
 NUM_IDS = 1 << 16
@@ -58,11 +60,13 @@ class Cells:
         self._ids: set[int] = set()
         self._plans: dict[tuple[object, ...], _KnownPlan] = {}
         self._nothing = -1
+        self.num_swept = 0
+        """Cells of dead processes that were removed at the start."""
 
     async def __aenter__(self) -> Self:
         self._require()
         self._nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        sweep(self.host.cgroups)
+        self.num_swept = sweep(self.host.cgroups)
         self._cgroups = Cgroups(self.host.cgroups)
         return self
 
@@ -110,6 +114,18 @@ class Cells:
             await asyncio.shield(cell.destroy())
             raise
         return cell
+
+    def living(self) -> frozenset["Cell"]:
+        """Cells that are there, those that are being made or destroyed included."""
+        return frozenset(self._cells)
+
+    def memory_bytes(self) -> int | None:
+        """What all cells use now, files included; None where no cgroup counts."""
+        return self._cgroups.memory_bytes() if self._cgroups is not None else None
+
+    def cpu_seconds(self) -> float | None:
+        """What all cells used so far, those that are gone included; None without cgroup v2."""
+        return self._cgroups.cpu_seconds() if self._cgroups is not None else None
 
     async def _bear(self, cell: "Cell", number: int, spawner: "Spawner", binds: Sequence[Bind]) -> None:
         assert cell.cgroup is not None
@@ -230,6 +246,8 @@ class Cell:
         self.spawner: Spawner | None = None
         self.is_layer_held = False
         self.operations: tuple[Operation, ...] = ()
+        self.tally = Tally()
+        self._final: SandboxUsage | None = None
         self._nothing = nothing
         self._forget = forget
         self._control: socket.socket | None = None
@@ -324,9 +342,9 @@ class Cell:
             self._destruction = asyncio.ensure_future(self._destroy())
         await asyncio.shield(self._destruction)
 
-    def usage_bytes(self) -> int | None:
-        """What memory it uses now, files included; None where no cgroup counts."""
-        return self.cgroup.memory_bytes() if self.cgroup is not None else None
+    def usage(self) -> SandboxUsage:
+        """What it has used so far; after its end, in all."""
+        return self._final or self._measure()
 
     def open(self) -> socket.socket:
         """Make the agent's control socket and return the agent's end; called once, by `Cells`."""
@@ -440,6 +458,26 @@ class Cell:
         for program in list(self._programs.values()):
             program.lose(self._loss())
 
+    def _measure(self) -> SandboxUsage:
+        cgroup, tally = self.cgroup, self.tally
+        cpu_seconds = cgroup.cpu_seconds() if cgroup is not None else None
+        memory = cgroup.memory_bytes() if cgroup is not None else None
+        peak = cgroup.peak_memory_bytes() if cgroup is not None else None
+        return SandboxUsage(
+            cpu_seconds=tally.cpu_seconds if cpu_seconds is None else cpu_seconds,
+            memory_bytes=memory,
+            peak_memory_bytes=max(peak or 0, tally.peak_memory_bytes, memory or 0) or None,
+            num_processes=cgroup.num_processes() if cgroup is not None else None,
+            disk_bytes=self._disk_bytes(),
+            output_bytes=tally.output_bytes,
+        )
+
+    def _disk_bytes(self) -> int:
+        if self.root_descriptor < 0:
+            return 0
+        room = os.fstatvfs(self.root_descriptor)
+        return (room.f_blocks - room.f_bfree) * room.f_frsize
+
     async def _destroy(self) -> None:
         """The kernel ends the first process when all others in its namespace are gone."""
         self._lose("it is destroyed")
@@ -450,6 +488,7 @@ class Cell:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
                 await _until_over(self._pidfd, self.name)
+            self._final = msgspec.structs.replace(self._measure(), memory_bytes=0, num_processes=0)
             await self._forget(self)
         finally:
             for descriptor in (self._pidfd, self.root_descriptor, self.layer_descriptor):

@@ -48,6 +48,16 @@ class Cgroups:
         """Whether cells' use of memory, pids or cpu is limited."""
         return controller in self.controllers or controller in self.unified_controllers
 
+    def memory_bytes(self) -> int | None:
+        """What all cells use now, files included; None where nobody counts."""
+        if self.unified is not None and "memory" in self.unified_controllers:
+            return _number(f"{self.unified}/memory.current")
+        return _number(f"{self.controllers['memory']}/memory.usage_in_bytes") if "memory" in self.controllers else None
+
+    def cpu_seconds(self) -> float | None:
+        """What all cells used since this process began, those that are gone included; None without v2."""
+        return _field(f"{self.unified}/cpu.stat", "usage_usec") / 1e6 if self.unified is not None else None
+
     def take(self, spec: SandboxSpec) -> "CellCgroup | None":
         """The folders of a cell of the same limits that is gone, if there are any."""
         spares = self._spares.get(_limits(spec))
@@ -125,8 +135,12 @@ class CellCgroup:
         self._numbers = itertools.count()
         self._made: set[int] = set()
         self._left: collections.deque[int] = collections.deque()
+        self._killed: set[int] = set()
+        self.generation = 0
+        """Which cell has the folders: what belongs to the one before may not touch them any more."""
         self._is_killed = False
         self.before = Counters()  # what earlier cells in these folders hit
+        self._before = (0.0, 0)  # and used: seconds of processors, the most memory
 
     @property
     def can_freeze(self) -> bool:
@@ -194,8 +208,19 @@ class CellCgroup:
         """
         if not is_killed:
             self._left.append(number)
-        elif self._unified is not None and _remove(f"{self._unified}/{number}"):
-            self._made.discard(number)
+        else:
+            self._remove_killed(number)
+
+    def mark_killed(self, number: int) -> None:
+        """This program's folder is being killed."""
+        self._killed.add(number)
+
+    def _remove_killed(self, number: int) -> bool:
+        if not _remove(f"{self._unified}/{number}"):
+            return False
+        self._made.discard(number)
+        self._killed.discard(number)
+        return True
 
     def counters(self) -> Counters:
         """How often the limits were hit, as far as they are counted."""
@@ -215,6 +240,32 @@ class CellCgroup:
         if self._unified is not None and "memory" in self._unified_controllers:
             return _number(f"{self._unified}/memory.current")
         return _number(f"{self._v1['memory']}/memory.usage_in_bytes") if "memory" in self._v1 else None
+
+    def peak_memory_bytes(self) -> int | None:
+        """The most it used at once; None where nobody counts, or an earlier cell in these folders used more."""
+        peak = self._peak()
+        return None if peak is None or peak <= self._before[1] else peak
+
+    def cpu_seconds(self) -> float | None:
+        """What its processes used, those that are gone included; None without v2, which counts without a controller."""
+        seconds = self._cpu_seconds()
+        return None if seconds is None else seconds - self._before[0]
+
+    def num_processes(self) -> int | None:
+        """Processes and threads alive in it, its agent left out; None where nobody counts."""
+        if self._unified is not None and "pids" in self._unified_controllers:
+            number = _number(f"{self._unified}/pids.current")
+        else:
+            number = _number(f"{self._v1['pids']}/pids.current") if "pids" in self._v1 else None
+        return None if number is None else max(0, number - RESERVED_PROCESSES)
+
+    def _cpu_seconds(self) -> float | None:
+        return _field(f"{self._unified}/cpu.stat", "usage_usec") / 1e6 if self._unified is not None else None
+
+    def _peak(self) -> int | None:
+        if self._unified is not None and "memory" in self._unified_controllers:
+            return _number(f"{self._unified}/memory.peak")
+        return _number(f"{self._v1['memory']}/memory.max_usage_in_bytes") if "memory" in self._v1 else None
 
     def kill(self) -> None:
         """Kill everything in it, where there is v2."""
@@ -246,8 +297,14 @@ class CellCgroup:
         """Whether another cell could have the folders: all is over in there, and none has been killed as a whole."""
         if self._is_killed or (self._unified is not None and _field(f"{self._unified}/cgroup.events", "populated")):
             return False
+        if not all(self._remove_killed(number) for number in sorted(self._killed)):
+            return False
+        self.generation += 1
         self._left = collections.deque(sorted(self._made))
         self.before = self.counters()
+        if "memory" in self._v1:  # v2 has no way to begin anew that outlives a descriptor
+            _write(f"{self._v1['memory']}/memory.max_usage_in_bytes", "0", is_optional=True)
+        self._before = (self._cpu_seconds() or 0.0, self._peak() or 0)
         return True
 
     def remove(self) -> bool:
@@ -270,6 +327,7 @@ class ProgramCgroup:
         self._number = number
         self._folder = folder
         self._is_killed = False
+        self._generation = cell.generation
 
     def open(self) -> int:
         """A descriptor to be born by; the caller closes it."""
@@ -277,13 +335,17 @@ class ProgramCgroup:
 
     def kill(self) -> None:
         """Kill the program and everything it started, daemons included."""
+        if self._generation != self._cell.generation:
+            return  # its cell is gone, and it with it
         self._is_killed = True
+        self._cell.mark_killed(self._number)
         with contextlib.suppress(FileNotFoundError):
             _write(f"{self._folder}/cgroup.kill", "1")
 
     def leave(self) -> None:
         """The program is over."""
-        self._cell.take_back(self._number, is_killed=self._is_killed)
+        if self._generation == self._cell.generation:
+            self._cell.take_back(self._number, is_killed=self._is_killed)
 
 
 def _limits(spec: SandboxSpec) -> Limits:
@@ -305,10 +367,10 @@ def sweep(folders: CgroupFolders) -> int:
             with contextlib.suppress(OSError):
                 _write(own / "cgroup.kill", "1")
                 _wait_until_empty(own)
-            for folder in sorted(own.rglob("*/"), reverse=True):
+            for name, _, _ in os.walk(own, topdown=False):  # another process may be sweeping, too
+                folder = Path(name)
                 if _remove(folder) and folder.parent == own and parent == folders.unified:
                     num_cells += 1
-            _remove(own)
     return num_cells
 
 

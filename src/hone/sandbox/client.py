@@ -12,7 +12,7 @@ from hone.sandbox.beneath import LimitExceeded
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.node import Node
 from hone.sandbox.remote import RemoteNode
-from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec
+from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxUsage
 
 __all__ = [
     "Busy",
@@ -25,6 +25,7 @@ __all__ = [
     "Sandbox",
     "SandboxError",
     "SandboxSpec",
+    "SandboxUsage",
     "Unsupported",
     "embedded_node",
 ]
@@ -95,6 +96,7 @@ class Sandbox:
         ttl_seconds: float = 600.0,
         idle_seconds: float | None = None,
         env: Mapping[str, str] | None = None,
+        rollout: str = "",
         spec: SandboxSpec | None = None,
         node: "Node | str | None" = None,
         token: str = "",
@@ -112,6 +114,7 @@ class Sandbox:
             ttl_seconds=ttl_seconds,
             idle_seconds=idle_seconds,
             env=dict(env or {}),
+            rollout=rollout,
         )
         self._node = node
         self._token = token
@@ -212,6 +215,10 @@ class Sandbox:
     async def renew(self, seconds: float) -> None:
         """The lease lasts for so long from now."""
         await self._opened.renew(seconds)
+
+    async def usage(self) -> SandboxUsage:
+        """What it has used so far; after its end, in all."""
+        return await self._opened.usage()
 
     async def close(self) -> None:
         """End it; returns when nothing of it is left. Harmless when repeated."""
@@ -329,4 +336,5 @@ class _Inner(Protocol):
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
     async def renew(self, seconds: float) -> None: ...
+    async def usage(self) -> SandboxUsage: ...
     async def close(self) -> None: ...

@@ -47,6 +47,18 @@ class Stage(StrEnum):
     READY = "ready"
 
 
+class End(StrEnum):
+    """What ended a sandbox."""
+
+    CLOSED = "closed"
+    CLIENT_GONE = "client_gone"
+    LEASE_OVER = "lease_over"
+    IDLE = "idle"
+    NOT_READY = "not_ready"
+    LOST = "lost"
+    NODE_STOPPED = "node_stopped"
+
+
 @dataclass(frozen=True, slots=True)
 class Make:
     """Make a cell; tell `Lifecycle.made` or `Lifecycle.failed`. Cells are named by the number they get here."""
@@ -57,10 +69,11 @@ class Make:
 
 @dataclass(frozen=True, slots=True)
 class Give:
-    """The sandbox is ready: this cell is its own."""
+    """The sandbox is ready: this cell is its own. is_warm: it was there already."""
 
     sandbox_id: str
     number: int
+    is_warm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,7 @@ class Over:
     sandbox_id: str
     problem: str
     outcome: Outcome
+    end: End = End.LOST
 
 
 Command = Make | Give | Destroy | Over
@@ -91,6 +105,7 @@ class Lease:
     owner: str
     key: str
     asked: float
+    started: float = math.inf
     stage: Stage = Stage.QUEUED
     cell: int | None = None
     ends: float = math.inf
@@ -205,7 +220,7 @@ class Lifecycle:
             pool = self._pools[purpose]
             pool.count, pool.floor = 0.0, 0  # until somebody asks for one, and hears the reason
         elif purpose in self.leases:
-            self._end(self.leases[purpose], problem, outcome)
+            self._end(self.leases[purpose], problem, outcome, End.NOT_READY)
         self._advance(now)
 
     def gone(self, number: int, now: float) -> None:
@@ -246,11 +261,18 @@ class Lifecycle:
         lease.ends = now + seconds
         self._watch(lease)
 
-    def end(self, sandbox_id: str, now: float, problem: str, outcome: Outcome = Outcome.AGENT_LOST) -> None:
+    def end(
+        self,
+        sandbox_id: str,
+        now: float,
+        problem: str,
+        outcome: Outcome = Outcome.AGENT_LOST,
+        end: End = End.LOST,
+    ) -> None:
         """A lease is over. Harmless when repeated."""
         lease = self.leases.get(sandbox_id)
         if lease is not None:
-            self._end(lease, problem, outcome)
+            self._end(lease, problem, outcome, end)
             self._advance(now)
 
     def keep_warm(self, spec: SandboxSpec, count: int, now: float) -> None:
@@ -268,11 +290,15 @@ class Lifecycle:
             if lease.deadline() > now:
                 self._watch(lease)
             elif lease.stage is not Stage.READY:
-                self._end(lease, f"it was not ready within {self.limits.queue_seconds:g} s", Outcome.NODE_LOST)
+                self._end(
+                    lease, f"it was not ready within {self.limits.queue_seconds:g} s", Outcome.NODE_LOST, End.NOT_READY
+                )
             elif lease.ends <= now:
-                self._end(lease, "its lease is over", Outcome.AGENT_LOST)
+                self._end(lease, "its lease is over", Outcome.AGENT_LOST, End.LEASE_OVER)
             else:
-                self._end(lease, f"nothing was asked of it for {lease.spec.idle_seconds:g} s", Outcome.AGENT_LOST)
+                self._end(
+                    lease, f"nothing was asked of it for {lease.spec.idle_seconds:g} s", Outcome.AGENT_LOST, End.IDLE
+                )
         self._shrink(now)
         self._advance(now)
 
@@ -288,6 +314,11 @@ class Lifecycle:
     def num_cells(self) -> int:
         """Cells that exist, are being made or being destroyed."""
         return self._num_given + self.num_warm + len(self._makings) + len(self._dying)
+
+    @property
+    def num_making(self) -> int:
+        """Cells that are being made."""
+        return len(self._makings)
 
     @property
     def num_warm(self) -> int:
@@ -316,7 +347,7 @@ class Lifecycle:
             if pool.ready:
                 self._queue.popitem(last=False)
                 self._num_warm -= 1
-                self._give(lease, pool.ready.pop(), now)
+                self._give(lease, pool.ready.pop(), now, is_warm=True)
                 continue
             if len(self._makings) >= self.limits.max_starting:
                 return
@@ -324,7 +355,7 @@ class Lifecycle:
                 self._drop_one_warm()
                 return
             self._queue.popitem(last=False)
-            lease.stage = Stage.STARTING
+            lease.stage, lease.started = Stage.STARTING, now
             self._make(lease.sandbox_id, lease.spec, now)
             room -= 1
         self._refill(now, room)
@@ -358,18 +389,18 @@ class Lifecycle:
                 self._destroy(pool.ready.pop())
                 return
 
-    def _give(self, lease: Lease, number: int, now: float) -> None:
+    def _give(self, lease: Lease, number: int, now: float, *, is_warm: bool = False) -> None:
         lease.stage, lease.cell, lease.used = Stage.READY, number, now
         self._num_given += 1
         lease.ends = now + lease.spec.ttl_seconds
         self._watch(lease)
-        self._commands.append(Give(lease.sandbox_id, number))
+        self._commands.append(Give(lease.sandbox_id, number, is_warm))
 
-    def _end(self, lease: Lease, problem: str, outcome: Outcome) -> None:
+    def _end(self, lease: Lease, problem: str, outcome: Outcome, end: End) -> None:
         del self.leases[lease.sandbox_id]
         self._queue.pop(lease.sandbox_id, None)
         self._by_key.pop((lease.owner, lease.key), None)
-        over = self._reasons[lease.sandbox_id] = Over(lease.sandbox_id, problem, outcome)
+        over = self._reasons[lease.sandbox_id] = Over(lease.sandbox_id, problem, outcome, end)
         if len(self._reasons) > MAX_REMEMBERED:
             self._reasons.popitem(last=False)
         self._commands.append(over)
@@ -410,4 +441,4 @@ class Lifecycle:
 
 def kind_of(spec: SandboxSpec) -> SandboxSpec:
     """What is alike in the cells of sandboxes that differ in lease and environment variables only."""
-    return msgspec.structs.replace(spec, ttl_seconds=SandboxSpec().ttl_seconds, idle_seconds=None, env={})
+    return msgspec.structs.replace(spec, ttl_seconds=SandboxSpec().ttl_seconds, idle_seconds=None, env={}, rollout="")

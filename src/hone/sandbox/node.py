@@ -13,15 +13,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
+from hone.observability.spans import Spans
 from hone.sandbox.beneath import Owner
 from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.files import Files, Tree
 from hone.sandbox.images import ImageStore
 from hone.sandbox.journal import Journal
-from hone.sandbox.lifecycle import Command, Destroy, Give, Lease, Lifecycle, Limits, Make, Over, Stage
+from hone.sandbox.lifecycle import Command, Destroy, End, Give, Lease, Lifecycle, Limits, Make, Over, Stage
 from hone.sandbox.programs import Process
 from hone.sandbox.python import PythonSession, WarmPython, Zygotes
+from hone.sandbox.records import Records
 from hone.sandbox.report import report_of
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
@@ -31,6 +35,7 @@ from hone.schema.sandboxes import (
     PythonResult,
     SandboxSpec,
     SandboxStatus,
+    SandboxUsage,
 )
 
 TICK_SECONDS = 1.0
@@ -45,7 +50,8 @@ class Node:
     """Leases sandboxes; an async context manager. Leaving it, or the death of this process, ends all of them.
 
     name: small letters, digits and dashes; the first part of the ids of its sandboxes, which also say which start of the
-    node they are of. folder: for its journal; None keeps none. Raises `SandboxError` where another node has the folder.
+    node they are of. folder: for its journal and its accounts; None keeps none. spans: where its pieces of work are
+    told, None nowhere; the caller's to close. Raises `SandboxError` where another node has the folder.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class Node:
         limits: Limits = Limits(),
         images: ImageStore | None = None,
         is_weak_allowed: bool = False,
+        spans: Spans | None = None,
     ) -> None:
         if not NAME.fullmatch(name):
             raise ValueError(f"the node's name {name!r} is not of small letters, digits and dashes")
@@ -63,6 +70,7 @@ class Node:
         self.prefix = f"{name}.{secrets.token_hex(4)}."
         self.lost: dict[str, str] = {}
         """What the node of this folder before had not ended: owners by sandbox id."""
+        self.records = Records(spans)
         self._folder = folder
         self._journal: Journal | None = None
         self._lifecycle = Lifecycle(self.prefix, limits)
@@ -72,18 +80,18 @@ class Node:
         self._threads = ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="hone-files")
         self._by_number: dict[int, Cell] = {}
         self._sandboxes: dict[str, NodeSandbox] = {}
-        self._owners: dict[int, str] = {}
+        self._holders: dict[int, NodeSandbox] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._makings: set[asyncio.Task[None]] = set()
         self._ticking: asyncio.Task[None] | None = None
         self._used_images: dict[str, None] = {"python": None}
-        self._counts = {"created": 0, "failed": 0, "calls": 0}
         self._is_closing = False
 
     async def __aenter__(self) -> Self:
         if self._folder is not None:
             self._journal = Journal(self._folder)
             self.lost = self._journal.lost
+            self.records.open(self._folder)
         try:
             await self._cells.__aenter__()
         except BaseException:  # a cancellation too: undo, then pass it on
@@ -99,7 +107,9 @@ class Node:
     ) -> None:
         self._is_closing = True
         for sandbox_id in list(self._sandboxes):
-            self._lifecycle.end(sandbox_id, time.monotonic(), "its node was stopped", Outcome.NODE_LOST)
+            self._lifecycle.end(
+                sandbox_id, time.monotonic(), "its node was stopped", Outcome.NODE_LOST, End.NODE_STOPPED
+            )
         self._obey()
         if self._ticking is not None:
             self._ticking.cancel()
@@ -112,8 +122,24 @@ class Node:
         finally:
             await self._zygotes.__aexit__(kind, error, trace)
             await asyncio.to_thread(self._threads.shutdown)
+            self.records.close()
             if self._journal is not None:
                 self._journal.close()
+
+    async def until_empty(self, seconds: float) -> None:
+        """Take no new sandboxes, and wait for the end of those that are there, but no longer than this."""
+        self.drain(True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._sandboxes:
+                    await asyncio.wait([one.over for one in self._sandboxes.values()])
+                while self._tasks:  # of which the last cells are ended
+                    await asyncio.wait(set(self._tasks))
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it takes no new sandboxes."""
+        return self._lifecycle.is_draining or self._is_closing
 
     def create(self, spec: SandboxSpec, *, key: str = "", owner: str = "") -> "NodeSandbox":
         """A sandbox that will be ready; returns at once. key: asked twice by one owner, it is the same sandbox.
@@ -167,12 +193,50 @@ class Node:
             "sandbox/warm": lifecycle.num_warm,
             "sandbox/ending": lifecycle.num_dying,
             "sandbox/cells": len(self._by_number),
-            "sandbox/created": self._counts["created"],
-            "sandbox/failed": self._counts["failed"],
+            "sandbox/unmatched": self.num_unmatched,
+            "sandbox/created": self.records.tallies.cells_made,
+            "sandbox/failed": self.records.tallies.cells_failed,
             "sandbox/refused": lifecycle.num_busy,
-            "sandbox/calls": self._counts["calls"],
+            "sandbox/calls": self.records.tallies.num_calls,
             "sandbox/lost_before_start": len(self.lost),
+            "sandbox/swept_at_start": self._cells.num_swept,
+            "sandbox/zygotes": self._zygotes.count,
+            "sandbox/draining": float(self.is_draining),
+            "sandbox/max_sandboxes": lifecycle.limits.max_sandboxes,
+            "sandbox/memory_bytes": self._cells.memory_bytes() or 0,
+            "sandbox/cpu_seconds": self.cpu_seconds,
         }
+
+    @property
+    def num_unmatched(self) -> int:
+        """Cells that no lease, pool, making or end accounts for, and ready leases without a cell; 0 if all is well."""
+        leased = {lease.cell for lease in self._lifecycle.leases.values() if lease.stage is Stage.READY}
+        held = {number for number, one in self._holders.items() if not one.over.done()}
+        unknown = self._cells.living().difference(self._by_number.values())
+        return len(leased ^ held) + max(0, len(unknown) - self._lifecycle.num_making)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """What all cells used so far; where no cgroup counts, those that are gone."""
+        seconds = self._cells.cpu_seconds()
+        return self.records.tallies.ended_cpu_seconds if seconds is None else seconds
+
+    @property
+    def output_bytes(self) -> int:
+        """Read from programs' streams so far."""
+        return self.records.tallies.ended_output_bytes + sum(
+            cell.tally.output_bytes for cell in self._by_number.values()
+        )
+
+    def usage(self, sandbox_id: str, owner: str | None = None) -> SandboxUsage:
+        """What a sandbox has used, or used in all if it ended not too long ago. owner: whose it has to be, if anybody's."""
+        for sandbox in (self._sandboxes.get(sandbox_id), *self._holders.values()):
+            if sandbox is not None and sandbox.sandbox_id == sandbox_id and owner in (None, sandbox.lease.owner):
+                return sandbox.used()
+        ended = self.records.find(sandbox_id)
+        if ended is None or owner not in (None, ended.owner):
+            raise SandboxError(f"{sandbox_id}: there is no such sandbox (any more)")
+        return ended.usage
 
     @contextlib.contextmanager
     def use(self, lease: Lease) -> Iterator[None]:
@@ -183,13 +247,9 @@ class Node:
         finally:
             self._lifecycle.end_use(lease, time.monotonic())
 
-    def count_call(self) -> None:
-        """A sandbox was asked for something."""
-        self._counts["calls"] += 1
-
-    async def end(self, sandbox: "NodeSandbox", problem: str) -> None:
+    async def end(self, sandbox: "NodeSandbox", problem: str, end: End = End.CLOSED) -> None:
         """The lease is over; returns when nothing of the sandbox is left."""
-        self._lifecycle.end(sandbox.sandbox_id, time.monotonic(), problem)
+        self._lifecycle.end(sandbox.sandbox_id, time.monotonic(), problem, end=end)
         self._obey()
         if sandbox.cell is not None:
             await sandbox.cell.destroy()
@@ -219,17 +279,18 @@ class Node:
                 making = self.begin(self._make(command))
                 self._makings.add(making)
                 making.add_done_callback(self._makings.discard)
-            case Give(sandbox_id, number):
-                self._owners[number] = sandbox_id
-                self._sandboxes[sandbox_id].receive(self._by_number[number])
+            case Give(sandbox_id, number, is_warm):
+                sandbox = self._holders[number] = self._sandboxes[sandbox_id]
+                sandbox.receive(self._by_number[number])
+                sandbox.ready_seconds = self.records.ready(sandbox.lease, is_warm=is_warm)
             case Destroy(number):
                 self.begin(self._destroy(number))
-            case Over(sandbox_id, problem, outcome):
-                sandbox = self._sandboxes.pop(sandbox_id, None)
-                if sandbox is not None:
-                    sandbox.lose(SandboxError(f"{sandbox_id}: {problem}", outcome))
-                    if sandbox.cell is None and self._journal is not None:
-                        self._journal.end(sandbox_id)
+            case Over(sandbox_id, problem, outcome, end):
+                if (ended := self._sandboxes.pop(sandbox_id, None)) is not None:
+                    ended.lose(SandboxError(f"{sandbox_id}: {problem}", outcome), end)
+                    if ended.cell is None:
+                        self.records.tallies.not_created[outcome] += 1
+                        self._settle(ended)
 
     def begin(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Have something done that nobody waits for, before the node is left."""
@@ -246,10 +307,10 @@ class Node:
             cell = await self._cells.create(command.spec, image)
         except (SandboxError, ImageError, OSError) as error:
             outcome = error.outcome if isinstance(error, SandboxError) else Outcome.POLICY_DENIED
-            self._counts["failed"] += 1
+            self.records.tallies.cells_failed += 1
             self._lifecycle.failed(command.number, time.monotonic(), str(error), outcome)
         else:
-            self._counts["created"] += 1
+            self.records.tallies.cells_made += 1
             if len(self._used_images) < MAX_IMAGES_TOLD:
                 self._used_images[command.spec.image] = None
             self._by_number[command.number] = cell
@@ -264,11 +325,19 @@ class Node:
             logger.error("%s is not gone: %s", cell.name, error)  # it still counts against the limits
             return
         del self._by_number[number]
-        sandbox_id = self._owners.pop(number, None)
-        if sandbox_id is not None and self._journal is not None:
-            self._journal.end(sandbox_id)
+        self.records.tallies.ended_cpu_seconds += cell.usage().cpu_seconds
+        self.records.tallies.ended_output_bytes += cell.tally.output_bytes
+        if (sandbox := self._holders.pop(number, None)) is not None:
+            self._settle(sandbox)
         self._lifecycle.gone(number, time.monotonic())
         self._obey()
+
+    def _settle(self, sandbox: "NodeSandbox") -> None:
+        """Nothing of a sandbox is left: close its account."""
+        if self._journal is not None:
+            self._journal.end(sandbox.sandbox_id)
+        reason = str(sandbox.over.result())
+        self.records.ended(sandbox.lease, sandbox.end, reason, sandbox.ready_seconds, sandbox.used())
 
     async def _tick(self) -> None:
         while True:
@@ -290,6 +359,10 @@ class NodeSandbox:
         self.cell: Cell | None = None
         self.over: asyncio.Future[SandboxError] = asyncio.get_running_loop().create_future()
         """Done when the lease is over, with the reason."""
+        self.ready_seconds: float | None = None
+        """From being asked for to being ready."""
+        self.end = End.LOST
+        """What ended it, once it is over."""
         self._node = node
         self._ready: asyncio.Future[Cell] = asyncio.get_running_loop().create_future()
         self._num_calls = 0
@@ -318,14 +391,16 @@ class NodeSandbox:
         kept_bytes: int = 64 << 10,
     ) -> ExecResult:
         """As `Cell.exec`."""
-        async with self._use() as cell:
-            return await cell.exec(
-                argv,
-                stdin=stdin,
-                env=self._variables(env),
-                cwd=cwd,
-                timeout_seconds=timeout_seconds,
-                kept_bytes=kept_bytes,
+        async with self._use("exec") as cell:
+            return self._counted(
+                await cell.exec(
+                    argv,
+                    stdin=stdin,
+                    env=self._variables(env),
+                    cwd=cwd,
+                    timeout_seconds=timeout_seconds,
+                    kept_bytes=kept_bytes,
+                )
             )
 
     async def spawn(
@@ -337,14 +412,14 @@ class NodeSandbox:
         terminal: tuple[int, int] | None = None,
     ) -> Process:
         """As `Cell.spawn`. While it runs the sandbox is not idle."""
-        async with self._use() as cell:
+        async with self._use("spawn") as cell:
             process = await cell.spawn(argv, env=self._variables(env), cwd=cwd, terminal=terminal)
             self._node.begin(self._hold(process))
             return process
 
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
-        async with self._use() as cell, self._session_turn:
+        async with self._use("python") as cell, self._session_turn:
             if self._session is None:
                 self._session = await (await self._warm(cell)).session(env=self._variables(None))
             answer = await self._session.run(code, timeout_seconds)
@@ -355,38 +430,41 @@ class NodeSandbox:
 
     async def snippet(self, code: str, *, timeout_seconds: float = 60.0) -> ExecResult:
         """What `python -c CODE` does, in a fork of a warm interpreter."""
-        async with self._use() as cell:
+        async with self._use("snippet") as cell:
             python = await self._warm(cell)
-            return await python.run(code, env=self._variables(None), timeout_seconds=timeout_seconds)
+            return self._counted(await python.run(code, env=self._variables(None), timeout_seconds=timeout_seconds))
 
     async def read(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """As `Tree.read`."""
-        async with self._use() as cell:
-            return await self._tree(cell).read(path, max_bytes)
+        async with self._use("files") as cell:
+            data = await self._tree(cell).read(path, max_bytes)
+            self._node.records.tallies.read_bytes += len(data)
+            return data
 
     async def write(self, path: str, data: bytes, *, mode: int | None = None) -> None:
         """As `Tree.write`."""
-        async with self._use() as cell:
+        async with self._use("files") as cell:
             await self._tree(cell).write(path, data, mode)
+            self._node.records.tallies.written_bytes += len(data)
 
     async def list(self, path: str = ".") -> tuple[FileEntry, ...]:
         """As `Tree.list`."""
-        async with self._use() as cell:
+        async with self._use("files") as cell:
             return await self._tree(cell).list(path)
 
     async def remove(self, path: str, *, is_recursive: bool = False) -> None:
         """As `Tree.remove`."""
-        async with self._use() as cell:
+        async with self._use("files") as cell:
             await self._tree(cell).remove(path, is_recursive=is_recursive)
 
     async def pause(self) -> None:
         """As `Cell.pause`."""
-        async with self._use() as cell:
+        async with self._use("state") as cell:
             await cell.pause()
 
     async def resume(self) -> None:
         """As `Cell.resume`."""
-        async with self._use() as cell:
+        async with self._use("state") as cell:
             await cell.resume()
 
     async def renew(self, seconds: float) -> None:
@@ -409,9 +487,17 @@ class NodeSandbox:
             image=self.lease.spec.image,
             age_seconds=now - self.lease.asked,
             seconds_left=max(0.0, self.lease.deadline() - now),
-            num_calls=self._num_calls,
-            memory_bytes=self.cell.usage_bytes() if self.cell is not None else None,
+            usage=self.used(),
         )
+
+    async def usage(self) -> SandboxUsage:
+        """What it has used so far; after its end, in all."""
+        return self.used()
+
+    def used(self) -> SandboxUsage:
+        """What `usage` says."""
+        used = self.cell.usage() if self.cell is not None else SandboxUsage()
+        return msgspec.structs.replace(used, num_calls=self._num_calls)
 
     def problem(self) -> str | None:
         """Why its cell is of no use any more, if so."""
@@ -427,8 +513,9 @@ class NodeSandbox:
         self.cell = cell
         self._ready.set_result(cell)
 
-    def lose(self, error: SandboxError) -> None:
+    def lose(self, error: SandboxError, end: End) -> None:
         """Its lease is over; called once, by the node."""
+        self.end = end
         self.over.set_result(error)
         if not self._ready.done():
             self._ready.set_exception(error)
@@ -449,17 +536,27 @@ class NodeSandbox:
             raise _again(error) from error
 
     @contextlib.asynccontextmanager
-    async def _use(self) -> AsyncIterator[Cell]:
+    async def _use(self, kind: str) -> AsyncIterator[Cell]:
         cell = await self._living()
         self._num_calls += 1
-        self._node.count_call()
+        began = time.monotonic()
         with self._node.use(self.lease):
             try:
                 yield cell
             except SandboxError as error:
+                told = error
                 if self.over.done() and not isinstance(error, Unsupported):
-                    raise _again(self.over.result()) from error  # the reason, not its consequence
-                raise
+                    told = _again(self.over.result())  # the reason, not its consequence
+                self._node.records.outcome(told.outcome)
+                if told is error:
+                    raise
+                raise told from error
+            finally:
+                self._node.records.called(self.lease, kind, began)
+
+    def _counted(self, result: ExecResult) -> ExecResult:
+        self._node.records.outcome(result.outcome)
+        return result
 
     def _variables(self, env: Mapping[str, str] | None) -> Mapping[str, str] | None:
         return {**self.lease.spec.env, **(env or {})} if self.lease.spec.env else env

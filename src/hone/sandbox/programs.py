@@ -186,6 +186,7 @@ class Process:
             late.cancel()
             for output in outputs:
                 output.close()
+            self._cell.tally.output_bytes += sum(kept.num_bytes for kept in self._kept)
             if feeding is not None:
                 feeding.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -199,6 +200,7 @@ class Process:
     def end(self, ending: "Ending") -> None:
         """The agent says how it ended."""
         if not self._ended.done():
+            self._cell.tally.add(ending)
             self._ended.set_result(ending)
 
     def lose(self, error: SandboxError) -> None:
@@ -248,7 +250,9 @@ class Process:
     async def _read(self, descriptor: int, max_bytes: int) -> bytes:
         while True:
             try:
-                return os.read(descriptor, max_bytes)
+                data = os.read(descriptor, max_bytes)
+                self._cell.tally.output_bytes += len(data)
+                return data
             except BlockingIOError:
                 await until_ready(descriptor, self._loop.add_reader, self._loop.remove_reader)
             except OSError:  # how a terminal says that nobody is left on it
@@ -312,6 +316,20 @@ class Ending:
     @property
     def code(self) -> int:
         return 126 if self.error else os.waitstatus_to_exitcode(self.status)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the programs of a cell that have ended used, and what was read from all of them."""
+
+    cpu_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    output_bytes: int = 0
+
+    def add(self, ending: Ending) -> None:
+        """A program has ended."""
+        self.cpu_seconds += ending.cpu_seconds
+        self.peak_memory_bytes = max(self.peak_memory_bytes, ending.peak_memory_bytes)
 
 
 class _Output:

@@ -57,6 +57,11 @@ class Zygotes:
         for zygote in self._zygotes.values():
             await zygote.close()
 
+    @property
+    def count(self) -> int:
+        """Zygotes that are there."""
+        return sum(not zygote.is_lost for zygote in self._zygotes.values())
+
     async def warm(self, cell: Cell, preloads: Sequence[str] = ()) -> "WarmPython":
         """The Python of a cell. preloads: modules that its snippets find imported, where the image is the machine's.
 

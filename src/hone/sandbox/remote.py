@@ -13,7 +13,7 @@ from hone.sandbox.addresses import connect, parse_address
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.wire import CHUNK_BYTES, Credit, Stream, error_of
 from hone.schema import sandbox_calls as calls
-from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxStatus
+from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxStatus, SandboxUsage
 
 CONNECT_SECONDS = 10.0
 PING_SECONDS = 0.5
@@ -187,6 +187,7 @@ class RemoteSandbox:
         self.sandbox_id = sandbox_id
         self._node = node
         self._is_closed = False
+        self._final: SandboxUsage | None = None
 
     async def ready(self) -> None:
         await self._node.call(calls.UntilReady(self._node.number(), self.sandbox_id), type(None))
@@ -262,8 +263,13 @@ class RemoteSandbox:
 
     async def close(self) -> None:
         if not self._is_closed and not self._node.is_lost:  # with the node, it is gone already
-            await self._node.call(calls.Destroy(self._node.number(), self.sandbox_id), type(None))
+            self._final = await self._node.call(calls.Destroy(self._node.number(), self.sandbox_id), SandboxUsage)
         self._is_closed = True
+
+    async def usage(self) -> SandboxUsage:
+        if self._final is not None:
+            return self._final
+        return await self._node.call(calls.Usage(self._node.number(), self.sandbox_id), SandboxUsage)
 
 
 class RemoteProcess:

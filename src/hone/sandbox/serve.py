@@ -15,6 +15,7 @@ import msgspec
 
 from hone.sandbox.addresses import Listener, parse_address
 from hone.sandbox.errors import SandboxError
+from hone.sandbox.lifecycle import End
 from hone.sandbox.node import Node, NodeSandbox
 from hone.sandbox.programs import Process
 from hone.sandbox.wire import CHUNK_BYTES, WINDOW_BYTES, Credit, Stream, failed
@@ -98,6 +99,12 @@ class NodeServer:
             self.sessions[key] = Session(self, key)
         return self.sessions[key]
 
+    async def until_answered(self, seconds: float) -> None:
+        """Wait until all calls that are under way have ended, but no longer than this."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(*(client.ended() for client in list(self._clients)))
+
     def _accept(self) -> Stream[Any]:
         client = _Client(self)
         self._clients.add(client)
@@ -153,7 +160,7 @@ class Session:
     def _over(self) -> None:
         self._server.sessions.pop(self._key, None)
         for sandbox in list(self._sandboxes.values()):
-            self._server.node.begin(self._server.node.end(sandbox, "its client is gone"))
+            self._server.node.begin(self._server.node.end(sandbox, "its client is gone", End.CLIENT_GONE))
 
 
 class _Client:
@@ -258,6 +265,8 @@ class _Client:
                 return node.sandboxes(None if caller.sees_all else caller.owner)
             case calls.Statistics():
                 return node.statistics()
+            case calls.Usage(_, sandbox_id):
+                return node.usage(sandbox_id, None if caller.sees_all else caller.owner)
             case calls.Report() | calls.Drain() if not caller.sees_all:
                 raise ValueError("this is for those who see everybody's sandboxes; a gateway's token will do")
             case calls.Report():
@@ -294,7 +303,8 @@ class _Client:
             case calls.Renew(_, _, seconds):
                 return await sandbox.renew(seconds)
             case calls.Destroy():
-                return await sandbox.close()
+                await sandbox.close()
+                return sandbox.used()
         raise ValueError(f"a call that this node does not know: {type(message).__name__}")
 
     def _find(self, sandbox_id: str) -> NodeSandbox:

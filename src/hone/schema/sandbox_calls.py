@@ -147,7 +147,7 @@ class Renew(_Message, frozen=True):
 
 
 class Destroy(_Message, frozen=True):
-    """End a sandbox."""
+    """End a sandbox; answered with what it used in all."""
 
     call: int
     sandbox_id: str
@@ -239,6 +239,13 @@ class Drain(_Message, frozen=True):
     is_draining: bool
 
 
+class Usage(_Message, frozen=True):
+    """What a sandbox has used; one that ended not too long ago, in all."""
+
+    call: int
+    sandbox_id: str
+
+
 ToNode = (
     Hello
     | Create
@@ -263,5 +270,6 @@ ToNode = (
     | Credit
     | Report
     | Drain
+    | Usage
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping

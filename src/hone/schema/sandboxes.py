@@ -5,6 +5,8 @@ from typing import Literal
 
 import msgspec
 
+MAX_ROLLOUT = 256
+
 
 class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a sandbox shall be.
@@ -12,7 +14,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     image: its root file system; "python" is the runtime's default with a Python in it. memory_mb: for its programs.
     cpus: cores. disk_mb: what it may write. max_processes: alive at once. network: none, or the host's.
     ttl_seconds: the lease; when it is over, the sandbox is gone, as it is when nothing is asked of it for idle_seconds.
-    env: variables of every program in it.
+    env: variables of every program in it. rollout: what it is for, as spans and accounts of its node tell.
     """
 
     image: str = "python"
@@ -24,6 +26,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     ttl_seconds: float = 600.0
     idle_seconds: float | None = None
     env: dict[str, str] = {}
+    rollout: str = ""
 
     def __post_init__(self) -> None:
         for name in ("memory_mb", "cpus", "disk_mb", "max_processes", "ttl_seconds"):
@@ -31,6 +34,10 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
                 raise ValueError(f"{name} {getattr(self, name)} of a sandbox is not positive")
         if self.idle_seconds is not None and not self.idle_seconds > 0:
             raise ValueError(f"idle_seconds {self.idle_seconds} of a sandbox is not positive; None is without")
+        if len(self.rollout) > MAX_ROLLOUT:
+            raise ValueError(
+                f"the rollout of a sandbox is named by {len(self.rollout)} characters; {MAX_ROLLOUT} may be"
+            )
 
 
 class Outcome(StrEnum):
@@ -124,8 +131,26 @@ class PythonResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is_over: bool = False
 
 
+class SandboxUsage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a sandbox has used so far, or used in all when it is over.
+
+    cpu_seconds: of all of its processes, or where no cgroup of version 2 counts, of its programs that have ended.
+    memory_bytes: now, its files included. peak_memory_bytes: the most of that, or what its largest program used where no
+    cgroup counts. num_processes: alive now, threads included. disk_bytes: written and not removed. output_bytes: read from
+    its programs' streams. num_calls: that clients made. None where nobody counts.
+    """
+
+    cpu_seconds: float = 0.0
+    memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    num_processes: int | None = None
+    disk_bytes: int = 0
+    output_bytes: int = 0
+    num_calls: int = 0
+
+
 class SandboxStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A sandbox as its node sees it. stage: queued, starting or ready. memory_bytes: None where nobody counts."""
+    """A sandbox as its node sees it. stage: queued, starting or ready."""
 
     sandbox_id: str
     owner: str
@@ -133,5 +158,4 @@ class SandboxStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     image: str
     age_seconds: float
     seconds_left: float
-    num_calls: int
-    memory_bytes: int | None
+    usage: SandboxUsage

@@ -1,0 +1,106 @@
+"""`hone sandbox serve`: a node from its start to its end, which signals decide."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from hone.observability.spans import Spans
+from hone.sandbox.lifecycle import Limits
+from hone.sandbox.node import Node
+from hone.sandbox.serve import NodeServer
+
+ANSWER_SECONDS = 1.0  # for those who have just closed the last sandbox to hear of it
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """How a node is watched. port: of its metrics, None for none. spans: the file of its pieces of work."""
+
+    port: int | None
+    host: str
+    spans: Path | None
+
+
+async def serve_node(
+    name: str,
+    folder: Path,
+    limits: Limits,
+    server_of: Callable[[Node], NodeServer],
+    observation: Observation,
+    drain_seconds: float,
+) -> None:
+    """Serve until SIGINT or SIGTERM. The first SIGTERM lets the sandboxes that are there live on for `drain_seconds`."""
+    stops = _Stops()
+    with _spans(observation.spans, name) as spans:
+        async with (
+            Node(name, folder=folder, limits=limits, spans=spans) as node,
+            _metrics(node, observation) as metrics,
+            server_of(node) as server,
+        ):
+            lost = f"; {len(node.lost)} sandboxes were lost with the node before" if node.lost else ""
+            typer.echo(f"node {name} serves at {server.address}{metrics}{lost}")
+            if await stops.first() is signal.SIGTERM:
+                await _drain(node, drain_seconds, stops)
+                await server.until_answered(ANSWER_SECONDS)
+
+
+class _Stops:
+    """The signals that end this process, one after another."""
+
+    def __init__(self) -> None:
+        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signals.put_nowait, number)
+
+    async def first(self) -> signal.Signals:
+        return await self._signals.get()
+
+
+async def _drain(node: Node, seconds: float, stops: _Stops) -> None:
+    draining = asyncio.create_task(node.until_empty(seconds))
+    again = asyncio.create_task(stops.first())
+    try:
+        await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (draining, again):
+            task.cancel()
+        await asyncio.wait([draining, again])
+
+
+@contextlib.contextmanager
+def _spans(path: Path | None, name: str) -> Iterator[Spans | None]:
+    if path is None:
+        yield None
+        return
+    spans = Spans(path, f"node-{name}")
+    try:
+        yield spans
+    finally:
+        spans.close()
+
+
+@contextlib.asynccontextmanager
+async def _metrics(node: Node, observation: Observation) -> AsyncIterator[str]:
+    """Serves them, if they are wanted; says where."""
+    if observation.port is None:
+        yield ""
+        return
+    try:
+        # prometheus_client belongs to an extra; a node without a metrics port does not need it.
+        from hone.observability.exporter import Exporter
+        from hone.sandbox.metrics import NodeCollector
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"metrics need {error.name}: pip install 'hone[metrics]', or leave out --metrics-port"
+        ) from error
+
+    def trouble() -> str:
+        return "it takes no new sandboxes" if node.is_draining else ""
+
+    async with Exporter([NodeCollector(node)], observation.port, host=observation.host, trouble=trouble) as exporter:
+        yield f", metrics at http://{exporter.host}:{exporter.port}/metrics"
