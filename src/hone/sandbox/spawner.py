@@ -32,6 +32,7 @@ class Spawner:
     """The helper process that clones cells."""
 
     def __init__(self, host: Host, *, own_network: bool) -> None:
+        self.own_network = own_network
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from hone.sandbox.archives import Limits as TreeLimits
+from hone.sandbox.beneath import Owner
 from hone.sandbox.cells import Cell
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.files import Tree
@@ -20,13 +20,15 @@ from hone.sandbox.layers import Layer, Layers, can_hold, hold, is_too_deep, over
 from hone.sandbox.plan import Image
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
-SPOOL_BYTES = 16 << 20
 RETRY_SECONDS = 5.0
 
 
 @dataclass(eq=False, slots=True)
 class Archive:
-    """Files as a tar archive, to be unpacked in each cell: where no cell can lie over the layers of others."""
+    """Files as a tar archive, to be unpacked in each cell: where no cell can lie over the layers of others.
+
+    file: read at places of each reader's own.
+    """
 
     file: BinaryIO
     size_bytes: int
@@ -165,20 +167,17 @@ class Snapshots:
         """What a cell is to be made of."""
         return over(base.image, base.layers)
 
-    async def fill(self, cell: Cell, tree: Tree, base: Base) -> None:
-        """Give a new cell what it does not lie over."""
-        if base.archive is None:
-            return
+    async def fill(self, cell: Cell, owner: Owner | None, base: Base) -> None:
+        """Give a new cell, whose files are an owner's, what it does not lie over."""
         archive = base.archive
-
-        def unpack() -> None:
-            with tempfile.TemporaryFile() as own:  # each reader needs a position of its own
-                archive.file.seek(0)
-                _copy(archive.file, own)
-                own.seek(0)
-                tree.unpack("/", cast(BinaryIO, own), _limits(cell.spec))
-
-        await self._run(unpack)
+        if archive is None:
+            return
+        tree = Tree(cell.layer_descriptor, owner)  # in which nothing of the host's is bound
+        reader = cast(BinaryIO, _Reader(archive.file.fileno()))
+        try:
+            await self._run(lambda: tree.unpack("/", reader, _limits(cell.spec)))
+        finally:
+            tree.close()
 
     async def take_over(self, cell: Cell, base: Base) -> Base:
         """The files of a cell in which nothing will run any more, made a layer: nothing is copied. `OSError` if not."""
@@ -235,16 +234,19 @@ class Snapshots:
         return made
 
     async def _archived(self, cell: Cell, base: Base) -> Base:
-        file = cast(BinaryIO, tempfile.SpooledTemporaryFile(SPOOL_BYTES))  # noqa: SIM115 - it lives as long as its holders
+        if base.image.layers:
+            raise Unsupported("this kernel cannot show one cell's files below another's; images with layers need that")
+        file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - it lives as long as its holders
         tree = Tree(cell.layer_descriptor)
         try:
             await self._run(lambda: tree.pack("/", file, _limits(cell.spec)))
+            file.flush()
         except BaseException:  # a cancellation too: undo, then pass it on
             file.close()
             raise
         finally:
             tree.close()
-        archive = Archive(file, file.seek(0, os.SEEK_END))
+        archive = Archive(file, os.fstat(file.fileno()).st_size)
         self._archives.add(archive)
         return Base(base.image, (), archive)
 
@@ -260,11 +262,14 @@ def _limits(spec: SandboxSpec) -> TreeLimits:
     return TreeLimits(total_bytes=max(1 << 30, 4 * spec.disk_mb << 20), num_entries=1_000_000, depth=200)
 
 
-def _copy(source: BinaryIO, target: BinaryIO) -> None:
-    while data := source.read(1 << 20):
-        target.write(data)
+class _Reader:
+    """A file from its beginning, whoever else reads it."""
 
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._position = 0
 
-def time_left(snapshot: Snapshot, now: float) -> float:
-    """For how long it is held yet."""
-    return max(0.0, snapshot.ends - now) if math.isfinite(snapshot.ends) else math.inf
+    def read(self, size: int) -> bytes:
+        data = os.pread(self._descriptor, size, self._position)
+        self._position += len(data)
+        return data
