@@ -1,10 +1,12 @@
 """Layers of files held for cells to lie over: what other cells wrote, taken over or copied, in a place of the spawner's."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hone.sandbox.errors import SandboxError
 from hone.sandbox.host import Host
 from hone.sandbox.plan import (
     ATTRIBUTE_READ_ONLY,
@@ -98,8 +100,11 @@ class Layers:
         layer.descriptor = -1
         if layer.spawner.is_lost:  # with all that it held
             return
-        await layer.spawner.carry_out((Operation(Code.KEEPER), Operation(Code.UNMOUNT, _path(layer.number) + b"\0")))
-        self._free.append(layer.number)
+        with contextlib.suppress(SandboxError):  # it is lost now
+            await layer.spawner.carry_out(
+                (Operation(Code.KEEPER), Operation(Code.UNMOUNT, _path(layer.number) + b"\0"))
+            )
+            self._free.append(layer.number)
 
     def _held(self, layer: Layer) -> Layer:
         self.held.add(layer)

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from hone.sandbox.files import Tree
 from hone.sandbox.host import Host
 from hone.sandbox.layer_copy import copy_layer, open_folders
 from hone.sandbox.layers import Layer, Layers, can_hold, hold, is_too_deep, over, used
+from hone.sandbox.lifecycle import Limits
 from hone.sandbox.plan import Image
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
@@ -46,7 +48,8 @@ class Base:
 
 @dataclass(slots=True)
 class Snapshot:
-    """The files of a sandbox as they were. spec: of that sandbox. ends: when it is let go of, in the node's time."""
+    """The files of a sandbox as they were. spec: of that sandbox. ends: when it is let go of, in
+    `time.monotonic`."""
 
     snapshot_id: str
     owner: str
@@ -64,26 +67,15 @@ class Snapshot:
 class Snapshots:
     """All snapshots of a node, and the layers that they and its sandboxes hold.
 
-    prefix: of the ids. threads: for copying. max_snapshots, max_bytes: more are `Busy`. now: the time.
+    prefix: of the ids. threads: for copying. limits: more are `Busy`.
     """
 
-    def __init__(
-        self,
-        prefix: str,
-        host: Host,
-        threads: Executor,
-        *,
-        max_snapshots: int,
-        max_bytes: int,
-        now: Callable[[], float],
-    ) -> None:
+    def __init__(self, prefix: str, host: Host, threads: Executor, limits: Limits) -> None:
         self.layers = Layers()
         self._prefix = prefix
         self._host = host
         self._threads = threads
-        self._max_snapshots = max_snapshots
-        self._max_bytes = max_bytes
-        self._now = now
+        self._limits = limits
         self._numbers = itertools.count(1)
         self._snapshots: dict[str, Snapshot] = {}
         self._archives: set[Archive] = set()
@@ -96,7 +88,7 @@ class Snapshots:
     @property
     def size_bytes(self) -> int:
         """What all of them, and the sandboxes that began from some, hold of the machine's memory."""
-        return sum(one.size_bytes for one in (*self.layers.held, *self._archives))
+        return sum(one.size_bytes for one in self.layers.held) + sum(one.size_bytes for one in self._archives)
 
     @property
     def can_hold(self) -> bool:
@@ -105,9 +97,9 @@ class Snapshots:
 
     def admit(self) -> None:
         """Raises `Busy` where there is no room for another one."""
-        if self.count >= self._max_snapshots:
+        if self.count >= self._limits.max_snapshots:
             raise Busy(f"{self.count} snapshots are held already", RETRY_SECONDS)
-        if self.size_bytes >= self._max_bytes:
+        if self.size_bytes >> 20 >= self._limits.max_snapshot_mb:
             raise Busy(f"snapshots hold {self.size_bytes >> 20} MB already", RETRY_SECONDS)
 
     def find(self, snapshot_id: str, owner: str | None) -> Snapshot:
@@ -120,7 +112,7 @@ class Snapshots:
 
     def add(self, base: Base, spec: SandboxSpec, owner: str, seconds: float) -> Snapshot:
         """A snapshot, which from now on holds what the caller held of its base."""
-        snapshot = Snapshot(f"{self._prefix}s{next(self._numbers)}", owner, spec, base, self._now() + seconds)
+        snapshot = Snapshot(f"{self._prefix}s{next(self._numbers)}", owner, spec, base, time.monotonic() + seconds)
         self._snapshots[snapshot.snapshot_id] = snapshot
         return snapshot
 
@@ -131,7 +123,7 @@ class Snapshots:
 
     async def let_go_of_old(self) -> None:
         """Forget those whose time is over."""
-        now = self._now()
+        now = time.monotonic()
         for snapshot in [one for one in self._snapshots.values() if one.ends <= now]:
             await self.let_go(snapshot)
 
