@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self, TypeVar
@@ -18,6 +19,7 @@ import msgspec
 from hone.observability.spans import Spans
 from hone.sandbox.beneath import Owner
 from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.descriptors import provide_for_cells
 from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.files import Files, Tree
 from hone.sandbox.images import ImageStore
@@ -97,6 +99,7 @@ class Node:
             self._journal = Journal(self._folder)
             self.lost = self._journal.lost
             self.records.open(self._folder)
+        self._make_room()
         try:
             await self._cells.__aenter__()
         except BaseException:  # a cancellation too: undo, then pass it on
@@ -131,6 +134,13 @@ class Node:
             self.records.close()
             if self._journal is not None:
                 self._journal.close()
+
+    def _make_room(self) -> None:
+        limits = self._lifecycle.limits
+        number = provide_for_cells(limits.max_sandboxes)
+        if number < limits.max_sandboxes:
+            logger.info("files may be open for %d sandboxes, not %d; raise `ulimit -n`", number, limits.max_sandboxes)
+            self._lifecycle.limits = replace(limits, max_sandboxes=number)
 
     async def until_empty(self, seconds: float) -> None:
         """Take no new sandboxes, and wait for the end of those that are there, but no longer than this."""

@@ -1,0 +1,1 @@
+"""What `sandboxes.py` measures, one module for each kind of claim."""
