@@ -40,6 +40,7 @@ from hone.schema.sandboxes import (
     SandboxSpec,
     SandboxStatus,
     SandboxUsage,
+    SnapshotStatus,
     Transfer,
 )
 
@@ -158,24 +159,25 @@ class Node:
         return self._lifecycle.is_draining or self._is_closing
 
     def create(
-        self, spec: SandboxSpec, *, key: str = "", owner: str = "", snapshot: Snapshot | None = None
+        self, spec: SandboxSpec, *, key: str = "", owner: str = "", snapshot_id: str = ""
     ) -> "NodeSandbox":
         """A sandbox that will be ready; returns at once. key: asked twice by one owner, it is the same sandbox.
 
-        snapshot: what it begins from, instead of the image alone. Raises `Busy` when as many wait as may.
+        snapshot_id: of what it begins from, instead of the image alone. Raises `Busy` when as many wait as may.
         """
         if self._is_closing:
             raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
-        snapshot_id = ""
-        if snapshot is not None:
-            snapshot_id, spec = snapshot.snapshot_id, msgspec.structs.replace(spec, image=snapshot.spec.image)
-            self.snapshots.check(spec, snapshot.base)
+        base = None
+        if snapshot_id:
+            snapshot = self.snapshots.find(snapshot_id)
+            spec, base = msgspec.structs.replace(spec, image=snapshot.spec.image), snapshot.base
+            self.snapshots.check(spec, base)
         lease = self._lifecycle.ask(spec, time.monotonic(), key=key, owner=owner, snapshot_id=snapshot_id)
         sandbox = self._sandboxes.get(lease.sandbox_id)
         if sandbox is None:
             sandbox = self._sandboxes[lease.sandbox_id] = NodeSandbox(self, lease)
-            if snapshot is not None:
-                sandbox.begin_from(snapshot.base)
+            if base is not None:
+                sandbox.begin_from(base)
             if self._journal is not None:
                 self._journal.begin(lease.sandbox_id, owner)
         self._obey()
@@ -281,16 +283,13 @@ class Node:
             if cell is not None:
                 await cell.destroy()
 
-    async def hold_snapshot(self, snapshot_id: str, seconds: float, owner: str | None = None) -> None:
-        """Hold a snapshot for so long from now, or let go of it now if that is nothing.
-
-        owner: whose it has to be, if anybody's. Letting go of one that is gone does no harm.
-        """
+    async def hold_snapshot(self, snapshot_id: str, seconds: float) -> None:
+        """Hold a snapshot for so long from now; for nothing, let go of it, which does no harm when it is gone."""
         if seconds > 0:
-            self.snapshots.find(snapshot_id, owner).ends = time.monotonic() + seconds
+            self.snapshots.find(snapshot_id).ends = time.monotonic() + seconds
             return
         with contextlib.suppress(SandboxError):
-            await self.snapshots.let_go(self.snapshots.find(snapshot_id, owner))
+            await self.snapshots.let_go(self.snapshots.find(snapshot_id))
 
     def exchange(self, sandbox: "NodeSandbox") -> None:
         """Give a sandbox that is ready another cell, made from its base, for the one that it has."""
@@ -560,22 +559,25 @@ class NodeSandbox:
             self._node.records.tallies.read_bytes += transfer.num_bytes
             return transfer
 
-    async def snapshot(self, *, ttl_seconds: float = 600.0) -> Snapshot:
+    async def snapshot(self, *, ttl_seconds: float = 600.0) -> SnapshotStatus:
         """Its files as they are now. It goes on as if nothing had happened, though maybe in another cell.
 
         Where nothing runs in it, its files become a layer, and a new cell over that takes its place. Otherwise they are
         copied, while all in it is paused, and what runs goes on. Raises `Busy` where too much is held already.
         """
+        if not ttl_seconds > 0:
+            raise ValueError(f"{ttl_seconds:g} s is no time for a snapshot")
         taking = self._node.begin(self._snapshot(ttl_seconds))
         try:
-            return await asyncio.shield(taking)
+            return (await asyncio.shield(taking)).status()
         except asyncio.CancelledError:
             self._node.begin(self._unwanted(taking))
             raise
 
-    async def reset(self, snapshot: Snapshot) -> None:
+    async def reset(self, snapshot_id: str) -> None:
         """Begin anew from a snapshot: what runs in it ends, and the next call waits for another cell."""
         async with self._state_turn, self._use("state") as cell:
+            snapshot = self._node.snapshots.find(snapshot_id)
             self._node.snapshots.check(self.lease.spec, snapshot.base)
             former = self.base
             self._part(cell)

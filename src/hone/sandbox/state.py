@@ -20,7 +20,7 @@ from hone.sandbox.layer_copy import copy_layer, open_folders
 from hone.sandbox.layers import Layer, Layers, can_hold, hold, is_too_deep, over, used
 from hone.sandbox.lifecycle import Limits
 from hone.sandbox.plan import Image
-from hone.schema.sandboxes import Outcome, SandboxSpec
+from hone.schema.sandboxes import Outcome, SandboxSpec, SnapshotStatus
 
 RETRY_SECONDS = 5.0
 
@@ -63,6 +63,11 @@ class Snapshot:
         archive = self.base.archive.size_bytes if self.base.archive is not None else 0
         return sum(layer.size_bytes for layer in self.base.layers) + archive
 
+    def status(self) -> SnapshotStatus:
+        """What there is to say about it now."""
+        left = max(0.0, self.ends - time.monotonic())
+        return SnapshotStatus(self.snapshot_id, self.spec.image, self.size_bytes, left)
+
 
 class Snapshots:
     """All snapshots of a node, and the layers that they and its sandboxes hold.
@@ -102,10 +107,10 @@ class Snapshots:
         if self.size_bytes >> 20 >= self._limits.max_snapshot_mb:
             raise Busy(f"snapshots hold {self.size_bytes >> 20} MB already", RETRY_SECONDS)
 
-    def find(self, snapshot_id: str, owner: str | None) -> Snapshot:
-        """A snapshot by its id. owner: whose it has to be, if anybody's. `SandboxError` if there is none."""
+    def find(self, snapshot_id: str) -> Snapshot:
+        """A snapshot by its id; `SandboxError` if there is none."""
         snapshot = self._snapshots.get(snapshot_id)
-        if snapshot is None or owner not in (None, snapshot.owner):
+        if snapshot is None:
             outcome = Outcome.AGENT_LOST if snapshot_id.startswith(self._prefix) else Outcome.NODE_LOST
             raise SandboxError(f"{snapshot_id}: there is no such snapshot (any more)", outcome)
         return snapshot
