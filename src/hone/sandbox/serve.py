@@ -1,4 +1,4 @@
-"""A node behind an address: what its clients ask for over their streams, done on its sandboxes."""
+"""A node behind an address: who may come in, the connections, and whose session each goes on with."""
 
 import asyncio
 import contextlib
@@ -6,24 +6,29 @@ import hmac
 import logging
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
-
 from hone.sandbox.addresses import Listener, parse_address
-from hone.sandbox.errors import SandboxError
+from hone.sandbox.answers import Caller, answer
+from hone.sandbox.call_streams import CallStreams
+from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.lifecycle import End
 from hone.sandbox.node import Node, NodeSandbox
-from hone.sandbox.programs import Process
-from hone.sandbox.wire import CHUNK_BYTES, WINDOW_BYTES, Credit, Stream, failed
+from hone.sandbox.session import Session, SessionLimits
+from hone.sandbox.wire import MAX_FRAME_BYTES, Stream, failed
 from hone.schema import sandbox_calls as calls
 
 GRACE_SECONDS = 10.0
 HELLO_SECONDS = 10.0
-DRAIN_SECONDS = 0.2
+TICK_SECONDS = 1.0
+MAX_SILENT_TICKS = 10
+MAX_GREETING_BYTES = 64 << 10
+MAX_CLIENTS = 4_096
+MAX_REMEMBERED = 10_000
+
+ClientKey = tuple[Caller, str]  # and the secret of its session
 
 logger = logging.getLogger("hone.sandbox.serve")
 
@@ -34,7 +39,7 @@ class NodeServer:
     address: unix:/path, for this user and root only, or tcp://host:port or tls://host:port, for whoever has a token; tls
     wants a certificate with its key. tokens: names of owners by token; an owner sees its own sandboxes. On the unix
     address the owner is "local" and sees all. gateways: names of those tokens that see all, and speak for other owners.
-    grace_seconds: how long the sandboxes of a client outlive its connection, for it to come back.
+    grace_seconds: how long the sandboxes and calls of a client outlive its connection, for it to come back.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class NodeServer:
         certificate: Path | None = None,
         key: Path | None = None,
         grace_seconds: float = GRACE_SECONDS,
+        session_limits: SessionLimits = SessionLimits(),
     ) -> None:
         self._listener = Listener(parse_address(address), certificate=certificate, key=key)
         self._is_unix = self._listener.address.kind == "unix"
@@ -57,26 +63,50 @@ class NodeServer:
         self.node = node
         self.address = address
         self.grace_seconds = grace_seconds
-        self.sessions: dict[tuple[Caller, str], Session] = {}
+        self.session_limits = session_limits
         self._tokens = dict(tokens or {})
         self._gateways = frozenset(gateways)
-        self._clients: set[_Client] = set()
+        self._connections: set[_Connection] = set()
+        self._clients: dict[ClientKey, _Client] = {}
+        self._given_up: dict[ClientKey, None] = {}
+        self._watching: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         await self._listener.open(self._accept)
         self.address = str(self._listener.address)
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._listener.close()
-        for client in list(self._clients):
-            client.stream.close("the node was stopped")
-        await asyncio.gather(*(client.ended() for client in list(self._clients)))
-        for session in self.sessions.values():
-            session.forget()
+        if self._watching is not None:
+            self._watching.cancel()
+        for connection in list(self._connections):
+            connection.stream.close("the node was stopped")
+        for client in list(self._clients.values()):
+            await client.session.close()
         self._listener.remove()
+
+    def welcome(self, hello: Any, peer_uid: int | None) -> Session:
+        """The session of a client that greets, also when it comes back; an error that it is told otherwise."""
+        if not isinstance(hello, calls.Hello):
+            raise ValueError("no greeting")
+        if hello.version != calls.VERSION:
+            raise ValueError(
+                f"the node speaks version {calls.VERSION}, not {hello.version}; install the same hone on both sides"
+            )
+        if (caller := self.caller(hello, peer_uid)) is None:
+            raise ValueError("the node does not let you in; check the token")
+        if len(hello.session) < calls.MIN_SESSION_LENGTH:
+            raise ValueError(f"a session that can be guessed: fewer than {calls.MIN_SESSION_LENGTH} characters")
+        key = (caller, hello.session)
+        if key not in self._clients:
+            if len(self._clients) >= MAX_CLIENTS:
+                raise Busy(f"the node has {MAX_CLIENTS} clients", self.grace_seconds)
+            self._clients[key] = _Client(self, key, is_successor=key in self._given_up)
+        return self._clients[key].session
 
     def caller(self, hello: calls.Hello, peer_uid: int | None) -> "Caller | None":
         """Whom a client is; None if it is nobody we know, or speaks for others and may not."""
@@ -92,316 +122,106 @@ class NodeServer:
             return None
         return Caller(hello.owner) if hello.owner else Caller(name, sees_all=name in self._gateways)
 
-    def session(self, name: str, caller: "Caller") -> "Session":
-        """A client's sandboxes, also when it comes back."""
-        key = (caller, name)
-        if key not in self.sessions:
-            self.sessions[key] = Session(self, key)
-        return self.sessions[key]
-
     async def until_answered(self, seconds: float) -> None:
         """Wait until all calls that are under way have ended, but no longer than this."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await asyncio.gather(*(client.ended() for client in list(self._clients)))
+                await asyncio.gather(*(client.session.ended() for client in list(self._clients.values())))
+
+    def forget(self, key: ClientKey) -> None:
+        """A client was away for too long."""
+        del self._clients[key]
+        self._given_up[key] = None
+        if len(self._given_up) > MAX_REMEMBERED:
+            del self._given_up[next(iter(self._given_up))]
+
+    def disconnected(self, connection: "_Connection") -> None:
+        """A connection is over."""
+        self._connections.discard(connection)
 
     def _accept(self) -> Stream[Any]:
-        client = _Client(self)
-        self._clients.add(client)
-        return client.stream
+        connection = _Connection(self)
+        self._connections.add(connection)
+        return connection.stream
 
-    def forget(self, client: "_Client") -> None:
-        """A connection is over."""
-        self._clients.discard(client)
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks. sees_all: everybody's sandboxes, not only those of this owner."""
-
-    owner: str
-    sees_all: bool = False
+    async def _watch(self) -> None:
+        """Hang up on whoever is silent: clients ping. The kernel notices sooner when the machine is gone."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            for connection in list(self._connections):
+                if connection.stream.count_silence() >= MAX_SILENT_TICKS:
+                    connection.stream.close(f"nothing was heard for {MAX_SILENT_TICKS * TICK_SECONDS:g} s")
 
 
-class Session:
-    """The sandboxes that one client asked for. They end some time after its last connection has."""
+class _Client:
+    """What one client has: its session, and the sandboxes that it asked for. They end when it is gone."""
 
-    def __init__(self, server: NodeServer, key: tuple[Caller, str]) -> None:
-        self.caller = key[0]
+    def __init__(self, server: NodeServer, key: ClientKey, *, is_successor: bool) -> None:
         self._server = server
         self._key = key
         self._sandboxes: dict[str, NodeSandbox] = {}
-        self._num_connections = 0
-        self._end: asyncio.TimerHandle | None = None
+        self._caller = key[0]
+        self.session = Session(
+            self._do,
+            self._over,
+            grace_seconds=server.grace_seconds,
+            limits=server.session_limits,
+            is_successor=is_successor,
+        )
 
-    def join(self) -> None:
-        """It has another connection."""
-        self._num_connections += 1
-        self.forget()
+    async def _do(self, message: Any, streams: CallStreams) -> Any:
+        return await answer(self._server.node, self._caller, message, streams, self._own)
 
-    def leave(self) -> None:
-        """It has one connection less."""
-        self._num_connections -= 1
-        if not self._num_connections:
-            self._end = asyncio.get_running_loop().call_later(self._server.grace_seconds, self._over)
-
-    def forget(self) -> None:
-        """Its sandboxes are not ended after all."""
-        if self._end is not None:
-            self._end.cancel()
-            self._end = None
-
-    def add(self, sandbox: NodeSandbox) -> None:
-        """It has another sandbox."""
+    def _own(self, sandbox: NodeSandbox) -> None:
         if sandbox.sandbox_id not in self._sandboxes:
             self._sandboxes[sandbox.sandbox_id] = sandbox
             sandbox.over.add_done_callback(lambda _: self._sandboxes.pop(sandbox.sandbox_id, None))
 
     def _over(self) -> None:
-        self._server.sessions.pop(self._key, None)
+        self._server.forget(self._key)
+        self._server.node.begin(self.session.close())
         for sandbox in list(self._sandboxes.values()):
             self._server.node.begin(self._server.node.end(sandbox, "its client is gone", End.CLIENT_GONE))
 
 
-class _Client:
-    """One connection."""
+class _Connection:
+    """One connection, of nobody until the greeting."""
 
     def __init__(self, server: NodeServer) -> None:
-        self.stream: Stream[Any] = Stream(calls.ToNode, self._hear, self._lose)
+        self.stream: Stream[Any] = Stream(
+            calls.ToNode, self._hear, self._lose, max_frame_bytes=MAX_GREETING_BYTES, stops_when_full=True
+        )
         self._server = server
         self._session: Session | None = None
-        self._calls: dict[int, asyncio.Task[None]] = {}
-        self._programs: dict[int, _Program] = {}
-        loop = asyncio.get_running_loop()
-        self._late = loop.call_later(HELLO_SECONDS, lambda: self.stream.close("no greeting"))
-
-    async def ended(self) -> None:
-        """Wait until all of its calls have ended."""
-        if self._calls:
-            await asyncio.wait(list(self._calls.values()))
+        self._late = asyncio.get_running_loop().call_later(HELLO_SECONDS, lambda: self.stream.close("no greeting"))
 
     def _hear(self, message: Any) -> None:
-        if self._session is None:
-            self._greet(message)
-            return
         match message:
+            case _ if self._session is None:
+                self._greet(message)
             case calls.Ping():
                 self.stream.send(message)
-            case calls.Cancel(call):
-                if (task := self._calls.get(call)) is not None:
-                    task.cancel()
-            case calls.Data(call, _, data):
-                if (program := self._programs.get(call)) is not None:
-                    program.feed(data)
-            case calls.Credit(call, stream, num_bytes):
-                if (program := self._programs.get(call)) is not None and stream in program.credits:
-                    program.credits[stream].give(num_bytes)
-            case calls.Signal(call, number):
-                if (program := self._programs.get(call)) is not None:
-                    program.signal(number)
-            case calls.Resize(call, rows, columns):
-                if (program := self._programs.get(call)) is not None:
-                    program.resize(rows, columns)
             case calls.Hello():
-                self.stream.close("a second greeting")
+                raise ValueError("a second greeting")
             case _:
-                if message.call in self._calls:
-                    self.stream.close(f"call {message.call} is under way already")
-                    return
-                task = asyncio.get_running_loop().create_task(self._answer(message))
-                self._calls[message.call] = task
+                self._session.hear(message)
 
     def _greet(self, message: Any) -> None:
-        problem = ""
-        caller = None
-        if not isinstance(message, calls.Hello):
-            problem = "no greeting"
-        elif message.version != calls.VERSION:
-            problem = (
-                f"the node speaks version {calls.VERSION}, not {message.version}; install the same hone on both sides"
-            )
-        elif (caller := self._server.caller(message, self.stream.peer_uid())) is None:
-            problem = "the node does not let you in; check the token"
-        if caller is None or problem:
-            self.stream.send(calls.Failed(0, "value", problem))
-            self.stream.close(problem)
+        try:
+            session = self._server.welcome(message, self.stream.peer_uid())
+        except (ValueError, SandboxError) as error:
+            self.stream.send(failed(0, error))
+            self.stream.close(str(error))
             return
         self._late.cancel()
-        self._session = self._server.session(message.session, caller)
-        self._session.join()
-        self.stream.send(calls.Welcome(self._server.node.prefix))
+        self._session = session
+        self.stream.max_frame_bytes = MAX_FRAME_BYTES
+        self.stream.send(calls.Welcome(self._server.node.prefix, self._server.grace_seconds))
+        session.join(self.stream)
 
     def _lose(self, problem: str) -> None:
         logger.debug("a client is gone: %s", problem)
         self._late.cancel()
-        for task in self._calls.values():
-            task.cancel()
         if self._session is not None:
-            self._session.leave()
-        self._server.forget(self)
-
-    async def _answer(self, message: Any) -> None:
-        try:
-            result = await self._do(message)
-            self.stream.send(calls.Done(message.call, msgspec.Raw(msgspec.msgpack.encode(result))))
-        except asyncio.CancelledError:
-            pass  # nobody waits for it
-        except Exception as error:  # whatever it is, it is this call's alone
-            if not isinstance(error, SandboxError | OSError | ValueError):
-                logger.exception("a call failed: %s", type(message).__name__)
-            self.stream.send(failed(message.call, error))
-        finally:
-            self._calls.pop(message.call, None)
-
-    async def _do(self, message: Any) -> Any:
-        assert self._session is not None
-        node, caller = self._server.node, self._session.caller
-        match message:
-            case calls.Create(_, spec, key):
-                sandbox = node.create(spec, key=key, owner=caller.owner)
-                self._session.add(sandbox)
-                return sandbox.sandbox_id
-            case calls.Status():
-                return node.sandboxes(None if caller.sees_all else caller.owner)
-            case calls.Statistics():
-                return node.statistics()
-            case calls.Usage(_, sandbox_id):
-                return node.usage(sandbox_id, None if caller.sees_all else caller.owner)
-            case calls.Report() | calls.Drain() if not caller.sees_all:
-                raise ValueError("this is for those who see everybody's sandboxes; a gateway's token will do")
-            case calls.Report():
-                return node.report()
-            case calls.Drain(_, name, is_draining):
-                if name not in ("", node.name, node.prefix.rstrip(".")):
-                    raise ValueError(f"this is the node {node.name}, not {name}")
-                return node.drain(is_draining)
-        return await self._do_in(self._find(message.sandbox_id), message)
-
-    async def _do_in(self, sandbox: NodeSandbox, message: Any) -> Any:
-        match message:
-            case calls.UntilReady():
-                return await sandbox.ready()
-            case calls.Exec(_, _, argv, stdin, env, cwd, timeout_seconds, kept_bytes):
-                return await sandbox.exec(
-                    argv, stdin=stdin, env=env, cwd=cwd, timeout_seconds=timeout_seconds, kept_bytes=kept_bytes
-                )
-            case calls.Spawn():
-                return await self._spawn(sandbox, message)
-            case calls.Python(_, _, code, is_session, timeout_seconds):
-                run = sandbox.python if is_session else sandbox.snippet
-                return await run(code, timeout_seconds=timeout_seconds)
-            case calls.Read(_, _, path, max_bytes):
-                return await sandbox.read(path, max_bytes=max_bytes)
-            case calls.Write(_, _, path, data, mode):
-                return await sandbox.write(path, data, mode=mode)
-            case calls.List(_, _, path):
-                return await sandbox.list(path)
-            case calls.Remove(_, _, path, is_recursive):
-                return await sandbox.remove(path, is_recursive=is_recursive)
-            case calls.Pause(_, _, is_paused):
-                return await (sandbox.pause() if is_paused else sandbox.resume())
-            case calls.Renew(_, _, seconds):
-                return await sandbox.renew(seconds)
-            case calls.Destroy():
-                await sandbox.close()
-                return sandbox.used()
-        raise ValueError(f"a call that this node does not know: {type(message).__name__}")
-
-    def _find(self, sandbox_id: str) -> NodeSandbox:
-        assert self._session is not None
-        sandbox = self._server.node.sandbox(sandbox_id)
-        caller = self._session.caller
-        if not caller.sees_all and sandbox.lease.owner != caller.owner:
-            raise SandboxError(f"{sandbox_id}: there is no such sandbox (any more)")
-        return sandbox
-
-    async def _spawn(self, sandbox: NodeSandbox, message: calls.Spawn) -> int:
-        terminal = (message.terminal[0], message.terminal[1]) if message.terminal else None
-        process = await sandbox.spawn(message.argv, env=message.env, cwd=message.cwd, terminal=terminal)
-        program = self._programs[message.call] = _Program(self.stream, message.call, process)
-        try:
-            return await program.run()
-        finally:
-            self._programs.pop(message.call, None)
-            await program.close()
-
-
-class _Program:
-    """A program whose streams go over the connection."""
-
-    def __init__(self, stream: Stream[Any], call: int, process: Process) -> None:
-        self.credits = {1: Credit(), 2: Credit()}
-        self._stream = stream
-        self._call = call
-        self._process = process
-        self._input: asyncio.Queue[bytes] = asyncio.Queue()
-        self._num_waiting_bytes = 0
-        self._tasks: list[asyncio.Task[None]] = []
-
-    async def run(self) -> int:
-        """Carry its streams until it has ended and all of its output is sent; what its children write later is not."""
-        loop = asyncio.get_running_loop()
-        self._stream.send(calls.Data(self._call, 0, b""))
-        self._tasks = [
-            loop.create_task(self._write()),
-            loop.create_task(self._pump(1)),
-            loop.create_task(self._pump(2)),
-        ]
-        code = await self._process.wait()
-        self._stream.send(calls.Data(self._call, 3, str(code).encode()))
-        pumps = self._tasks[1:]
-        while not all(pump.done() for pump in pumps):
-            done, _ = await asyncio.wait(pumps, timeout=DRAIN_SECONDS)
-            if len(done) < len(pumps) and not any(credit.is_used_up for credit in self.credits.values()):
-                break  # something in the background holds them open
-        return code
-
-    def feed(self, data: bytes) -> None:
-        """Input has come; an empty piece is its end."""
-        self._num_waiting_bytes += len(data)
-        if self._num_waiting_bytes > WINDOW_BYTES:
-            self._stream.close("more input than was granted")
-            return
-        self._input.put_nowait(data)
-
-    def signal(self, number: int) -> None:
-        """A signal for its group; 0 kills all of it."""
-        with contextlib.suppress(SandboxError):  # its end will be told otherwise
-            if number:
-                self._process.signal(number)
-            else:
-                self._process.kill()
-
-    def resize(self, rows: int, columns: int) -> None:
-        """Its terminal has another size."""
-        with contextlib.suppress(OSError):
-            self._process.resize(rows, columns)
-
-    async def close(self) -> None:
-        """Kill it if it runs, and stop carrying."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        await self._process.close()
-
-    async def _write(self) -> None:
-        while data := await self._input.get():
-            try:
-                await self._process.write(data)
-            except OSError as error:
-                self._stream.send(failed(self._call, BrokenPipeError(f"nobody reads: {error}")))
-                return
-            self._num_waiting_bytes -= len(data)
-            self._stream.send(calls.Credit(self._call, 0, len(data)))
-        self._process.end_input()
-
-    async def _pump(self, number: int) -> None:
-        read = self._process.read if number == 1 else self._process.read_error
-        while True:
-            size = await self.credits[number].take(CHUNK_BYTES)
-            data = await read(size)
-            self.credits[number].give(size - len(data))
-            self._stream.send(calls.Data(self._call, number, data))
-            if not data:
-                return
+            self._session.leave(self.stream)
+        self._server.disconnected(self)

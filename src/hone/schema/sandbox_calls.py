@@ -1,7 +1,14 @@
 """What the clients of a sandbox node and the node say to one another, over one stream for everything.
 
-A call has a number that its client chose. Every call but `Cancel` ends with one `Done` or `Failed`. What a call streams
-is under credit: nobody sends more bytes than the other side granted, so that one slow reader stops only its own stream.
+A call has a number that its client chose; no other call of the session has it. Every call ends with one `Done` or
+`Failed`, also one that was cancelled, and the client says `Received`: only then does the node forget it. What a call
+streams is under credit: nobody sends more bytes than the other side granted, so that one slow reader stops only its own
+stream. Credit says what was taken, too: what was not is kept by its sender.
+
+A connection may break; calls belong to the session. Over the next connection, with the same `Hello`, the client says
+`Resume` of every call without an answer that is about a sandbox, and sends the others again, which are the same when they
+come twice. A call says nothing over a connection before it was asked or resumed there. The node answers `Resumed`, and
+both go on where the other side stopped; a call that the node never heard of is sent again as a whole.
 """
 
 import msgspec
@@ -9,6 +16,9 @@ import msgspec
 from hone.schema.sandboxes import SandboxSpec
 
 VERSION = 2
+MIN_SESSION_LENGTH = 32
+CONTROL = 4
+"""The stream whose credit counts the signals and sizes that came, one for each."""
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -16,7 +26,7 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_un
 
 
 class Hello(_Message, frozen=True):
-    """The first message. session: of the client; its sandboxes outlive a broken connection for a moment.
+    """The first message. session: a secret of the client, at least `MIN_SESSION_LENGTH` long, by which it comes back.
 
     owner: on whose behalf a gateway speaks, which only those may do who are trusted with it.
     """
@@ -166,7 +176,7 @@ class Statistics(_Message, frozen=True):
 
 
 class Cancel(_Message, frozen=True):
-    """Nobody waits for this call any more. A program that it runs is killed."""
+    """Nobody waits for this call any more. A program that it runs is killed; then it has failed, of kind cancelled."""
 
     call: int
 
@@ -197,9 +207,15 @@ class Credit(_Message, frozen=True):
 
 
 class Welcome(_Message, frozen=True):
-    """The answer to `Hello`. prefix: of the ids of the node's sandboxes."""
+    """The answer to `Hello`. prefix: of the ids of the node's sandboxes; another one means that the node was restarted.
+
+    grace_seconds: how long the session lives without a connection. is_relay: nodes are behind it, which live on while it
+    does not.
+    """
 
     prefix: str
+    grace_seconds: float
+    is_relay: bool = False
 
 
 class Done(_Message, frozen=True):
@@ -210,7 +226,8 @@ class Done(_Message, frozen=True):
 
 
 class Failed(_Message, frozen=True):
-    """Why a call did not do what it should. kind: sandbox, busy, value, broken_pipe, or os with an error number.
+    """Why a call did not do what it should. kind: sandbox, busy, value, cancelled, or os with an error number; with
+    broken_pipe the call goes on, only nobody reads its input. Call 0 is the connection's.
 
     outcome: of trouble with the sandbox. number: the error number, or of busy the seconds to wait.
     """
@@ -220,6 +237,41 @@ class Failed(_Message, frozen=True):
     message: str
     outcome: str = ""
     number: float = 0.0
+
+
+class Resume(_Message, frozen=True):
+    """A call goes on over this connection. received: how many bytes came of streams 1 and 2. taken: how many were read."""
+
+    call: int
+    sandbox_id: str
+    received: list[int]
+    taken: list[int]
+
+
+class Resumed(_Message, frozen=True):
+    """The answer to `Resume`, and the first word of the call over this connection.
+
+    is_known: if not, the node never heard of it: send it again, with its whole input. received: how many bytes of input
+    came. taken: how many of them the program has. num_controls: how many signals and sizes came.
+    """
+
+    call: int
+    is_known: bool
+    received: int
+    taken: int
+    num_controls: int
+
+
+class Received(_Message, frozen=True):
+    """The answer of this call came; nobody needs it any more."""
+
+    call: int
+
+
+class Interrupted(_Message, frozen=True):
+    """From a relay: its connection to the node with this prefix broke. Resume the calls of its sandboxes."""
+
+    prefix: str
 
 
 class Report(_Message, frozen=True):
@@ -246,6 +298,15 @@ class Usage(_Message, frozen=True):
     sandbox_id: str
 
 
+Streamed = Spawn
+"""The calls that have streams (a union)."""
+
+
+def sandbox_of(message: msgspec.Struct) -> str:
+    """The sandbox that a call is about. Empty: none, and then it does no harm to ask twice."""
+    return getattr(message, "sandbox_id", "")
+
+
 ToNode = (
     Hello
     | Create
@@ -268,8 +329,10 @@ ToNode = (
     | Ping
     | Data
     | Credit
+    | Resume
+    | Received
     | Report
     | Drain
     | Usage
 )
-ToClient = Welcome | Done | Failed | Data | Credit | Ping
+ToClient = Welcome | Done | Failed | Data | Credit | Ping | Resumed | Interrupted

@@ -1,0 +1,85 @@
+"""What a client of a node asks for, done on the node's sandboxes: one case for each call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hone.sandbox.call_streams import CallStreams
+from hone.sandbox.conversation import converse
+from hone.sandbox.errors import SandboxError
+from hone.sandbox.node import Node, NodeSandbox
+from hone.schema import sandbox_calls as calls
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. sees_all: everybody's sandboxes, not only those of this owner."""
+
+    owner: str
+    sees_all: bool = False
+
+
+async def answer(
+    node: Node, caller: Caller, message: Any, streams: CallStreams, created: Callable[[NodeSandbox], None]
+) -> Any:
+    """The result of a call. created: is told of every sandbox that was asked for."""
+    match message:
+        case calls.Create(_, spec, key):
+            sandbox = node.create(spec, key=key, owner=caller.owner)
+            created(sandbox)
+            return sandbox.sandbox_id
+        case calls.Status():
+            return node.sandboxes(None if caller.sees_all else caller.owner)
+        case calls.Statistics():
+            return node.statistics()
+        case calls.Usage(_, sandbox_id):
+            return node.usage(sandbox_id, None if caller.sees_all else caller.owner)
+        case calls.Report() | calls.Drain() if not caller.sees_all:
+            raise ValueError("this is for those who see everybody's sandboxes; a gateway's token will do")
+        case calls.Report():
+            return node.report()
+        case calls.Drain(_, name, is_draining):
+            if name not in ("", node.name, node.prefix.rstrip(".")):
+                raise ValueError(f"this is the node {node.name}, not {name}")
+            return node.drain(is_draining)
+    return await _answer_in(_find(node, caller, message.sandbox_id), message, streams)
+
+
+def _find(node: Node, caller: Caller, sandbox_id: str) -> NodeSandbox:
+    sandbox = node.sandbox(sandbox_id)
+    if not caller.sees_all and sandbox.lease.owner != caller.owner:
+        raise SandboxError(f"{sandbox_id}: there is no such sandbox (any more)")
+    return sandbox
+
+
+async def _answer_in(sandbox: NodeSandbox, message: Any, streams: CallStreams) -> Any:
+    match message:
+        case calls.UntilReady():
+            return await sandbox.ready()
+        case calls.Exec(_, _, argv, stdin, env, cwd, timeout_seconds, kept_bytes):
+            return await sandbox.exec(
+                argv, stdin=stdin, env=env, cwd=cwd, timeout_seconds=timeout_seconds, kept_bytes=kept_bytes
+            )
+        case calls.Spawn(call, _, argv, env, cwd, size):
+            terminal = (size[0], size[1]) if size else None
+            process = await sandbox.spawn(argv, env=env, cwd=cwd, terminal=terminal)
+            return await converse(call, process, streams)
+        case calls.Python(_, _, code, is_session, timeout_seconds):
+            run = sandbox.python if is_session else sandbox.snippet
+            return await run(code, timeout_seconds=timeout_seconds)
+        case calls.Read(_, _, path, max_bytes):
+            return await sandbox.read(path, max_bytes=max_bytes)
+        case calls.Write(_, _, path, data, mode):
+            return await sandbox.write(path, data, mode=mode)
+        case calls.List(_, _, path):
+            return await sandbox.list(path)
+        case calls.Remove(_, _, path, is_recursive):
+            return await sandbox.remove(path, is_recursive=is_recursive)
+        case calls.Pause(_, _, is_paused):
+            return await (sandbox.pause() if is_paused else sandbox.resume())
+        case calls.Renew(_, _, seconds):
+            return await sandbox.renew(seconds)
+        case calls.Destroy():
+            await sandbox.close()
+            return sandbox.used()
+    raise ValueError(f"a call that this node does not know: {type(message).__name__}")
