@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+import msgspec
+
 from hone.sandbox.beneath import LimitExceeded
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.node import Node
@@ -167,7 +169,10 @@ class Sandbox:
         if snapshot is not None and node not in (None, snapshot.node):
             raise ValueError("a sandbox from a snapshot is on the snapshot's node; leave node out")
         self._node: Node | RemoteNode | str | None = node if snapshot is None else snapshot.node
-        self._snapshot_id = snapshot.snapshot_id if snapshot is not None else ""
+        self._snapshot_id = ""
+        if snapshot is not None:
+            self._snapshot_id = snapshot.snapshot_id
+            self.spec = msgspec.structs.replace(self.spec, image=snapshot.spec.image)
         self._token = token
         self._key = key or secrets.token_hex(16)
         self._inner: _Inner | None = None
@@ -290,17 +295,16 @@ class Sandbox:
         assert self._home is not None
         return Snapshot(self._home, status, self.spec)
 
-    async def fork(self, count: int) -> list["Sandbox"]:
+    async def fork(self, count: int) -> tuple["Sandbox", ...]:
         """So many new sandboxes like this one, with its files as they are now; nothing is copied for each of them.
 
         They may not be ready yet. Close each.
         """
-        forks: list[Sandbox] = []
         async with await self.snapshot() as snapshot:
+            forks = tuple(Sandbox(spec=self.spec, snapshot=snapshot) for _ in range(count))
             try:
-                for _ in range(count):
-                    forks.append(Sandbox(spec=self.spec, snapshot=snapshot))
-                    await forks[-1].open()
+                for fork in forks:
+                    await fork.open()
             except BaseException:  # a cancellation too: undo, then pass it on
                 await asyncio.shield(asyncio.gather(*(fork.close() for fork in forks)))
                 raise

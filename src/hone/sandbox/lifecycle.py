@@ -241,6 +241,10 @@ class Lifecycle:
         self._dying.discard(number)
         self._advance(now)
 
+    def knows(self, key: str, owner: str) -> bool:
+        """Whether a sandbox of this key lives."""
+        return bool(key) and (owner, key) in self._by_key
+
     def find(self, sandbox_id: str) -> Lease:
         """The lease of a sandbox; `SandboxError` that says why there is none."""
         lease = self.leases.get(sandbox_id)

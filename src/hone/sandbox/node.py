@@ -158,9 +158,7 @@ class Node:
         """Whether it takes no new sandboxes."""
         return self._lifecycle.is_draining or self._is_closing
 
-    def create(
-        self, spec: SandboxSpec, *, key: str = "", owner: str = "", snapshot_id: str = ""
-    ) -> "NodeSandbox":
+    def create(self, spec: SandboxSpec, *, key: str = "", owner: str = "", snapshot_id: str = "") -> "NodeSandbox":
         """A sandbox that will be ready; returns at once. key: asked twice by one owner, it is the same sandbox.
 
         snapshot_id: of what it begins from, instead of the image alone. Raises `Busy` when as many wait as may.
@@ -168,10 +166,8 @@ class Node:
         if self._is_closing:
             raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
         base = None
-        if snapshot_id:
-            snapshot = self.snapshots.find(snapshot_id)
-            spec, base = msgspec.structs.replace(spec, image=snapshot.spec.image), snapshot.base
-            self.snapshots.check(spec, base)
+        if snapshot_id and not self._lifecycle.knows(key, owner):
+            base = self.snapshots.base_for(spec, snapshot_id)
         lease = self._lifecycle.ask(spec, time.monotonic(), key=key, owner=owner, snapshot_id=snapshot_id)
         sandbox = self._sandboxes.get(lease.sandbox_id)
         if sandbox is None:
@@ -577,11 +573,10 @@ class NodeSandbox:
     async def reset(self, snapshot_id: str) -> None:
         """Begin anew from a snapshot: what runs in it ends, and the next call waits for another cell."""
         async with self._state_turn, self._use("state") as cell:
-            snapshot = self._node.snapshots.find(snapshot_id)
-            self._node.snapshots.check(self.lease.spec, snapshot.base)
+            base = self._node.snapshots.base_for(self.lease.spec, snapshot_id)
             former = self.base
             self._part(cell)
-            self.begin_from(snapshot.base)
+            self.begin_from(base)
             self._node.exchange(self)
             if former is not None:
                 await self._node.snapshots.release(former)
@@ -726,14 +721,17 @@ class NodeSandbox:
             await self._node.snapshots.let_go(await taking)
 
     async def _living(self) -> Cell:
-        if self.over.done():
-            raise _again(self.over.result())
-        if self._ready.done():
-            return self._ready.result()
-        try:
-            return await asyncio.shield(self._ready)
-        except SandboxError as error:
-            raise _again(error) from error
+        while True:
+            if self.over.done():
+                raise _again(self.over.result())
+            ready = self._ready
+            if ready.done():
+                return ready.result()
+            try:
+                await asyncio.shield(ready)
+            except SandboxError as error:
+                raise _again(error) from error
+            # Whoever waited longer may have exchanged the cell meanwhile: look again.
 
     @contextlib.asynccontextmanager
     async def _use(self, kind: str) -> AsyncIterator[Cell]:

@@ -115,6 +115,11 @@ class Snapshots:
             raise SandboxError(f"{snapshot_id}: there is no such snapshot (any more)", outcome)
         return snapshot
 
+    def owner(self, snapshot_id: str) -> str | None:
+        """Whose a snapshot is; None if there is none."""
+        snapshot = self._snapshots.get(snapshot_id)
+        return snapshot.owner if snapshot is not None else None
+
     def add(self, base: Base, spec: SandboxSpec, owner: str, seconds: float) -> Snapshot:
         """A snapshot, which from now on holds what the caller held of its base."""
         snapshot = Snapshot(f"{self._prefix}s{next(self._numbers)}", owner, spec, base, time.monotonic() + seconds)
@@ -153,12 +158,17 @@ class Snapshots:
                 self._archives.discard(base.archive)
                 base.archive.file.close()
 
-    def check(self, spec: SandboxSpec, base: Base) -> None:
-        """Raises where a sandbox like this cannot begin from a base."""
-        if any(layer.spawner.is_lost for layer in base.layers):
-            raise SandboxError("the snapshot was lost with the process that held it")
-        if any(layer.spawner.own_network == (spec.network == "host") for layer in base.layers):
-            raise Unsupported("a sandbox from a snapshot has the host's network if the one that was snapshot had it")
+    def base_for(self, spec: SandboxSpec, snapshot_id: str) -> Base:
+        """What a sandbox begins from; raises where it cannot begin from this snapshot."""
+        snapshot = self.find(snapshot_id)
+        if spec.image != snapshot.spec.image:
+            raise ValueError(f"the snapshot is of the image {snapshot.spec.image!r}, not of {spec.image!r}")
+        layers = snapshot.base.layers
+        if any(layer.spawner.is_lost for layer in layers):
+            raise SandboxError(f"{snapshot_id} was lost with the process that held it")
+        if any(layer.spawner.own_network == (spec.network == "host") for layer in layers):
+            raise Unsupported("a sandbox has the host's network if the one had it whose snapshot it begins from")
+        return snapshot.base
 
     def image(self, base: Base) -> Image:
         """What a cell is to be made of."""
