@@ -391,9 +391,13 @@ def test_adversarial_texts_take_linear_time(read):
 
 
 def seconds(read, text):
-    started = time.process_time()
-    read(text)
-    return time.process_time() - started
+    """Processor time; the better of two, because one may have met the garbage collector."""
+    taken = []
+    for _ in range(2):
+        started = time.process_time()
+        read(text)
+        taken.append(time.process_time() - started)
+    return min(taken)
 
 
 def test_the_module_offers_what_is_tested_here():

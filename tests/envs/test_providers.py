@@ -1,21 +1,27 @@
 """Environments on cells: the same tools and verifiers as on local processes, and failures typed at the boundary."""
 
 import asyncio
+import json
 import os
 import signal
 
 import pytest
 
+from hone.envs import Rubric, Task, assistant, play, reward, tool_call, user
 from hone.envs.failures import RolloutFailure
 from hone.envs.local_processes import LocalProcesses
 from hone.envs.providers import NodeSandboxes, sandboxes_at
+from hone.envs.sandbox_tools import SandboxToolUse
 from hone.envs.sandboxes import LazySandbox
 from hone.envs.sessions import PythonSession
 from hone.envs.verifiers.code import Assertions, CodeVerifier, InputsOutputs
 from hone.sandbox.client import embedded_node
+from hone.sandbox.node import Node
+from hone.sandbox.serve import NodeServer
 from hone.schema.sandboxes import SandboxSpec
 from hone.schema.traces import FailureClass
 
+TASK = Task(prompt=(user("work"),))
 SMALL = SandboxSpec(memory_mb=256, disk_mb=16)
 
 
@@ -82,3 +88,21 @@ async def test_a_node_that_is_not_there_is_a_failure(tmp_path):
     with pytest.raises(RolloutFailure) as failure:
         await sandboxes_at(f"unix:{tmp_path}/none").create(SMALL)
     assert failure.value.failure.kind is FailureClass.SANDBOX
+
+
+@reward
+def worked() -> float:
+    return 1.0
+
+
+async def test_a_trace_tells_the_time_in_sandboxes_and_the_sandbox_its_rollout(provider, tmp_path):
+    async with Node(folder=tmp_path / "node") as node, NodeServer(node, f"unix:{tmp_path}/socket") as server:
+        environment = SandboxToolUse(
+            name="work", rubric=Rubric([worked]), train=[TASK], sandboxes=sandboxes_at(server.address), spec=SMALL
+        )
+        call = assistant("", tool_call("shell", {"command": "sleep 0.1"}, id="1"))
+        trace = await play(environment, TASK, call, "done")
+    assert trace.failure is None
+    assert 0.1 < trace.timing.sandbox_seconds < 60
+    [line] = (tmp_path / "node" / "sandboxes.jsonl").read_text().splitlines()
+    assert json.loads(line)["rollout"] == "work/0"

@@ -162,6 +162,7 @@ def _print_end(console: Console, trace: Trace, raised: Sequence[BaseException]) 
         f" {sum(turn.num_completion_tokens for turn in turns)} tokens sampled · {timing.total_seconds:.2f} s:"
         f" setup {timing.setup_seconds:.2f}, model {timing.generate_seconds:.2f}, environment"
         f" {timing.environment_seconds:.2f}, rewards {timing.score_seconds:.2f}"
+        + (f"; in sandboxes {timing.sandbox_seconds:.2f}" if timing.sandbox_seconds else "")
     )
     for name, value in trace.info.items():
         console.print(Text(f"info.{name}  {_cut(str(value))}", "dim"))

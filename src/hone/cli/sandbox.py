@@ -6,10 +6,13 @@ import os
 import sys
 import threading
 from concurrent.futures import CancelledError
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hone.cli.sandbox_http import HttpListen, WithoutToken, http, http_door
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,6 +26,7 @@ NUM_HEAD_ROWS = 10
 """Lines of the live table that are not sandboxes."""
 
 app = typer.Typer(help="Sandboxes: run programs nobody trusts, here or on a node.", no_args_is_help=True)
+app.command()(http)
 
 Address = Annotated[
     str,
@@ -56,7 +60,7 @@ def run(
         network=network,
         ttl_seconds=ttl_seconds,
         node=node or None,
-        token=_token(),
+        token=own_token(),
     )
     code = asyncio.run(_run(sandbox, command))
     raise typer.Exit(code if code >= 0 else 128 - code)
@@ -111,6 +115,8 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(help="At SIGTERM, how long sandboxes may live on while no new ones are taken.")
     ] = 10.0,
+    http: HttpListen = "",
+    without_token: WithoutToken = False,
 ) -> None:
     """Serve a node until SIGINT, which ends it at once as a second SIGTERM does; the first one drains it."""
     from hone.cli.sandbox_serve import Observation, serve_node
@@ -118,7 +124,7 @@ def serve(
 
     place = folder or _cache() / f"node-{name}"
     address = listen or f"unix:{place}/socket"
-    known, gateways = _read_tokens(tokens) if tokens is not None else ({}, set())
+    known, gateways = read_tokens(tokens) if tokens is not None else ({}, set())
     limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
 
     def server_of(node: "Node") -> "NodeServer":
@@ -126,8 +132,11 @@ def serve(
 
         return NodeServer(node, address, tokens=known, gateways=gateways, certificate=tls_cert, key=tls_key)
 
+    def http_of(node: "Node") -> AbstractAsyncContextManager[str]:
+        return http_door(http, node, known, is_open=without_token) if http else contextlib.nullcontext("")
+
     observation = Observation(metrics_port, metrics_host, spans)
-    asyncio.run(serve_node(name, place, limits, server_of, observation, drain_seconds))
+    asyncio.run(serve_node(name, place, limits, server_of, observation, drain_seconds, http_of))
 
 
 def until_stopped() -> asyncio.Event:
@@ -267,7 +276,7 @@ async def _connected(address: str) -> "RemoteNode":
     from hone.sandbox.client import SandboxError
     from hone.sandbox.remote import RemoteNode
 
-    client = RemoteNode(address or f"unix:{_cache()}/node-local/socket", _token())
+    client = RemoteNode(address or f"unix:{_cache()}/node-local/socket", own_token())
     try:
         await client.connected()
     except SandboxError as error:
@@ -275,11 +284,12 @@ async def _connected(address: str) -> "RemoteNode":
     return client
 
 
-def _token() -> str:
+def own_token() -> str:
+    """What this user's commands show to nodes."""
     return os.environ.get("HONE_SANDBOX_TOKEN", "")
 
 
-def _read_tokens(path: Path) -> tuple[dict[str, str], set[str]]:
+def read_tokens(path: Path) -> tuple[dict[str, str], set[str]]:
     """Owners by token, and which of them are gateways."""
     tokens, gateways = {}, set()
     for number, line in enumerate(path.read_text().splitlines(), 1):

@@ -1,7 +1,7 @@
 """What an environment author imports: tasks, environments, rewards and metrics, and the rollout they see."""
 
 from hone.envs.agents import Agent, ChatModel, Fixed, MultiAgent, Seat
-from hone.envs.environment import Environment, MultiTurn, SingleTurn
+from hone.envs.environment import Environment, EnvironmentArguments, MultiTurn, SingleTurn
 from hone.envs.failures import RolloutFailure, failures_as
 from hone.envs.gym import Episode, GymEnvironment, seeded_tasks
 from hone.envs.harness import (
@@ -40,6 +40,7 @@ __all__ = [
     "Duplicate",
     "Endpoint",
     "Environment",
+    "EnvironmentArguments",
     "EnvironmentLoadError",
     "Episode",
     "ExecResult",

@@ -12,12 +12,12 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, Unpack
 from weakref import WeakKeyDictionary
 
 import msgspec
 
-from hone.envs.environment import Environment
+from hone.envs.environment import Environment, EnvironmentArguments
 from hone.envs.rollout import Rollout
 from hone.envs.sampler import Sampler
 from hone.schema.messages import Message, ToolSpec
@@ -140,8 +140,8 @@ class MultiAgent(Environment):
     the same agent in the other rollouts of the group.
     """
 
-    def __init__(self, *, agents: Iterable[Agent], **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, *, agents: Iterable[Agent], **common: Unpack[EnvironmentArguments]) -> None:
+        super().__init__(**common)
         given = list(agents)
         self.agents = {agent.name: agent for agent in given}
         if len(self.agents) < len(given):

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Required, TypedDict
 
 from hone.envs.failures import failures_as
 from hone.envs.rollout import Elsewhere, Rollout
@@ -14,6 +15,29 @@ from hone.schema.traces import FailureClass, Trace
 
 WrongAnswer = str | Sequence[Message] | None
 """A text, said at every turn; messages, one a turn; None: leave the generic attack of this name out."""
+
+
+class EnvironmentArguments(TypedDict, total=False):
+    """What every kind of environment takes, with the meaning that `Environment` gives it, beside what is its own.
+
+    A kind of your own passes it on::
+
+        class Quiz(SingleTurn):
+            def __init__(self, *, rounds: int, **common: Unpack[EnvironmentArguments]) -> None:
+                super().__init__(**common)
+                self.rounds = rounds
+    """
+
+    name: Required[str]
+    rubric: Required[Rubric]
+    train: Required[Sequence[Task] | Tasks]
+    held_out: Sequence[Task] | Tasks
+    version: str
+    max_turns: int | None
+    max_tool_calls: int | None
+    gold: Callable[[Task], Sequence[Message]] | None
+    difficulty: Callable[[Task], float] | None
+    wrong: Callable[[Task], Mapping[str, WrongAnswer]] | None
 
 
 class Environment(ABC):

@@ -56,7 +56,7 @@ PARTS = (
     Part(
         "Environments and rollouts",
         "The course of a rollout: [Write an environment](../guides/write-an-environment.md).",
-        ("Environment", "SingleTurn", "MultiTurn", "Rollout", "Limits"),
+        ("Environment", "EnvironmentArguments", "SingleTurn", "MultiTurn", "Rollout", "Limits"),
     ),
     Part(
         "Rewards",
@@ -195,6 +195,7 @@ PARTS = (
             "hone.envs.mcp.Settings",
             "hone.envs.mcp.MakeClient",
             "hone.envs.parsers.Which",
+            "hone.envs.harness.environment.HarnessArguments",
             "hone.envs.harness.environment.OnCrash",
             "hone.envs.harness.environment.Agent",
         ),

@@ -70,6 +70,7 @@ class Rollout:
         "nodes",
         "num_tool_calls",
         "num_turns",
+        "sandbox_seconds",
         "state",
         "stop_reason",
         "task",
@@ -103,6 +104,7 @@ class Rollout:
         self.stop_reason: StopReason | None = None
         self.failure: Failure | None = None
         self.generate_seconds = 0.0
+        self.sandbox_seconds = 0.0
         self._sampler = sampler
         self._sampling = sampling
         self._seed = seed
@@ -384,7 +386,7 @@ async def run_rollout(
         agent_rewards=scores.agent_rewards if failure is None else {},
         metrics=rollout.metrics | scores.metrics if failure is None else {},
         failure=failure,
-        timing=stopwatch.timing(started_at, rollout.generate_seconds),
+        timing=stopwatch.timing(started_at, rollout),
     )
     if is_alone and environment.scores_groups:
         [trace] = await environment.rubric.score_group([trace])
@@ -500,12 +502,13 @@ class _Stopwatch:
         self._seconds[self.phase] = now - self._entered
         self.phase, self._entered = phase, now
 
-    def timing(self, started_at: float, generate_seconds: float) -> Timing:
+    def timing(self, started_at: float, rollout: Rollout) -> Timing:
         return Timing(
             started_at=started_at,
             total_seconds=time.perf_counter() - self._started,
             setup_seconds=self._seconds["setup"],
-            generate_seconds=generate_seconds,
-            environment_seconds=max(0.0, self._seconds["run"] - generate_seconds),
+            generate_seconds=rollout.generate_seconds,
+            environment_seconds=max(0.0, self._seconds["run"] - rollout.generate_seconds),
             score_seconds=self._seconds["score"],
+            sandbox_seconds=rollout.sandbox_seconds,
         )

@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
-from hone.envs.local_processes import LocalProcesses
+from hone.envs.environment import EnvironmentArguments
+from hone.envs.providers import HERE, provider_of
 from hone.envs.rollout import Rollout
-from hone.envs.rubric import Rubric
 from hone.envs.sandboxes import LazySandbox, Sandbox, SandboxProvider
 from hone.envs.sessions import PythonSession
-from hone.envs.sources import Tasks
 from hone.envs.tools import Function, OnError, Tool, Toolset, ToolUse, tool
-from hone.schema.messages import Message
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec
-from hone.schema.tasks import Task
 
 WAIT_SECONDS = 600.0
 """Of a call of a tool in all; the code itself has less, and the creation of the sandbox its own deadline."""
@@ -36,44 +34,30 @@ class SandboxToolUse(ToolUse):
         async def tests_pass(state: SandboxState) -> float:
             return float((await state.sandbox.exec(["python", "-m", "pytest", "-q"])).is_success)
 
-    sandboxes: local processes by default. timeout_seconds: of each snippet and each command. tools: further tools.
+    sandboxes: a provider, or what `sandboxes_at` takes. timeout_seconds: of each snippet and each command. tools: further tools.
     """
 
     def __init__(
         self,
         *,
-        name: str,
-        rubric: Rubric,
-        train: Sequence[Task] | Tasks,
-        held_out: Sequence[Task] | Tasks = (),
-        sandboxes: SandboxProvider | None = None,
+        sandboxes: SandboxProvider | str = HERE,
         spec: SandboxSpec = SandboxSpec(),
         timeout_seconds: float = 30.0,
         tools: Sequence[Tool | Toolset | Function] = (),
-        version: str = "",
-        max_turns: int | None = None,
-        max_tool_calls: int | None = None,
         on_error: OnError = "show",
-        gold: Callable[[Task], Sequence[Message]] | None = None,
+        **common: Unpack[EnvironmentArguments],
     ) -> None:
-        self._sandboxes = sandboxes or LocalProcesses()
+        self._sandboxes = provider_of(sandboxes)
         self._spec = spec
         self._timeout_seconds = timeout_seconds
         super().__init__(
-            name=name,
-            rubric=rubric,
-            train=train,
-            held_out=held_out,
             tools=[
                 python_tool(lambda rollout: rollout.state.session),
                 shell_tool(lambda rollout: rollout.state.sandbox, timeout_seconds),
                 *tools,
             ],
-            version=version,
-            max_turns=max_turns,
-            max_tool_calls=max_tool_calls,
             on_error=on_error,
-            gold=gold,
+            **common,
         )
 
     async def setup(self, rollout: Rollout) -> None:

@@ -9,18 +9,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol, get_type_hints, overload, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, Unpack, get_type_hints, overload, runtime_checkable
 
 import msgspec
 
 from hone.envs.blocking import call_blocking
-from hone.envs.environment import Environment, WrongAnswer
+from hone.envs.environment import Environment, EnvironmentArguments
 from hone.envs.failures import RolloutFailure, deadline, failures_as
 from hone.envs.rollout import Rollout
-from hone.envs.rubric import Rubric
-from hone.envs.sources import Tasks
 from hone.schema.messages import Message, ToolCall, ToolSpec
-from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass
 
 TIMEOUT_SECONDS = 60.0
@@ -176,34 +173,15 @@ class ToolUse(Environment):
     def __init__(
         self,
         *,
-        name: str,
-        rubric: Rubric,
-        train: Sequence[Task] | Tasks,
-        held_out: Sequence[Task] | Tasks = (),
         tools: Sequence[Tool | Toolset | Function],
-        version: str = "",
-        max_turns: int | None = None,
-        max_tool_calls: int | None = None,
         on_error: OnError = "show",
-        gold: Callable[[Task], Sequence[Message]] | None = None,
-        wrong: Callable[[Task], Mapping[str, WrongAnswer]] | None = None,
+        **common: Unpack[EnvironmentArguments],
     ) -> None:
         self._toolsets = [given for given in tools if isinstance(given, Toolset)]
         self._tools = by_name(as_tool(given) for given in tools if not isinstance(given, Toolset))
         self._on_error = on_error
-        check_policy(on_error, f"environment {name!r}")
-        super().__init__(
-            name=name,
-            rubric=rubric,
-            train=train,
-            held_out=held_out,
-            version=version,
-            max_turns=max_turns,
-            max_tool_calls=max_tool_calls,
-            tools=[one.spec for one in self._tools.values()],
-            gold=gold,
-            wrong=wrong,
-        )
+        super().__init__(tools=[one.spec for one in self._tools.values()], **common)
+        check_policy(on_error, f"environment {self.name!r}")
 
     @property
     def tools_are_known(self) -> bool:

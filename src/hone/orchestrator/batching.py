@@ -113,6 +113,7 @@ class Tally:
             total_seconds=ended_at - started_at,
             generate_seconds=sum(timing.generate_seconds for timing in timings),
             score_seconds=sum(timing.score_seconds for timing in timings),
+            sandbox_seconds=sum(timing.sandbox_seconds for timing in timings),
         )
 
     def _means(self) -> dict[str, float]:
@@ -122,6 +123,7 @@ class Tally:
         values["rollout/truncated_share"] = [trace.is_truncated for trace in traces]
         values["rollout/completion_tokens_mean"] = [trace.num_completion_tokens for trace in traces]
         values["rollout/duration_seconds"] = [trace.timing.total_seconds for trace in traces]
+        values["rollout/sandbox_seconds"] = [trace.timing.sandbox_seconds for trace in traces]
         for environment, trace, reward in zip(self.environments, traces, self.rewards, strict=True):
             area = f"rollout/{environment}/"
             values[area + "reward_mean"].append(reward)

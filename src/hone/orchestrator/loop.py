@@ -423,7 +423,10 @@ class Orchestrator:
         }
         self._metrics.write(metrics | tally.metrics() | queues | pools, step)
         times = tally.timing()
-        for name, busy in (("generate", times.generate_seconds), ("score", times.score_seconds)):
+        phases = [("generate", times.generate_seconds), ("score", times.score_seconds)]
+        if times.sandbox_seconds:
+            phases.append(("sandbox", times.sandbox_seconds))
+        for name, busy in phases:
             self._spans.record(name, times.started_at, times.total_seconds, step=step, busy_seconds=busy)
 
     # The clock.

@@ -12,7 +12,9 @@ from typing import Protocol, Self
 import msgspec
 
 from hone.sandbox.beneath import LimitExceeded
+from hone.sandbox.code import CodeResult, ToolchainMissing, run_code
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
+from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.node import Node
 from hone.sandbox.remote import RemoteNode
 from hone.schema.sandboxes import (
@@ -27,9 +29,12 @@ from hone.schema.sandboxes import (
 )
 
 __all__ = [
+    "LANGUAGES",
     "Busy",
+    "CodeResult",
     "ExecResult",
     "FileEntry",
+    "Language",
     "LimitExceeded",
     "Outcome",
     "Process",
@@ -39,9 +44,11 @@ __all__ = [
     "SandboxSpec",
     "SandboxUsage",
     "Snapshot",
+    "ToolchainMissing",
     "Transfer",
     "Unsupported",
     "embedded_node",
+    "run_code",
 ]
 
 

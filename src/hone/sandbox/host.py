@@ -24,6 +24,7 @@ ETC = (
     *("ld.so.cache", "alternatives", "ssl/certs", "ssl/openssl.cnf", "mime.types", "localtime", "timezone"),
     *("nsswitch.conf", "services", "protocols", "shells", "magic", "debian_version", "os-release"),
 )
+ETC_PATTERNS = ("java-*-openjdk",)  # named by version
 PASSWD = b"root:x:0:0:root:/work:/bin/sh\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n"
 GROUP = b"root:x:0:\ntty:x:5:\nnogroup:x:65534:\n"
 HOSTS = b"127.0.0.1 localhost sandbox\n::1 localhost\n"
@@ -162,8 +163,8 @@ def _etc() -> Path:
 
     One folder to see instead of a dozen files: every file would cost a cell a tenth of a millisecond's worth of mounts.
     """
-    digest = hashlib.sha256(repr((ETC, PASSWD, GROUP, HOSTS, os.geteuid())).encode())
-    for name in ETC:
+    digest = hashlib.sha256(repr((_etc_names(), PASSWD, GROUP, HOSTS, os.geteuid())).encode())
+    for name in _etc_names():
         with contextlib.suppress(OSError):
             digest.update(f"{name} {Path('/etc', name).stat().st_mtime_ns}".encode())
     folder = cache_folder() / f"etc-{digest.hexdigest()[:24]}"
@@ -178,8 +179,13 @@ def _etc() -> Path:
     return folder
 
 
+def _etc_names() -> list[str]:
+    found = (path.name for pattern in ETC_PATTERNS for path in Path("/etc").glob(pattern))
+    return [*ETC, *sorted(found)]
+
+
 def _copy_etc(to: Path) -> None:
-    for name in ETC:
+    for name in _etc_names():
         source, target = Path("/etc", name), to / name
         with contextlib.suppress(OSError, shutil.Error):
             target.parent.mkdir(exist_ok=True)

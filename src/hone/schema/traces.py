@@ -93,7 +93,11 @@ class AgentRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
 
 class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Where the time of a rollout went, in seconds; started_at is Unix time."""
+    """Where the time of a rollout went, in seconds; started_at is Unix time.
+
+    sandbox_seconds: in calls of sandboxes of a node, their creation included, whichever phase they were in; calls that
+    ran beside one another add up.
+    """
 
     started_at: float = 0.0
     total_seconds: float = 0.0
@@ -101,6 +105,7 @@ class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     generate_seconds: float = 0.0
     environment_seconds: float = 0.0
     score_seconds: float = 0.0
+    sandbox_seconds: float = 0.0
 
 
 class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

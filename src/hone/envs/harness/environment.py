@@ -3,19 +3,15 @@
 import asyncio
 import importlib.util
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import msgspec
 
-from hone.envs.environment import Environment
+from hone.envs.environment import Environment, EnvironmentArguments
 from hone.envs.failures import RolloutFailure, describe, failures_as
 from hone.envs.harness.endpoint import Endpoint
 from hone.envs.rollout import Rollout
-from hone.envs.rubric import Rubric
-from hone.envs.sources import Tasks
-from hone.schema.messages import Message
-from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass, StopReason
 
 if TYPE_CHECKING:
@@ -29,6 +25,14 @@ Agent = Callable[[Rollout, Endpoint], Awaitable[None]]
 
 class ProgramCrash(Exception):
     """The agent program ended in an error of its own."""
+
+
+class HarnessArguments(EnvironmentArguments, total=False):
+    """What every kind of harness takes, with the meaning that `Harness` gives it, beside what is its own."""
+
+    on_crash: OnCrash
+    grace_seconds: float
+    model: str
 
 
 class Harness(Environment):
@@ -50,32 +54,16 @@ class Harness(Environment):
     def __init__(
         self,
         *,
-        name: str,
-        rubric: Rubric,
-        train: Sequence[Task] | Tasks,
-        held_out: Sequence[Task] | Tasks = (),
-        version: str = "",
-        max_turns: int | None = None,
-        max_tool_calls: int | None = None,
-        gold: Callable[[Task], Sequence[Message]] | None = None,
         on_crash: OnCrash = "fail",
         grace_seconds: float = 5.0,
         model: str = "policy",
+        **common: Unpack[EnvironmentArguments],
     ) -> None:
+        super().__init__(**common)
         if importlib.util.find_spec("aiohttp") is None:
-            raise ImportError(f"environment {name!r}: harnesses need aiohttp; pip install 'hone[harness]'")
+            raise ImportError(f"environment {self.name!r}: harnesses need aiohttp; pip install 'hone[harness]'")
         if on_crash not in ("fail", "score"):
-            raise ValueError(f"environment {name!r}: on_crash {on_crash!r} is neither 'fail' nor 'score'")
-        super().__init__(
-            name=name,
-            rubric=rubric,
-            train=train,
-            held_out=held_out,
-            version=version,
-            max_turns=max_turns,
-            max_tool_calls=max_tool_calls,
-            gold=gold,
-        )
+            raise ValueError(f"environment {self.name!r}: on_crash {on_crash!r} is neither 'fail' nor 'score'")
         self.on_crash = on_crash
         self.grace_seconds = grace_seconds
         self.model = model
@@ -141,32 +129,10 @@ class SdkHarness(Harness):
     def __init__(
         self,
         *,
-        name: str,
-        rubric: Rubric,
-        train: Sequence[Task] | Tasks,
         agent: Agent,
-        held_out: Sequence[Task] | Tasks = (),
-        version: str = "",
-        max_turns: int | None = None,
-        max_tool_calls: int | None = None,
-        gold: Callable[[Task], Sequence[Message]] | None = None,
-        on_crash: OnCrash = "fail",
-        grace_seconds: float = 5.0,
-        model: str = "policy",
+        **common: Unpack[HarnessArguments],
     ) -> None:
-        super().__init__(
-            name=name,
-            rubric=rubric,
-            train=train,
-            held_out=held_out,
-            version=version,
-            max_turns=max_turns,
-            max_tool_calls=max_tool_calls,
-            gold=gold,
-            on_crash=on_crash,
-            grace_seconds=grace_seconds,
-            model=model,
-        )
+        super().__init__(**common)
         self._agent = agent
 
     async def drive(self, rollout: Rollout, endpoint: Endpoint) -> None:

@@ -2,16 +2,15 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Unpack
 
 from hone.envs.failures import failures_as
 from hone.envs.harness.endpoint import Endpoint
-from hone.envs.harness.environment import Harness, OnCrash, ProgramCrash
+from hone.envs.harness.environment import Harness, HarnessArguments, ProgramCrash
 from hone.envs.harness.places import ProgramRun, SandboxRun, Workplace
+from hone.envs.providers import provider_of
 from hone.envs.rollout import Rollout
-from hone.envs.rubric import Rubric
 from hone.envs.sandboxes import LazySandbox, SandboxProvider
-from hone.envs.sources import Tasks
-from hone.schema.messages import Message
 from hone.schema.sandboxes import SandboxSpec
 from hone.schema.tasks import Task
 from hone.schema.traces import FailureClass
@@ -36,7 +35,7 @@ class ProgramHarness(Harness):
     program gets `Endpoint.variables`, PATH and locale, an empty HOME, and no other variable of this process. prompt:
     what the program is told of a task.
 
-    sandboxes: where programs run that are not trusted, each in a sandbox of this spec; its network must reach the proxy
+    sandboxes: where programs run that are not trusted (a provider, or what `sandboxes_at` takes), each in a sandbox of this spec; its network must reach the proxy
     on this machine. None: as a process of this user.
 
     `rollout.state` is a `ProgramRun`, or with sandboxes a `SandboxRun`: rewards read the program's files and its output
@@ -47,45 +46,25 @@ class ProgramHarness(Harness):
     def __init__(
         self,
         *,
-        name: str,
-        rubric: Rubric,
-        train: Sequence[Task] | Tasks,
         command: Sequence[str],
-        held_out: Sequence[Task] | Tasks = (),
         variables: Mapping[str, str] | None = None,
         prompt: Callable[[Task], str] = prompt_text,
-        sandboxes: SandboxProvider | None = None,
+        sandboxes: SandboxProvider | str | None = None,
         spec: SandboxSpec = SandboxSpec(network="host", memory_mb=4096),
-        version: str = "",
-        max_turns: int | None = None,
-        max_tool_calls: int | None = None,
-        gold: Callable[[Task], Sequence[Message]] | None = None,
-        on_crash: OnCrash = "fail",
-        grace_seconds: float = 5.0,
-        model: str = "policy",
+        **common: Unpack[HarnessArguments],
     ) -> None:
+        super().__init__(**common)
         if isinstance(command, str) or not command:
-            raise ValueError(f"environment {name!r}: command {command!r} must be a list: the program and its arguments")
+            raise ValueError(
+                f"environment {self.name!r}: command {command!r} must be a list: the program and its arguments"
+            )
         if sandboxes is not None and spec.network == "none":
-            raise ValueError(f"environment {name!r}: a sandbox without network cannot reach the proxy; use 'host'")
-        super().__init__(
-            name=name,
-            rubric=rubric,
-            train=train,
-            held_out=held_out,
-            version=version,
-            max_turns=max_turns,
-            max_tool_calls=max_tool_calls,
-            gold=gold,
-            on_crash=on_crash,
-            grace_seconds=grace_seconds,
-            model=model,
-        )
+            raise ValueError(f"environment {self.name!r}: a sandbox without network cannot reach the proxy; use 'host'")
         self._command = tuple(command)
         self._variables = dict(variables or {})
         self._prompt = prompt
         self._wants_prompt_file = any("{prompt_file}" in text for text in (*command, *self._variables.values()))
-        self._sandboxes = sandboxes
+        self._sandboxes = None if sandboxes is None else provider_of(sandboxes)
         self._spec = spec
 
     async def prepare(self, rollout: Rollout, run: Workplace) -> None:
