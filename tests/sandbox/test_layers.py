@@ -11,9 +11,9 @@ import pytest
 
 from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.host import host_image, look
+from hone.sandbox.host import can_share_layers, host_image, look
 from hone.sandbox.layer_copy import OPAQUE, copy_layer, open_folders
-from hone.sandbox.layers import Layer, Layers, Used, can_hold, hold, is_too_deep, over, used
+from hone.sandbox.layers import Layer, Layers, Used, hold, is_too_deep, over, used
 from hone.sandbox.plan import Image
 from hone.schema.sandboxes import SandboxSpec
 
@@ -22,7 +22,7 @@ SPEC = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)
 
 @pytest.fixture
 def layers(cells: Cells) -> Layers:
-    if not can_hold(cells.host):
+    if not can_share_layers(cells.host):
         pytest.skip("this kernel does not show a tmpfs with other ids, or has no overlay")
     return Layers()
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.host import Host
 from hone.sandbox.plan import (
     ATTRIBUTE_READ_ONLY,
     MASK,
@@ -21,7 +20,6 @@ from hone.sandbox.plan import (
 )
 from hone.sandbox.spawner import Spawner
 
-MIN_KERNEL_WITH_RANGES = (6, 3)  # the first whose tmpfs can be seen with other ids
 MAX_HELD = 16  # laid over one another; opening a file far below costs, so that more are made one
 NUM_FOLDERS = 1 << 16
 SPARE_BYTES, SPARE_FILES = 1 << 20, 64
@@ -137,11 +135,6 @@ def used(descriptor: int) -> Used:
     """What is in the file system of a layer, all of which is the layer's."""
     room = os.fstatvfs(descriptor)
     return Used((room.f_blocks - room.f_bfree) * room.f_frsize, room.f_files - room.f_ffree)
-
-
-def can_hold(host: Host) -> bool:
-    """Whether cells of this machine can lie over the layers of others; otherwise files are copied into each."""
-    return host.has_overlay and (not host.has_id_ranges or host.kernel >= MIN_KERNEL_WITH_RANGES)
 
 
 def over(image: Image, layers: Sequence[Layer]) -> Image:

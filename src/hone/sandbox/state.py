@@ -15,9 +15,9 @@ from hone.sandbox.beneath import Owner
 from hone.sandbox.cells import Cell
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.files import Tree
-from hone.sandbox.host import Host
+from hone.sandbox.host import Host, can_share_layers
 from hone.sandbox.layer_copy import copy_layer, open_folders
-from hone.sandbox.layers import Layer, Layers, can_hold, hold, is_too_deep, over, used
+from hone.sandbox.layers import Layer, Layers, hold, is_too_deep, over, used
 from hone.sandbox.lifecycle import Limits
 from hone.sandbox.plan import Image
 from hone.schema.sandboxes import Outcome, SandboxSpec, SnapshotStatus
@@ -98,7 +98,7 @@ class Snapshots:
     @property
     def can_hold(self) -> bool:
         """Whether cells lie over the layers of others here."""
-        return can_hold(self._host)
+        return can_share_layers(self._host)
 
     def admit(self) -> None:
         """Raises `Busy` where there is no room for another one."""
