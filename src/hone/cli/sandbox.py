@@ -45,7 +45,11 @@ def run(
     memory_mb: Annotated[int, typer.Option(help="Memory of its programs.")] = 512,
     cpus: Annotated[float, typer.Option(help="Cores.")] = 1.0,
     disk_mb: Annotated[int, typer.Option(help="What it may write.")] = 256,
-    network: Annotated[str, typer.Option(help="none, off or host.")] = "none",
+    network: Annotated[str, typer.Option(help="none, off or host; allow comes with --allow.")] = "",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="A host that it may reach, as pypi.org, *.example.org or example.org:8443; repeat it."),
+    ] = None,
     ttl_seconds: Annotated[float, typer.Option(help="When it is over in any case.")] = 3600.0,
     node: Address = "",
 ) -> None:
@@ -57,7 +61,8 @@ def run(
         memory_mb=memory_mb,
         cpus=cpus,
         disk_mb=disk_mb,
-        network=network,
+        network=network or None,
+        allow=allow or (),
         ttl_seconds=ttl_seconds,
         node=node or None,
         token=own_token(),
@@ -112,6 +117,15 @@ def serve(
     metrics_port: Annotated[int | None, typer.Option(help="For Prometheus: /metrics, and /health for probes.")] = None,
     metrics_host: Annotated[str, typer.Option(help="Who reaches them; 0.0.0.0 is everybody who can.")] = "127.0.0.1",
     spans: Annotated[Path | None, typer.Option(help="A file to tell each creation and call in, a line each.")] = None,
+    maps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map", help="name=unix:/path or name=host:port: what a name on an allow-list means here; repeat it."
+        ),
+    ] = None,
+    private_networks: Annotated[
+        bool, typer.Option(help="Let allow-lists name hosts in private networks, and this machine, by +private.")
+    ] = False,
     drain_seconds: Annotated[
         float, typer.Option(help="At SIGTERM, how long sandboxes may live on while no new ones are taken.")
     ] = 10.0,
@@ -120,6 +134,7 @@ def serve(
 ) -> None:
     """Serve a node until SIGINT, which ends it at once as a second SIGTERM does; the first one drains it."""
     from hone.cli.sandbox_serve import Observation, serve_node
+    from hone.sandbox.egress import NetworkPolicy
     from hone.sandbox.lifecycle import Limits
 
     place = folder or _cache() / f"node-{name}"
@@ -135,8 +150,19 @@ def serve(
     def http_of(node: "Node") -> AbstractAsyncContextManager[str]:
         return http_door(http, node, known, is_open=without_token) if http else contextlib.nullcontext("")
 
+    network = NetworkPolicy(maps=_read_maps(maps or []), is_private_allowed=private_networks)
     observation = Observation(metrics_port, metrics_host, spans)
-    asyncio.run(serve_node(name, place, limits, server_of, observation, drain_seconds, http_of))
+    asyncio.run(serve_node(name, place, limits, network, server_of, observation, drain_seconds, http_of))
+
+
+def _read_maps(texts: list[str]) -> dict[str, str]:
+    maps = {}
+    for text in texts:
+        name, equals, address = text.partition("=")
+        if not equals:
+            raise ValueError(f"--map {text!r} has no address; write name=unix:/path or name=host:port")
+        maps[name] = address
+    return maps
 
 
 def until_stopped() -> asyncio.Event:

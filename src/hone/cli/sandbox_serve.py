@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 from hone.observability.spans import Spans
+from hone.sandbox.egress import NetworkPolicy
 from hone.sandbox.lifecycle import Limits
 from hone.sandbox.node import Node
 from hone.sandbox.serve import NodeServer
@@ -30,6 +31,7 @@ async def serve_node(
     name: str,
     folder: Path,
     limits: Limits,
+    network: NetworkPolicy,
     server_of: Callable[[Node], NodeServer],
     observation: Observation,
     drain_seconds: float,
@@ -39,7 +41,7 @@ async def serve_node(
     stops = _Stops()
     with _spans(observation.spans, name) as spans:
         async with (
-            Node(name, folder=folder, limits=limits, spans=spans) as node,
+            Node(name, folder=folder, limits=limits, network=network, spans=spans) as node,
             _metrics(node, observation) as metrics,
             server_of(node) as server,
             http_of(node) as url,

@@ -104,6 +104,8 @@ async def _answer_in(sandbox: NodeSandbox, message: Any, streams: CallStreams) -
             return await sandbox.snapshot(ttl_seconds=ttl_seconds)
         case calls.Reset(_, _, snapshot_id):
             return await sandbox.reset(snapshot_id)
+        case calls.ReadNetworkLog():
+            return await sandbox.network_log()
         case calls.Renew(_, _, seconds):
             return await sandbox.renew(seconds)
         case calls.Destroy():

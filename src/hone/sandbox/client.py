@@ -17,6 +17,7 @@ from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.node import Node
 from hone.sandbox.remote import RemoteNode
+from hone.schema.sandbox_network import NetworkRecord, Verdict
 from hone.schema.sandboxes import (
     ExecResult,
     FileEntry,
@@ -36,6 +37,7 @@ __all__ = [
     "FileEntry",
     "Language",
     "LimitExceeded",
+    "NetworkRecord",
     "Outcome",
     "Process",
     "PythonResult",
@@ -47,6 +49,7 @@ __all__ = [
     "ToolchainMissing",
     "Transfer",
     "Unsupported",
+    "Verdict",
     "embedded_node",
     "run_code",
 ]
@@ -131,7 +134,7 @@ class Sandbox:
             await box.python("x = 1")
 
     Entering it asks for the sandbox and does not wait for it: the first call does, or `ready`. The arguments are those of
-    `SandboxSpec`. node: where it shall be. By default inside this process, without a daemon and without root; or the
+    `SandboxSpec`; network is "none", or "allow" where there is an `allow`. node: where it shall be. By default inside this process, without a daemon and without root; or the
     address of a node or a gateway, `unix:/path` or `tcp://host:port`, with a `token` where that wants one; or a `Node`.
     key: one of your own makes asking repeatable: while it lives, the same key is the same sandbox. snapshot: what it
     begins from, on the snapshot's node and with its image.
@@ -148,7 +151,8 @@ class Sandbox:
         cpus: float = 1.0,
         disk_mb: int = 256,
         max_processes: int = 256,
-        network: str = "none",
+        network: str | None = None,
+        allow: Sequence[str] = (),
         ttl_seconds: float = 600.0,
         idle_seconds: float | None = None,
         env: Mapping[str, str] | None = None,
@@ -159,8 +163,9 @@ class Sandbox:
         key: str = "",
         snapshot: Snapshot | None = None,
     ) -> None:
-        if network not in ("none", "off", "host"):
-            raise ValueError(f"network {network!r} of a sandbox is none of none, off, host")
+        network = network or ("allow" if allow else "none")
+        if network not in ("none", "off", "host", "allow"):
+            raise ValueError(f"network {network!r} of a sandbox is none of none, off, host, allow")
         self.spec = spec or SandboxSpec(
             image=image,
             memory_mb=memory_mb,
@@ -171,6 +176,7 @@ class Sandbox:
             ttl_seconds=ttl_seconds,
             idle_seconds=idle_seconds,
             env=dict(env or {}),
+            allow=tuple(allow),
             rollout=rollout,
         )
         if snapshot is not None and node not in (None, snapshot.node):
@@ -321,6 +327,10 @@ class Sandbox:
         """Begin anew from a snapshot of the same node: what runs in it ends, and what it had written is gone."""
         await self._opened.reset(snapshot.snapshot_id)
 
+    async def network_log(self) -> tuple[NetworkRecord, ...]:
+        """What it asked of the network (`allow`), the last thousand requests; those under way are not among them."""
+        return await self._opened.network_log()
+
     async def pause(self) -> None:
         """Stop everything in it where it is, memory and all. `Unsupported` without cgroup v2."""
         await self._opened.pause()
@@ -456,6 +466,8 @@ class _Inner(Protocol):
     async def download(self, path: str, local: Path) -> Transfer: ...
     async def snapshot(self, *, ttl_seconds: float) -> SnapshotStatus: ...
     async def reset(self, snapshot_id: str) -> None: ...
+
+    async def network_log(self) -> tuple[NetworkRecord, ...]: ...
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
     async def renew(self, seconds: float) -> None: ...

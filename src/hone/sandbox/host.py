@@ -50,6 +50,7 @@ class Host:
     gid: int
     has_id_ranges: bool
     has_user_namespaces: bool
+    has_network_namespaces: bool
     has_compiler: bool
     has_overlay: bool
     has_seccomp: bool
@@ -81,6 +82,8 @@ def look() -> Host:
         and bool(capabilities >> CAP_SETUID & 1)
         and bool(capabilities >> CAP_SYS_ADMIN & 1),
         has_user_namespaces=_allows_user_namespaces(),
+        has_network_namespaces=Path("/proc/self/ns/net").exists()
+        and _words("/proc/sys/user/max_net_namespaces") != ["0"],
         has_compiler=any(shutil.which(compiler) for compiler in COMPILERS),
         has_overlay="overlay" in _words("/proc/filesystems"),
         has_seccomp="errno" in _words("/proc/sys/kernel/seccomp/actions_avail"),
@@ -103,6 +106,11 @@ def examine(host: Host) -> tuple[Finding, ...]:
         ),
         Finding("C compiler", host.has_compiler, "cells: their two small programs are compiled on first use"),
         Finding("user namespaces", host.has_user_namespaces, "cells; what is left are processes behind Landlock"),
+        Finding(
+            "network namespaces",
+            host.has_network_namespaces,
+            'sandboxes but those with network="host": empty networks, allow-lists and published ports',
+        ),
         Finding("seccomp", host.has_seccomp, "cells: system calls could not be filtered"),
         Finding("overlay", host.has_overlay, "images other than the host's"),
         Finding(

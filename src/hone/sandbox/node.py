@@ -20,17 +20,21 @@ from hone.observability.spans import Spans
 from hone.sandbox.beneath import Owner
 from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.descriptors import provide_for_cells
+from hone.sandbox.egress import PROXY_PORT, NetworkPolicy, proxy_variables
 from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.files import Files, Tree
 from hone.sandbox.images import ImageStore
 from hone.sandbox.journal import Journal
 from hone.sandbox.layers import is_too_deep
 from hone.sandbox.lifecycle import Command, Destroy, End, Give, Lease, Lifecycle, Limits, Make, Over, Stage
+from hone.sandbox.network_log import NetworkLog
 from hone.sandbox.programs import Process
+from hone.sandbox.proxy import MAX_WAITING, Gate, Proxy
 from hone.sandbox.python import PythonSession, WarmPython, Zygotes
 from hone.sandbox.records import Records
 from hone.sandbox.report import report_of
 from hone.sandbox.state import Base, Snapshot, Snapshots
+from hone.schema.sandbox_network import NetworkRecord, parse_rules
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
     ExecResult,
@@ -57,8 +61,9 @@ class Node:
     """Leases sandboxes; an async context manager. Leaving it, or the death of this process, ends all of them.
 
     name: small letters, digits and dashes; the first part of the ids of its sandboxes, which also say which start of the
-    node they are of. folder: for its journal and its accounts; None keeps none. spans: where its pieces of work are
-    told, None nowhere; the caller's to close. Raises `SandboxError` where another node has the folder.
+    node they are of. folder: for its journal, its accounts and the log of what sandboxes asked of the network; None keeps
+    none. network: what sandboxes with an allow-list get. spans: where its pieces of work are told, None nowhere; the
+    caller's to close. Raises `SandboxError` where another node has the folder.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Node:
         images: ImageStore | None = None,
         is_weak_allowed: bool = False,
         spans: Spans | None = None,
+        network: NetworkPolicy = NetworkPolicy(),
     ) -> None:
         if not NAME.fullmatch(name):
             raise ValueError(f"the node's name {name!r} is not of small letters, digits and dashes")
@@ -83,6 +89,8 @@ class Node:
         self._lifecycle = Lifecycle(self.prefix, limits)
         self._images = images or ImageStore()
         self._cells = Cells(is_weak_allowed=is_weak_allowed)
+        self.gate = Gate(network, NetworkLog(folder))
+        """The way out for the sandboxes with an allow-list."""
         self._zygotes = Zygotes(host=self._cells.host)
         self._threads = ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="hone-files")
         self.snapshots = Snapshots(self.prefix, self._cells.host, self._threads, limits)
@@ -133,6 +141,7 @@ class Node:
             await self._zygotes.__aexit__(kind, error, trace)
             await asyncio.to_thread(self._threads.shutdown)
             self.records.close()
+            self.gate.close()
             if self._journal is not None:
                 self._journal.close()
 
@@ -165,6 +174,8 @@ class Node:
         """
         if self._is_closing:
             raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
+        if any(rule.is_private for rule in parse_rules(spec.allow)) and not self.gate.policy.is_private_allowed:
+            raise Unsupported(f"the node {self.name} lets no sandbox into private networks: allow {list(spec.allow)}")
         base = None
         if snapshot_id and not self._lifecycle.knows(key, owner):
             base = self.snapshots.base_for(spec, snapshot_id)
@@ -229,6 +240,7 @@ class Node:
             "sandbox/cpu_seconds": self.cpu_seconds,
             "sandbox/snapshots": self.snapshots.count,
             "sandbox/snapshot_bytes": self.snapshots.size_bytes,
+            **self.gate.statistics(),
         }
 
     @property
@@ -278,6 +290,7 @@ class Node:
         for cell in (sandbox.cell, sandbox.former):
             if cell is not None:
                 await cell.destroy()
+        await sandbox.hang_up()
 
     async def hold_snapshot(self, snapshot_id: str, seconds: float) -> None:
         """Hold a snapshot for so long from now; for nothing, let go of it, which does no harm when it is gone."""
@@ -430,6 +443,7 @@ class NodeSandbox:
         """The cell that it had before."""
         self._past = SandboxUsage()
         self._state_turn = asyncio.Lock()
+        self._proxy: Proxy | None = None
 
     @property
     def sandbox_id(self) -> str:
@@ -576,10 +590,16 @@ class NodeSandbox:
             base = self._node.snapshots.base_for(self.lease.spec, snapshot_id)
             former = self.base
             self._part(cell)
+            self._drop()
             self.begin_from(base)
             self._node.exchange(self)
             if former is not None:
                 await self._node.snapshots.release(former)
+
+    async def network_log(self) -> tuple[NetworkRecord, ...]:
+        """What it asked of the network, the last thousand requests; those that are under way are not among them."""
+        async with self._use("network"):
+            return tuple(self._proxy.records) if self._proxy is not None else ()
 
     async def pause(self) -> None:
         """As `Cell.pause`."""
@@ -635,7 +655,10 @@ class NodeSandbox:
     def receive(self, cell: Cell) -> None:
         """It is ready; called by the node, again where it is given another cell."""
         self.cell = cell
-        self._ready.set_result(cell)
+        if self.lease.spec.network == "allow":
+            self._node.begin(self._open_network(cell))
+        else:
+            self._ready.set_result(cell)
 
     def lose(self, error: SandboxError, end: End) -> None:
         """Its lease is over; called once, by the node."""
@@ -657,13 +680,12 @@ class NodeSandbox:
         """Let go of what belongs to its cell."""
         if self._files is not None:
             self._files.tree.close()
-        if self._python is not None:
-            self._node.begin(self._let_go(self._python, self._session))
+        if self._python is not None or self._proxy is not None:
+            self._node.begin(self._let_go(self._python, self._session, self._proxy))
         self._files = self._python = self._session = None
 
     def _part(self, cell: Cell) -> None:
         """From here on, calls wait for another cell."""
-        self._drop()
         self._past = _both(self._past, cell.usage())
         self.cell, self.former = None, cell
         self._ready = asyncio.get_running_loop().create_future()
@@ -710,6 +732,7 @@ class NodeSandbox:
         if self.over.done():
             await snapshots.release(taken)
             raise _again(self.over.result())
+        self._drop()
         self.begin_from(taken)
         self._node.exchange(self)
         if former is not None:
@@ -719,6 +742,11 @@ class NodeSandbox:
     async def _unwanted(self, taking: "asyncio.Task[Snapshot]") -> None:
         with contextlib.suppress(SandboxError, OSError):
             await self._node.snapshots.let_go(await taking)
+
+    async def hang_up(self) -> None:
+        """End its way out; to be called when it is over. Harmless when repeated."""
+        if self._proxy is not None:
+            await self._proxy.close()
 
     async def _living(self) -> Cell:
         while True:
@@ -756,8 +784,27 @@ class NodeSandbox:
         self._node.records.outcome(result.outcome)
         return result
 
+    async def _open_network(self, cell: Cell) -> None:
+        try:
+            listener = await cell.listen_at(PROXY_PORT, MAX_WAITING)
+        except (SandboxError, OSError) as error:
+            await self._node.end(self, f"it gets no network: {error}")
+            return
+        if self.over.done():
+            listener.close()
+            return
+        lease = self.lease
+        former = self._proxy
+        self._proxy = Proxy(self._node.gate, lease.sandbox_id, lease.owner, lease.spec.allow, listener)
+        if former is not None:  # of the cell that it had before
+            self._proxy.records.extend(former.records)
+        self._ready.set_result(cell)
+
     def _variables(self, env: Mapping[str, str] | None) -> Mapping[str, str] | None:
-        return {**self.lease.spec.env, **(env or {})} if self.lease.spec.env else env
+        spec = self.lease.spec
+        if spec.network == "allow":
+            return {**proxy_variables(), **spec.env, **(env or {})}
+        return {**spec.env, **(env or {})} if spec.env else env
 
     def _tree(self, cell: Cell) -> Files:
         if self._files is None:
@@ -768,11 +815,14 @@ class NodeSandbox:
         with self._node.use(self.lease), contextlib.suppress(SandboxError):
             await process.wait()
 
-    async def _let_go(self, python: WarmPython, session: PythonSession | None) -> None:
+    async def _let_go(self, python: WarmPython | None, session: PythonSession | None, proxy: Proxy | None) -> None:
+        if proxy is not None:
+            await proxy.close()
         with contextlib.suppress(SandboxError):
             if session is not None:
                 await session.close()
-            await python.close()
+            if python is not None:
+                await python.close()
 
     async def _warm(self, cell: Cell) -> WarmPython:
         if self._python is None:

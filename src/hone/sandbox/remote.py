@@ -11,6 +11,7 @@ from hone.sandbox.link import Link
 from hone.sandbox.remote_process import RemoteProcess
 from hone.sandbox.remote_transfer import RemoteTransfer
 from hone.schema import sandbox_calls as calls
+from hone.schema.sandbox_network import NetworkRecord
 from hone.schema.sandboxes import (
     ExecResult,
     FileEntry,
@@ -151,6 +152,10 @@ class RemoteSandbox:
 
     async def reset(self, snapshot_id: str) -> None:
         await self._link.call(calls.Reset(self._link.number(), self.sandbox_id, snapshot_id), type(None))
+
+    async def network_log(self) -> tuple[NetworkRecord, ...]:
+        message = calls.ReadNetworkLog(self._link.number(), self.sandbox_id)
+        return await self._link.call(message, tuple[NetworkRecord, ...])
 
     async def pause(self) -> None:
         await self._link.call(calls.Pause(self._link.number(), self.sandbox_id, True), type(None))

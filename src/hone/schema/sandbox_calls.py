@@ -359,6 +359,13 @@ class Reset(_Message, frozen=True):
     snapshot_id: str
 
 
+class ReadNetworkLog(_Message, frozen=True):
+    """What a sandbox asked of the network."""
+
+    call: int
+    sandbox_id: str
+
+
 Streamed = Spawn | Upload | Download
 """The calls that have streams (a union)."""
 
@@ -402,5 +409,6 @@ ToNode = (
     | TakeSnapshot
     | HoldSnapshot
     | Reset
+    | ReadNetworkLog
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping | Resumed | Interrupted
