@@ -17,7 +17,7 @@ INTERNAL = {
     *("attacks", "attempts", "blocking", "fingerprint", "guest_processes", "isolated", "isolation", "leftovers"),
     *("pacing", "permutation", "reference", "relay", "retries", "runner", "scaffold", "stalls", "worker"),
     *("harness.anthropic_messages", "harness.dialect", "harness.matching", "harness.openai_chat"),
-    *("harness.openai_responses", "harness.proxy", "harness.recorder"),
+    *("harness.openai_responses", "harness.proxy", "harness.recorder", "bridges.inspect_sandbox"),
     *("verifiers.assertions", "verifiers.budget", "verifiers.expressions"),
 }
 
