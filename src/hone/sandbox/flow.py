@@ -83,11 +83,15 @@ class Outgoing:
 
 
 class Incoming:
-    """The receiving end of a stream: what has come and was not read yet."""
+    """The receiving end of a stream: what has come and was not read yet.
+
+    num_told: how much of what was read the sender knows to be read.
+    """
 
     def __init__(self) -> None:
         self.num_received = 0
         self.num_read = 0
+        self.num_told = 0
         self._pieces: deque[bytes] = deque()
         self._is_over = False
         self._error: SandboxError | None = None

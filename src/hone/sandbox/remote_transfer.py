@@ -42,7 +42,8 @@ class RemoteTransfer:
         try:
             while data := await self._output.read():
                 await asyncio.to_thread(archive.write, data)
-                self._link.say(self._call, calls.Credit(self._call, 1, len(data)))
+                if self._link.say(self._call, calls.Credit(self._call, 1, len(data))):
+                    self._output.num_told += len(data)
         except BaseException:  # a cancellation too: undo, then pass it on
             self._ended.cancel()
             raise
@@ -62,13 +63,19 @@ class RemoteTransfer:
 
     def resume(self, call: int, sandbox_id: str) -> calls.Resume:
         """How far the streams have come."""
-        return calls.Resume(call, sandbox_id, [self._output.num_received, 0], [self._output.num_read, 0])
+        self._output.num_told = self._output.num_read
+        return calls.Resume(call, sandbox_id, [self._output.num_received, 0], [self._output.num_told, 0])
 
     def resumed(self, message: calls.Resumed) -> list[Any]:
         """What the node shall hear again."""
         pieces = self._input.resume(message.received, message.taken)
-        again = [calls.Data(self._call, 0, piece) for piece in pieces]
-        return [*again, calls.Data(self._call, 0, b"")] if self._is_input_over else again
+        again: list[Any] = [calls.Data(self._call, 0, piece) for piece in pieces]
+        if self._is_input_over:
+            again.append(calls.Data(self._call, 0, b""))
+        if num_untold := self._output.num_read - self._output.num_told:
+            again.append(calls.Credit(self._call, 1, num_untold))
+            self._output.num_told = self._output.num_read
+        return again
 
     # --- helpers ---------------------------------------------------------------------------------------------------
 

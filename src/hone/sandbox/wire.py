@@ -15,7 +15,7 @@ from hone.schema.sandboxes import Outcome
 
 MAX_FRAME_BYTES = 80 << 20
 MAX_UNSENT_BYTES = 1 << 20
-DEAD_MACHINE_SECONDS = 3
+DEAD_MACHINE_SECONDS = 30
 T = TypeVar("T")
 
 _encoder = msgspec.msgpack.Encoder()
@@ -176,7 +176,6 @@ def _notice_dead_machines(connection: socket.socket) -> None:
     """The kernel asks the other side's, which answers even while its program is busy or stopped."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, DEAD_MACHINE_SECONDS - 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_MACHINE_SECONDS * 1000)
