@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.files import SPOOL_BYTES, joined, pack_local, unpack_local
 from hone.sandbox.link import Link
 from hone.sandbox.remote_process import RemoteProcess
@@ -15,6 +16,7 @@ from hone.schema.sandbox_network import NetworkRecord
 from hone.schema.sandboxes import (
     ExecResult,
     FileEntry,
+    Outcome,
     PythonResult,
     SandboxSpec,
     SandboxStatus,
@@ -167,8 +169,12 @@ class RemoteSandbox:
         await self._link.call(calls.Renew(self._link.number(), self.sandbox_id, seconds), type(None))
 
     async def close(self) -> None:
-        if not self._is_closed and not self._link.is_lost:  # with the node, it is gone already
-            self._final = await self._link.call(calls.Destroy(self._link.number(), self.sandbox_id), SandboxUsage)
+        if not self._is_closed and not self._link.is_lost:
+            try:
+                self._final = await self._link.call(calls.Destroy(self._link.number(), self.sandbox_id), SandboxUsage)
+            except SandboxError as error:
+                if isinstance(error, Busy) or error.outcome is not Outcome.NODE_LOST:
+                    raise  # with its node, it would be gone already
         self._is_closed = True
 
     async def usage(self) -> SandboxUsage:

@@ -64,7 +64,7 @@ class Stream(asyncio.Protocol, Generic[T]):
         transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
         connection = transport.get_extra_info("socket")
         if connection is not None and connection.family != socket.AF_UNIX:
-            _notice_dead_machines(connection)
+            notice_dead_machines(connection)
 
     def data_received(self, data: bytes) -> None:
         self._num_silences = 0
@@ -172,7 +172,7 @@ def error_of(message: Failed) -> Exception:
             return ValueError(message.message)
 
 
-def _notice_dead_machines(connection: socket.socket) -> None:
+def notice_dead_machines(connection: socket.socket) -> None:
     """The kernel asks the other side's, which answers even while its program is busy or stopped."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
