@@ -19,6 +19,7 @@ from hone.sandbox.node import Node
 from hone.sandbox.remote import RemoteNode
 from hone.schema.sandbox_network import NetworkRecord, Verdict
 from hone.schema.sandboxes import (
+    RUNTIMES,
     ExecResult,
     FileEntry,
     Outcome,
@@ -152,6 +153,7 @@ class Sandbox:
         cpus: float = 1.0,
         disk_mb: int = 256,
         max_processes: int = 256,
+        runtime: str = "cell",
         network: str | None = None,
         allow: Sequence[str] = (),
         ttl_seconds: float = 600.0,
@@ -168,6 +170,8 @@ class Sandbox:
         network = network or ("allow" if allow else "none")
         if network not in ("none", "off", "host", "allow"):
             raise ValueError(f"network {network!r} of a sandbox is none of none, off, host, allow")
+        if runtime not in RUNTIMES:
+            raise ValueError(f"runtime {runtime!r} of a sandbox is none of {', '.join(RUNTIMES)}")
         self.spec = spec or SandboxSpec(
             image=image,
             memory_mb=memory_mb,
@@ -175,6 +179,7 @@ class Sandbox:
             disk_mb=disk_mb,
             max_processes=max_processes,
             network=network,  # type: ignore[arg-type]
+            runtime=runtime,
             ttl_seconds=ttl_seconds,
             idle_seconds=idle_seconds,
             env=dict(env or {}),
@@ -392,7 +397,7 @@ class _Embedded:
 async def _running_node() -> AsyncGenerator[Node]:
     loop = asyncio.get_running_loop()
     try:
-        async with Node() as node:
+        async with Node(runtimes=RUNTIMES) as node:
             yield node
     finally:
         _embedded.pop(loop, None)

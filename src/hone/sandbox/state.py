@@ -20,6 +20,8 @@ from hone.sandbox.layer_copy import copy_layer, open_folders
 from hone.sandbox.layers import Layer, Layers, hold, is_too_deep, over, used
 from hone.sandbox.lifecycle import Limits
 from hone.sandbox.plan import Image
+from hone.sandbox.runtimes.known import features
+from hone.sandbox.runtimes.runtime import Feature
 from hone.schema.sandboxes import Outcome, SandboxSpec, SnapshotStatus
 
 RETRY_SECONDS = 5.0
@@ -100,8 +102,10 @@ class Snapshots:
         """Whether cells lie over the layers of others here."""
         return can_share_layers(self._host)
 
-    def admit(self) -> None:
-        """Raises `Busy` where there is no room for another one."""
+    def admit(self, spec: SandboxSpec) -> None:
+        """Raises `Busy` where there is no room for another one, `Unsupported` for a sandbox that cannot be snapshot."""
+        if Feature.LAYER_SNAPSHOT not in features(spec.runtime):
+            raise Unsupported(f"runtime {spec.runtime!r} has no {Feature.LAYER_SNAPSHOT}; ask for 'cell'")
         if self.count >= self._limits.max_snapshots:
             raise Busy(f"{self.count} snapshots are held already", RETRY_SECONDS)
         if self.size_bytes >> 20 >= self._limits.max_snapshot_mb:
@@ -166,7 +170,11 @@ class Snapshots:
         layers = snapshot.base.layers
         if any(layer.spawner.is_lost for layer in layers):
             raise SandboxError(f"{snapshot_id} was lost with the process that held it")
-        if any(layer.spawner.own_network == (spec.network == "host") for layer in layers):
+        if spec.runtime != snapshot.spec.runtime:
+            raise Unsupported(
+                f"the snapshot is of a sandbox with runtime {snapshot.spec.runtime!r}, not {spec.runtime!r}"
+            )
+        if (spec.network == "host") != (snapshot.spec.network == "host"):
             raise Unsupported("a sandbox has the host's network if the one had it whose snapshot it begins from")
         return snapshot.base
 
