@@ -381,3 +381,12 @@ def test_a_journal_survives_a_torn_line_and_belongs_to_one(tmp_path):
     again = Journal(tmp_path)
     assert again.lost == {"b": "me"}
     again.close()
+
+
+async def test_a_call_of_a_session_that_is_given_up_costs_the_session_and_not_the_next_call(node):
+    async with Sandbox(spec=SMALL, node=node) as box:
+        await box.python("x = 1")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await box.python("import time; time.sleep(60)")
+        assert (await box.python("'x' in globals()")).text == "False\n"

@@ -13,7 +13,7 @@ from hone.envs.failures import RolloutFailure, failures_as
 from hone.envs.local_processes import LocalProcesses
 from hone.envs.rollout import underway
 from hone.envs.sandboxes import Process, Sandbox, SandboxProvider
-from hone.schema.sandboxes import MAX_ROLLOUT, ExecResult, SandboxSpec
+from hone.schema.sandboxes import MAX_ROLLOUT, ExecResult, PythonResult, SandboxSpec
 from hone.schema.traces import FailureClass
 
 if TYPE_CHECKING:
@@ -136,6 +136,11 @@ class NodeSandbox:
         silent = ["sh", "-c", 'exec "$@" 2>/dev/null', "sh", *argv]  # its stderr goes nowhere
         with _Boundary("start"):
             return NodeProcess(await self._inner.spawn(silent, env=env, cwd=cwd))
+
+    async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
+        """As `Sandbox.python`, in a fork of a warm interpreter."""
+        with _Boundary("python"):
+            return await self._inner.python(code, timeout_seconds=timeout_seconds)
 
     async def read(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """As `Sandbox.read`."""

@@ -444,6 +444,8 @@ class NodeSandbox:
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
         async with self._use("python") as cell, self._session_turn:
+            if self._session is not None and self._session.is_over:  # with a call that was given up
+                self._session = None
             if self._session is None:
                 self._session = await (await self._warm(cell)).session(env=self._variables(None))
             answer = await self._session.run(code, timeout_seconds)

@@ -178,6 +178,11 @@ class PythonSession:
         self._read = bytearray()
         self._is_over = False
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its process is gone."""
+        return self._is_over
+
     async def greet(self) -> None:
         """Wait until it is there; called once, by `WarmPython`."""
         try:
