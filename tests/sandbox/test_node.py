@@ -95,6 +95,21 @@ async def test_a_conversation_with_a_program(box):
     await process.close()
 
 
+async def test_a_conversation_with_python_that_did_not_have_to_start(box):
+    code = "import os, sys\nfor line in sys.stdin: print(os.environ['A'], line.strip(), flush=True)\nsys.exit(4)"
+    process = await box.spawn_python(code, env={"A": "got"})
+    for word in (b"one", b"two"):
+        await process.write(word + b"\n")
+        assert await process.read() == b"got " + word + b"\n"
+    process.end_input()
+    assert await process.wait() == 4
+    await process.close()
+    sleeping = await box.spawn_python("import time; time.sleep(60)")
+    sleeping.kill()
+    assert await sleeping.wait() == -9
+    await sleeping.close()
+
+
 async def test_much_output_and_input_flow_with_a_slow_reader(box):
     process = await box.spawn(["cat"])
     sent = os.urandom(1 << 20)

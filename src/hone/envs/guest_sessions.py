@@ -1,11 +1,11 @@
 """A Python session as a guest of a sandbox: what one snippet defines, the next one finds."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from hone.envs.failures import RolloutFailure, deadline
-from hone.envs.guest_processes import MessageStream, guest_command
+from hone.envs.guest_processes import MessageStream, guest_code
 from hone.envs.sandboxes import Process
 from hone.schema.sandboxes import ExecResult, PythonResult
 from hone.schema.traces import FailureClass
@@ -21,7 +21,7 @@ class Host(Protocol):
     async def exec(self, argv: Sequence[str]) -> ExecResult:
         """Run a program to its end."""
 
-    async def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
+    async def start_python(self, code: str) -> Process:
         """Start a program to talk with."""
 
 
@@ -74,7 +74,7 @@ class GuestSession:
         return PythonResult(answer[1:].decode(errors="replace"), is_success=answer[:1] == FINE, is_late=is_late)
 
     async def _start(self) -> MessageStream:
-        stream = MessageStream(await self._sandbox.start(guest_command("session")))
+        stream = MessageStream(await self._sandbox.start_python(guest_code("session")))
         try:
             async with deadline(START_SECONDS):
                 is_ready = await stream.receive() is not None

@@ -148,6 +148,10 @@ class LocalSandbox:
         """As `Sandbox.start`."""
         return self._start(argv, env, cwd, with_stderr=False)
 
+    async def start_python(self, code: str) -> LocalProcess:
+        """As `Sandbox.start_python`."""
+        return await self.start(["python", "-I", "-c", code])
+
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """As `Sandbox.python`."""
         return await self._session.run(code, timeout_seconds)

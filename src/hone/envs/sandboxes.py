@@ -55,6 +55,9 @@ class Sandbox(Protocol):
     async def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
         """Start a program to talk with over its stdin and stdout; its stderr goes nowhere."""
 
+    async def start_python(self, code: str) -> Process:
+        """Start what `python -I -c CODE` would, or a fork of a warm interpreter that does the same. As `start`."""
+
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """Run a snippet in the sandbox's Python session, which begins with the first one and keeps its variables.
 
@@ -121,6 +124,10 @@ class LazySandbox:
     async def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
         """As `Sandbox.start`."""
         return await (await self._ready()).start(argv, env=env, cwd=cwd)
+
+    async def start_python(self, code: str) -> Process:
+        """As `Sandbox.start_python`."""
+        return await (await self._ready()).start_python(code)
 
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """As `Sandbox.python`."""

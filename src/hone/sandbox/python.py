@@ -115,6 +115,16 @@ class WarmPython:
         finally:
             await program.close()
 
+    async def spawn(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> Process:
+        """What `python -c CODE` does, in a fork, to talk with; `Process.close` it."""
+        program = Process(self._cell, next(self._numbers), channel=await self._ready())
+        try:
+            program.start(["snippet", code], env, cwd, has_stdin=True)
+        except BaseException:  # a cancellation too: undo, then pass it on
+            await program.close()
+            raise
+        return program
+
     async def session(self, *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> "PythonSession":
         """A session of its own; `PythonSession.close` it. It ends with the cell."""
         return await self._begin(["session"], env, cwd)
