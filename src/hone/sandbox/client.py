@@ -196,6 +196,10 @@ class Sandbox:
         """
         return await self._opened.spawn(argv, env=env, cwd=cwd, terminal=terminal)
 
+    async def spawn_python(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
+        """What `python -c CODE` does, to talk with, in a fork of a warm interpreter. As `spawn`."""
+        return await self._opened.spawn_python(code, env=env, cwd=cwd)
+
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
         return await self._opened.python(code, timeout_seconds=timeout_seconds)
@@ -348,6 +352,7 @@ class _Inner(Protocol):
         cwd: str,
         terminal: tuple[int, int] | None,
     ) -> Process: ...
+    async def spawn_python(self, code: str, *, env: Mapping[str, str] | None, cwd: str) -> Process: ...
     async def python(self, code: str, *, timeout_seconds: float) -> PythonResult: ...
     async def snippet(self, code: str, *, timeout_seconds: float) -> ExecResult: ...
     async def read(self, path: str, *, max_bytes: int) -> bytes: ...

@@ -115,6 +115,16 @@ class WarmPython:
         finally:
             await program.close()
 
+    async def spawn(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> Process:
+        """What `python -c CODE` does, in a fork, to talk with; `Process.close` it."""
+        program = Process(self._cell, next(self._numbers), channel=await self._ready())
+        try:
+            program.start(["snippet", code], env, cwd, has_stdin=True)
+        except BaseException:  # a cancellation too: undo, then pass it on
+            await program.close()
+            raise
+        return program
+
     async def session(self, *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> "PythonSession":
         """A session of its own; `PythonSession.close` it. It ends with the cell."""
         return await self._begin(["session"], env, cwd)
@@ -177,6 +187,11 @@ class PythonSession:
         self._turn = asyncio.Lock()
         self._read = bytearray()
         self._is_over = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its process is gone."""
+        return self._is_over
 
     async def greet(self) -> None:
         """Wait until it is there; called once, by `WarmPython`."""

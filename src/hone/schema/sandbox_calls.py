@@ -305,7 +305,17 @@ class ReadNetworkLog(_Message, frozen=True):
     sandbox_id: str
 
 
-Streamed = Spawn
+class SpawnPython(_Message, frozen=True):
+    """As `Spawn`, of code in a fork of the warm interpreter."""
+
+    call: int
+    sandbox_id: str
+    code: str
+    env: dict[str, str]
+    cwd: str
+
+
+Streamed = Spawn | SpawnPython
 """The calls that have streams (a union)."""
 
 
@@ -342,5 +352,6 @@ ToNode = (
     | Drain
     | Usage
     | ReadNetworkLog
+    | SpawnPython
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping | Resumed | Interrupted

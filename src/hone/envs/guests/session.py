@@ -13,6 +13,7 @@ from types import ModuleType
 from hone.envs.guests.channel import Channel
 
 KEPT_BYTES = 64 << 10
+FINE, RAISED = b"o", b"e"
 
 
 class Session:
@@ -36,10 +37,11 @@ class Session:
             code = channel.receive().decode("utf-8", "surrogatepass")
             os.ftruncate(self.printed, 0)
             os.lseek(self.printed, 0, os.SEEK_SET)
-            self.run(code)
-            channel.send(self.shown())
+            is_fine = self.run(code)
+            channel.send((FINE if is_fine else RAISED) + self.shown())
 
-    def run(self, code: str) -> None:
+    def run(self, code: str) -> bool:
+        """Whether it raised nothing."""
         self.num_snippets += 1
         name = f"<snippet {self.num_snippets}>"
         linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
@@ -55,6 +57,8 @@ class Session:
             lines = traceback.TracebackException.from_exception(error)
             lines.stack = traceback.StackSummary.from_list(own)
             print("".join(lines.format()), end="", file=sys.stderr, flush=True)
+            return False
+        return True
 
     def execute(self, code: str, name: str) -> None:
         """Run the snippet; show the value of its last line, if that is an expression."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hone.envs.failures import RolloutFailure, deadline
-from hone.envs.guest_processes import MessageStream, guest_command
+from hone.envs.guest_processes import MessageStream, guest_code
 from hone.envs.guests.channel import ERROR, GONE, VALUE, VERDICT, decode, encode
 from hone.envs.providers import HERE, provider_of
 from hone.envs.sandboxes import LazySandbox, SandboxProvider
@@ -151,7 +151,7 @@ class CodeVerifier:
             LazySandbox(self._sandboxes, self._spec) as around_candidate,
             contextlib.AsyncExitStack() as stack,
         ):
-            checker = MessageStream(await around_checker.start(guest_command("checker")))
+            checker = MessageStream(await around_checker.start_python(guest_code("checker")))
             stack.push_async_callback(checker.process.close)
             candidate = _Candidate(around_candidate, self._timeout_seconds)
             stack.push_async_callback(candidate.close)
@@ -226,7 +226,7 @@ class _Candidate:
 
     async def load(self, program: str) -> None:
         """Start the process, and run the program on the module's level."""
-        self._stream = MessageStream(await self._sandbox.start(guest_command("candidate")))
+        self._stream = MessageStream(await self._sandbox.start_python(guest_code("candidate")))
         await _first(self._stream)
         answer = await self.ask(program.encode("utf-8", "surrogatepass"))
         if answer[:1] == ERROR:
