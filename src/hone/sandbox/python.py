@@ -33,6 +33,20 @@ MAX_CODE_BYTES = 64 << 20
 ORDER = struct.Struct("=III")  # of native/warm.c
 
 
+def session_program() -> str:
+    """The code of a session that needs no node: what `Session` of guest/warm.py takes and gives, on stdin and stdout."""
+    return _warm("warm") + "\nnamespace['serve_alone']()"
+
+
+def _warm(name: str) -> str:
+    """The code that is guest/warm.py as a module of this name. Its frames can be told from those of snippets."""
+    source = (GUEST / "warm.py").read_text()
+    return (
+        f"namespace = {{'__name__': {name!r}, '__file__': '<warm>'}}\n"
+        f"exec(compile({source!r}, '<warm>', 'exec'), namespace)"
+    )
+
+
 class Zygotes:
     """Warms Python up for cells; an async context manager, to be left after that of the cells.
 
@@ -300,7 +314,7 @@ class _Line:
             if zygote is not None:
                 await zygote.enter(self._cell, theirs.fileno())
             else:
-                command = ["python3", "-I", "-c", (GUEST / "warm.py").read_text()]
+                command = ["python3", "-I", "-c", _warm("__main__")]
                 self._server = await self._cell.spawn(command, stdin_descriptor=theirs.fileno())
         finally:
             theirs.close()
