@@ -35,16 +35,13 @@ ORDER = struct.Struct("=III")  # of native/warm.c
 
 def session_program() -> str:
     """The code of a session that needs no node: what `Session` of guest/warm.py takes and gives, on stdin and stdout."""
-    return _warm("warm") + "\nnamespace['serve_alone']()"
+    return f"{_warm('warm')}\nmodule['serve_alone']()"
 
 
 def _warm(name: str) -> str:
-    """The code that is guest/warm.py as a module of this name. Its frames can be told from those of snippets."""
+    """Code that runs guest/warm.py as a module of this name, in a file of its own: its frames are not a snippet's."""
     source = (GUEST / "warm.py").read_text()
-    return (
-        f"namespace = {{'__name__': {name!r}, '__file__': '<warm>'}}\n"
-        f"exec(compile({source!r}, '<warm>', 'exec'), namespace)"
-    )
+    return f"module = {{'__name__': {name!r}}}\nexec(compile({source!r}, '<warm>', 'exec'), module)"
 
 
 class Zygotes:
