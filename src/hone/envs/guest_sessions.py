@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hone.envs.failures import RolloutFailure, deadline
-from hone.envs.guest_processes import MessageStream, guest_code
+from hone.envs.guest_processes import MessageStream
 from hone.envs.sandboxes import Process
 from hone.schema.sandboxes import ExecResult, PythonResult
 from hone.schema.traces import FailureClass
@@ -74,7 +74,9 @@ class GuestSession:
         return PythonResult(answer[1:].decode(errors="replace"), is_success=answer[:1] == FINE, is_late=is_late)
 
     async def _start(self) -> MessageStream:
-        stream = MessageStream(await self._sandbox.start_python(guest_code("session")))
+        from hone.sandbox.client import session_program  # `import hone.envs` stays light
+
+        stream = MessageStream(await self._sandbox.start_python(session_program()))
         try:
             async with deadline(START_SECONDS):
                 is_ready = await stream.receive() is not None

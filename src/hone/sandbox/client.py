@@ -13,6 +13,7 @@ from hone.sandbox.code import CodeResult, ToolchainMissing, run_code
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.node import Node
+from hone.sandbox.python import session_program
 from hone.sandbox.remote import RemoteNode
 from hone.schema.sandbox_network import NetworkRecord, Verdict
 from hone.schema.sandboxes import RUNTIMES, ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxUsage
@@ -38,6 +39,7 @@ __all__ = [
     "Verdict",
     "embedded_node",
     "run_code",
+    "session_program",
 ]
 
 

@@ -33,6 +33,17 @@ MAX_CODE_BYTES = 64 << 20
 ORDER = struct.Struct("=III")  # of native/warm.c
 
 
+def session_program() -> str:
+    """The code of a session that needs no node: what `Session` of guest/warm.py takes and gives, on stdin and stdout."""
+    return f"{_warm('warm')}\nmodule['serve_alone']()"
+
+
+def _warm(name: str) -> str:
+    """Code that runs guest/warm.py as a module of this name, in a file of its own: its frames are not a snippet's."""
+    source = (GUEST / "warm.py").read_text()
+    return f"module = {{'__name__': {name!r}}}\nexec(compile({source!r}, '<warm>', 'exec'), module)"
+
+
 class Zygotes:
     """Warms Python up for cells; an async context manager, to be left after that of the cells.
 
@@ -300,7 +311,7 @@ class _Line:
             if zygote is not None:
                 await zygote.enter(self._cell, theirs.fileno())
             else:
-                command = ["python3", "-I", "-c", (GUEST / "warm.py").read_text()]
+                command = ["python3", "-I", "-c", _warm("__main__")]
                 self._server = await self._cell.spawn(command, stdin_descriptor=theirs.fileno())
         finally:
             theirs.close()
