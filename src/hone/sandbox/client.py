@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from hone.sandbox.beneath import LimitExceeded
-from hone.sandbox.code import CodeResult, ToolchainMissing, run_code
+from hone.sandbox.code import Built, CodeResult, ToolchainMissing, build_code, run_code
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.node import Node
@@ -20,6 +20,7 @@ from hone.schema.sandboxes import RUNTIMES, ExecResult, FileEntry, Outcome, Pyth
 
 __all__ = [
     "LANGUAGES",
+    "Built",
     "Busy",
     "CodeResult",
     "ExecResult",
@@ -37,6 +38,7 @@ __all__ = [
     "ToolchainMissing",
     "Unsupported",
     "Verdict",
+    "build_code",
     "embedded_node",
     "run_code",
     "session_program",
