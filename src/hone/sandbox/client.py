@@ -314,7 +314,13 @@ async def _remote_node(address: str, token: str, reconnect_seconds: float | None
         node = RemoteNode(address, token, reconnect_seconds=reconnect_seconds)
         link = links[key] = _Link(node, _connection(node))
         await anext(link.generator)
-    await link.node.connected()
+    try:
+        await link.node.connected()
+    except (SandboxError, ValueError):
+        if link.node.is_lost and links.get(key) is link:  # or every token that is refused would be remembered
+            del links[key]
+            await link.generator.aclose()
+        raise
     return link.node
 
 
