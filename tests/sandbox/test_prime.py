@@ -98,6 +98,12 @@ async def test_sandboxes_are_listed_by_state_and_label_and_deleted_by_it(client)
         await client.execute_command(boxes[2], "true")
 
 
+def test_a_list_of_hosts_is_all_the_network_there_is():
+    assert request().spec().network == "none"
+    spec = request(network_allowlist=["pypi.org"]).spec()
+    assert (spec.network, spec.allow) == ("allow", ("pypi.org",))
+
+
 async def test_several_are_awaited_together(client):
     boxes = [(await client.create(request())).id for _ in range(8)]
     assert await client.bulk_wait_for_creation(boxes) == dict.fromkeys(boxes, "RUNNING")

@@ -40,7 +40,7 @@ class CommandTimeoutError(RuntimeError):
 class CreateSandboxRequest:
     """What a sandbox shall be.
 
-    docker_image: as of `SandboxSpec.image`; None is this machine's Python. Without a list of hosts there is no network.
+    docker_image: as of `SandboxSpec.image`; None is this machine's Python. network_allowlist: hosts as of `SandboxSpec.allow`; without it there is no network.
     secrets are environment variables like the others. idempotency_key: asked twice, it is the same sandbox.
     """
 
@@ -64,8 +64,6 @@ class CreateSandboxRequest:
     def __post_init__(self) -> None:
         if self.gpu_count or self.gpu_type:
             raise ValueError("sandboxes here have no GPUs; leave gpu_count and gpu_type out")
-        if self.network_allowlist:
-            raise ValueError("network_allowlist: this client has no network for its sandboxes; use SandboxSpec")
 
     def spec(self) -> SandboxSpec:
         """The same in our words."""
@@ -76,6 +74,8 @@ class CreateSandboxRequest:
             disk_mb=round((self.disk_size_gb or 1.0) * 1024),
             ttl_seconds=60.0 * self.timeout_minutes,
             idle_seconds=60.0 * self.idle_timeout_minutes if self.idle_timeout_minutes else None,
+            network="allow" if self.network_allowlist else "none",
+            allow=tuple(self.network_allowlist or ()),
             env={**(self.environment_vars or {}), **(self.secrets or {})},
         )
 

@@ -36,7 +36,8 @@ class CellConfig(BaseModel):
     cpus: float = 1.0
     disk_mb: int = 1024
     max_processes: int = 256
-    network: Literal["none", "host"] = "none"
+    network: Literal["none", "host", "allow"] = "none"
+    allow: tuple[str, ...] = ()
     ttl_seconds: float = 24 * 3600.0
 
 
