@@ -372,9 +372,24 @@ async def test_a_tenant_has_as_many_clients_as_it_may(guarded):
     async with connected(guarded.address, "token of alone"):
         with pytest.raises(ValueError, match="as many clients"):
             await RemoteNode(guarded.address, "token of alone").connected()
-    await until(lambda: guarded.has_room("alone"))
-    async with connected(guarded.address, "token of alone"):
-        pass
+    await until(lambda: guarded.has_room("alone", ""))
+    async with connected(guarded.address, "token of alone") as client:
+        client._stream._transport.abort()  # who is back is not another one
+        await until(lambda: client.num_reconnections)
+        assert not client.is_lost
+
+
+async def test_a_flood_of_questions_is_busy_and_harms_nobody(nodes, gateway, client):
+    for one in nodes:
+        one.answer = lambda message: None
+    asked = [asyncio.create_task(client.sandboxes()) for _ in range(200)]
+    await until(lambda: sum(one.done() for one in asked) >= 100)
+    with pytest.raises(Busy, match="questions are under way"):
+        await asyncio.gather(*asked)
+    await client.create(SMALL, key="k")
+    for one in asked:
+        one.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
 
 
 async def test_a_drained_node_gets_nothing_new_and_keeps_what_it_has(guarded, nodes):
