@@ -243,6 +243,17 @@ async def test_one_broken_connection_is_that_sessions_alone(nodes, gateway, clie
     assert len(gateway.nodes) == 3
 
 
+async def test_a_node_where_no_connection_lasts_is_lost_to_the_client_in_the_end(nodes, gateway, client):
+    box = await client.create(SMALL, key="k")
+    node = node_of(nodes, box)
+    node.answer = lambda message: node.streams[-1].close()  # as it does with one that breaks its rules
+    await lost(box.read("/x"))
+    assert 1 < node.links() < 10
+    node.answer = lambda message: b"here"
+    assert await box.read("/x") == b"here"
+    assert len(gateway.nodes) == 3
+
+
 # --- clients --------------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ HELLO_SECONDS = 10.0
 MAX_HELLO_BYTES = 4096
 STABLE_SECONDS = 1.0  # a connection to a node that broke sooner is not made again at once
 MAX_DELAY_SECONDS = 1.0
+MAX_BREAKS = 6  # in a row; a node where it does not get better is lost to this client
 MAX_CALLS = 1 << 16
 MAX_QUESTIONS = 64  # of the gateway itself, at once
 ROUTES = routes()
@@ -107,8 +108,9 @@ class Front:
         its = [call for call, one in self.calls.items() if one is node]
         for call in its:
             del self.calls[call]
-        if node.is_open and not node.is_dead:
-            self._breaks[node.prefix].count()
+        breaks = self._breaks[node.prefix]
+        breaks.count(was_open=node.is_open)
+        if not node.is_final and breaks.number <= MAX_BREAKS:
             self.frames.say(calls.Interrupted(node.prefix))
             for call in its:
                 if (creating := self.creates.get(call)) is not None:
@@ -280,6 +282,7 @@ class _Breaks:
         self.made = time.monotonic() + delay
         return delay
 
-    def count(self) -> None:
+    def count(self, *, was_open: bool) -> None:
         """It broke."""
-        self.number = 0 if time.monotonic() - self.made > STABLE_SECONDS else self.number + 1
+        was_stable = was_open and time.monotonic() - self.made > STABLE_SECONDS
+        self.number = 0 if was_stable else self.number + 1

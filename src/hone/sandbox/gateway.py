@@ -235,7 +235,7 @@ class Gateway:
             session.prefixes.discard(control.prefix)
         self.ledger.lose(control.prefix, time.monotonic() + NOTICE_SECONDS + control.grace_seconds)
         for connection in list(control.connections):
-            connection.close(problem, is_dead=True)
+            connection.close(problem, is_final=True)
 
     def _accept(self) -> Frames:
         front = Front(self)
