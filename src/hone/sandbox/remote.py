@@ -92,13 +92,10 @@ class RemoteSandbox:
     ) -> RemoteProcess:
         size = list(terminal) if terminal is not None else None
         message = calls.Spawn(self._link.number(), self.sandbox_id, list(argv), dict(env or {}), cwd, size)
-        process = RemoteProcess(self._link, message)
-        try:
-            await process.started()
-        except BaseException:  # a cancellation too: undo, then pass it on
-            await process.close()
-            raise
-        return process
+        return await self._started(message)
+
+    async def spawn_python(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str = ".") -> RemoteProcess:
+        return await self._started(calls.SpawnPython(self._link.number(), self.sandbox_id, code, dict(env or {}), cwd))
 
     async def connect(self, port: int, *, timeout_seconds: float) -> RemoteProcess:
         connection = RemoteProcess(self._link, calls.Dial(self._link.number(), self.sandbox_id, port, timeout_seconds))
@@ -190,3 +187,12 @@ class RemoteSandbox:
         if self._final is not None:
             return self._final
         return await self._link.call(calls.Usage(self._link.number(), self.sandbox_id), SandboxUsage)
+
+    async def _started(self, message: calls.Spawn | calls.SpawnPython) -> RemoteProcess:
+        process = RemoteProcess(self._link, message)
+        try:
+            await process.started()
+        except BaseException:  # a cancellation too: undo, then pass it on
+            await process.close()
+            raise
+        return process

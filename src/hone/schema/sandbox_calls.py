@@ -366,6 +366,16 @@ class ReadNetworkLog(_Message, frozen=True):
     sandbox_id: str
 
 
+class SpawnPython(_Message, frozen=True):
+    """As `Spawn`, of code in a fork of the warm interpreter."""
+
+    call: int
+    sandbox_id: str
+    code: str
+    env: dict[str, str]
+    cwd: str
+
+
 class Dial(_Message, frozen=True):
     """A connection to a port of a sandbox. It has the streams of a program: its errors say what broke the connection.
 
@@ -378,7 +388,7 @@ class Dial(_Message, frozen=True):
     timeout_seconds: float
 
 
-Streamed = Spawn | Upload | Download | Dial
+Streamed = Spawn | SpawnPython | Upload | Download | Dial
 """The calls that have streams (a union)."""
 
 
@@ -422,6 +432,7 @@ ToNode = (
     | HoldSnapshot
     | Reset
     | ReadNetworkLog
+    | SpawnPython
     | Dial
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping | Resumed | Interrupted
