@@ -135,6 +135,15 @@ class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     left_out: tuple[str, ...]
 
 
+class SnapshotStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A snapshot as its node holds it. image: of the sandbox that it was taken of. size_bytes: what it holds of memory."""
+
+    snapshot_id: str
+    image: str
+    size_bytes: int
+    seconds_left: float
+
+
 class PythonResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a snippet of a Python session did.
 
