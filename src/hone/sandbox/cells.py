@@ -291,7 +291,8 @@ class Cell:
 
     root_descriptor: its root folder, for reading and writing files beneath (never by a path without RESOLVE_IN_ROOT).
     files_folder: the working folder as seen from there. layer_descriptor: its writable layer, where it has one. uid_base:
-    the outside's id of its root. operations: the steps of its plan. is_layer_held: whether others go on with its layer, and its cgroup, which counts that, is nobody's after it.
+    the outside's id of its root. operations: the steps of its plan. is_layer_held: whether others go on with its layer, and
+    its cgroup, which counts that, is nobody's after it.
     """
 
     def __init__(

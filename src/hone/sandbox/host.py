@@ -152,7 +152,9 @@ def examine(host: Host) -> tuple[Finding, ...]:
 
 def can_share_layers(host: Host) -> bool:
     """Whether cells of this machine can lie over what others have written, whose ids are others outside."""
-    return host.has_overlay and (not host.has_id_ranges or host.kernel >= MIN_KERNEL_FOR_SHARED_LAYERS)
+    return (
+        host.can_build and host.has_overlay and (not host.has_id_ranges or host.kernel >= MIN_KERNEL_FOR_SHARED_LAYERS)
+    )
 
 
 def find_cgroups(

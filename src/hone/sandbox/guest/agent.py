@@ -4,6 +4,9 @@ It is a fresh interpreter that was exec'd inside: nothing of the node is in its 
 nothing else, and runs on the standard library of whatever Python 3 the sandbox has.
 """
 
+# A path is bytes of a plan's here, and every module that is not imported is time and memory in every sandbox.
+# ruff: noqa: PTH123, PTH208, SIM105
+
 import array
 import ctypes
 import fcntl

@@ -7,6 +7,9 @@ sandboxes. It decides nothing, and holds nothing that a sandbox may not see: wha
 it runs anything of the sandbox's.
 """
 
+# A path is bytes of a plan's here, and every module that is not imported is time and memory in every sandbox.
+# ruff: noqa: PTH102, PTH123, PTH208, PTH211, SIM105
+
 import array
 import ctypes
 import os
@@ -50,7 +53,7 @@ class Program(ctypes.Structure):
     _fields_ = (("num_instructions", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
 
 
-def call(number: int, *arguments: "int | bytes | None | ctypes.Array[ctypes.c_char]") -> int:
+def call(number: int, *arguments: "int | bytes | None") -> int:
     """A system call; `OSError` if it fails."""
     result = libc.syscall(number, *[ctypes.c_long(one) if isinstance(one, int) else one for one in arguments])
     if result < 0:
@@ -352,7 +355,7 @@ class Steps:
         problem: OSError | None = None
         for python in PYTHONS:
             try:
-                os.execve(python, [python, "-I", "-S", "-c", self.agent], {})
+                os.execve(python, [python, "-I", "-S", "-c", self.agent.decode()], {})
             except OSError as error:
                 problem = problem or error
         assert problem is not None
