@@ -197,8 +197,10 @@ async def test_the_machine_itself_is_private(cells, host, tmp_path):
             assert said[0] == "403 a.example leads to a private network; a rule with +private would allow private ones"
             assert said[-1] == "200 you asked: GET / HTTP/1.1"
     async with Node("m", network=NetworkPolicy(is_private_allowed=False)) as node:
-        with pytest.raises(Unsupported, match="lets no sandbox into private networks"):
-            node.create(SandboxSpec(network="allow", allow=("a.example+private",)))
+        with pytest.raises(Unsupported, match=r"gives no sandbox private networks: allow \['b.example\+private'\]"):
+            node.create(SandboxSpec(network="allow", allow=("a.example", "b.example+private")))
+        with pytest.raises(Unsupported, match="gives no sandbox network='host'"):
+            node.create(SandboxSpec(network="host"))
 
 
 async def test_an_end_leaves_no_connection(cells):
