@@ -16,8 +16,19 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "module",
     [
-        *("test_cells", "test_abuse", "test_node", "test_network", "test_layers", "test_python", "test_runtimes"),
-        *("test_state", "test_observation", "test_images", "test_registries", "test_debian"),
+        "test_cells",
+        "test_abuse",
+        "test_node",
+        "test_network",
+        "test_ports",
+        "test_layers",
+        "test_python",
+        "test_runtimes",
+        "test_state",
+        "test_observation",
+        "test_images",
+        "test_registries",
+        "test_debian",
     ],
 )
 def test_cells_keep_their_promises_for_an_unprivileged_user(module: str, tmp_path: Path) -> None:

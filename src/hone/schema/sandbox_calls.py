@@ -366,7 +366,29 @@ class ReadNetworkLog(_Message, frozen=True):
     sandbox_id: str
 
 
-Streamed = Spawn | Upload | Download
+class SpawnPython(_Message, frozen=True):
+    """As `Spawn`, of code in a fork of the warm interpreter."""
+
+    call: int
+    sandbox_id: str
+    code: str
+    env: dict[str, str]
+    cwd: str
+
+
+class Dial(_Message, frozen=True):
+    """A connection to a port of a sandbox. It has the streams of a program: its errors say what broke the connection.
+
+    timeout_seconds: for so long it is tried while nobody listens.
+    """
+
+    call: int
+    sandbox_id: str
+    port: int
+    timeout_seconds: float
+
+
+Streamed = Spawn | SpawnPython | Upload | Download | Dial
 """The calls that have streams (a union)."""
 
 
@@ -410,5 +432,7 @@ ToNode = (
     | HoldSnapshot
     | Reset
     | ReadNetworkLog
+    | SpawnPython
+    | Dial
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping | Resumed | Interrupted
