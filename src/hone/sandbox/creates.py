@@ -26,8 +26,9 @@ MAX_KEY_LENGTH = 512
 
 @dataclass(slots=True, eq=False)
 class Creating:
-    """A creation under way. home: the only node that will do, or none. left: nodes that were not asked yet.
-    is_repeated: a node has the sandbox, or had.
+    """A creation under way. home: the only node that has what it begins from; empty if any node will do.
+
+    left: nodes that were not asked yet. is_repeated: a node has the sandbox, or had.
     """
 
     front: "Front"
@@ -161,11 +162,11 @@ class Creates:
                 self._refuse(creating, error)
                 return
             creating.entry = gateway.ledger.begin(owner, creating.key, creating.spec)
-            if creating.home:
-                creating.left = [creating.home]
-            else:
-                creating.left = order(gateway.candidates(), creating.spec, f"{owner}\0{creating.key or creating.call}")
+            creating.left = [creating.home] if creating.home else self._candidates(creating, owner)
             self._try_next(creating)
+
+    def _candidates(self, creating: Creating, owner: str) -> list[str]:
+        return order(self._gateway.candidates(), creating.spec, f"{owner}\0{creating.key or creating.call}")
 
     def _check(self, creating: Creating, owner: str) -> None:
         now, ledger = time.monotonic(), self._gateway.ledger
@@ -194,7 +195,7 @@ class Creates:
         if creating.refusals:
             return min(creating.refusals, key=lambda one: one.retry_after_seconds)
         if creating.home and creating.home not in self._gateway.nodes:
-            return SandboxError(f"the node {creating.home.rstrip('.')} of the snapshot is gone", Outcome.NODE_LOST)
+            return SandboxError(f"the node {creating.home[:100].rstrip('.')} of the snapshot is gone", Outcome.NODE_LOST)
         if not self._gateway.nodes:
             return Busy("no node is there", NO_NODE_SECONDS)
         return Busy(f"no node takes a sandbox of {creating.spec.memory_mb} MB now", NO_NODE_SECONDS)
