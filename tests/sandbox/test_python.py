@@ -135,6 +135,17 @@ async def test_a_fork_of_a_session_goes_on_apart(python: WarmPython) -> None:
         await one.close()
 
 
+async def test_a_fork_of_a_session_outlives_it_however_soon_that_ends(python: WarmPython) -> None:
+    session = await python.session()
+    await session.run("x = 1")
+    for _ in range(30):
+        other = await session.fork()
+        await session.close()
+        session = other
+        assert (await session.run("x")).text == "1\n"
+    await session.close()
+
+
 async def test_preloads_are_there_and_missing_ones_are_told() -> None:
     async with Zygotes() as zygotes, Cells() as cells:
         cell = await cells.create(SandboxSpec())

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import errno
 import itertools
-import math
 import os
 import random
 import signal
@@ -20,6 +19,7 @@ from typing import Self
 import msgspec
 
 from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, sweep
+from hone.sandbox.cores import Cores
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
 from hone.sandbox.plan import CONFINING, Bind, Grants, Image, Operation, Plan, encode_operations, id_maps, plan_cell
@@ -60,6 +60,7 @@ class Cells:
         self._cells: set[Cell] = set()
         self._numbers = itertools.count(1)
         self._ids: set[int] = set()
+        self._cores = Cores(self.host.cores)
         self._plans: dict[tuple[object, ...], _KnownPlan] = {}
         self._nothing = -1
         self.num_swept = 0
@@ -100,6 +101,7 @@ class Cells:
         uid = cgroup.uid if cgroup is not None else self._take_ids()
         cell = Cell(f"cell-{number}", spec, image, uid, self._nothing, self._forget)
         cell.cgroup = cgroup
+        cell.cores = self._cores.take(spec.cpus)
         self._cells.add(cell)
         try:
             async with asyncio.timeout(CREATE_SECONDS):
@@ -163,12 +165,11 @@ class Cells:
         assert self._cgroups is not None
         network = cell.spec.network
         can_share = self.host.landlock >= LANDLOCK_ABSTRACT_SOCKETS
-        cores = sorted(self.host.cores)
         return Grants(
             uid=cell.uid_base,
             gid=cell.uid_base if self.host.has_id_ranges else self.host.gid,
             num_ids=NUM_IDS if self.host.has_id_ranges else 1,
-            cores=frozenset(random.sample(cores, min(len(cores), math.ceil(cell.spec.cpus)))),
+            cores=cell.cores,
             join=tuple(range(1, 1 + num_tasks)),
             has_memory_limit=self._cgroups.has("memory"),
             has_process_limit=self._cgroups.has("pids"),
@@ -202,6 +203,7 @@ class Cells:
         """All of a cell's processes are gone: keep its ids and cgroup for the next, or let go of them."""
         assert self._cgroups is not None
         self._cells.discard(cell)
+        self._cores.give_back(cell.cores)
         cgroup, cell.cgroup = cell.cgroup, None
         if cgroup is not None and not cell.is_layer_held and self._cgroups.give_back(cgroup):
             return
@@ -245,6 +247,7 @@ class Cell:
         self.root_descriptor = -1
         self.layer_descriptor = -1
         self.cgroup: CellCgroup | None = None
+        self.cores: frozenset[int] = frozenset()
         self.spawner: Spawner | None = None
         self.is_layer_held = False
         self.operations: tuple[Operation, ...] = ()

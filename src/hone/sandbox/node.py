@@ -173,8 +173,13 @@ class Node:
         sandbox = self._sandboxes.get(lease.sandbox_id)
         if sandbox is None:
             sandbox = self._sandboxes[lease.sandbox_id] = NodeSandbox(self, lease)
-            if self._journal is not None:
-                self._journal.begin(lease.sandbox_id, owner)
+            try:
+                if self._journal is not None:
+                    self._journal.begin(lease.sandbox_id, owner)
+            except SandboxError as error:
+                self._lifecycle.end(lease.sandbox_id, time.monotonic(), str(error))
+                self._obey()
+                raise
         self._obey()
         return sandbox
 

@@ -30,6 +30,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 KEPT_BYTES = 64 << 10
 SESSION, SNIPPET, FORK = "session", "snippet", "fork"
 FINE, RAISED = b"o", b"e"
+KNOWN = b"known"  # what a fork of a session hears before it says that it is there
 LINE = 3  # where a session finds its socket to the process that forked it
 
 SET_DUMPABLE = 4
@@ -189,6 +190,7 @@ class Server:
             raise OSError(number, os.strerror(number))
         ours.settimeout(10)
         self.sessions[start.identity] = ours
+        ours.send(KNOWN)
         return pid
 
     def reap(self) -> None:
@@ -448,6 +450,8 @@ class Session:
             os.close(descriptor)
         self.take_streams()
         reseed()
+        if self.line.recv(16) != KNOWN:  # the session that forked this one ended before it could tell of it
+            os._exit(1)
         self.send(FINE)
 
 

@@ -205,13 +205,14 @@ static pid_t fork_session(int session, int line)
 static int start(const struct request *request, const char *end, struct program *program)
 {
     const char *folder = message + sizeof *request, *what = folder + strnlen(folder, end - folder) + 1;
-    int ends[2] = {-1, -1};
+    int ends[2] = {-1, -1}, is_fork = 0;
     pid_t pid = -1;
     errno = EINVAL;
     if (num_programs == MAX_PROGRAMS)
         errno = EAGAIN;
     else if (num_descriptors >= 3 && num_descriptors <= 4 && what < end && !end[-1]) {
-        int is_fork = !strcmp(what, "fork"), has_line = is_fork || !strcmp(what, "session");
+        is_fork = !strcmp(what, "fork");
+        int has_line = is_fork || !strcmp(what, "session");
         if (!has_line || !open_line(ends)) {
             if (is_fork)
                 pid = fork_session(what + 5 < end ? find(strtoul(what + 5, NULL, 10)) : -1, ends[1]);
@@ -236,6 +237,8 @@ static int start(const struct request *request, const char *end, struct program 
     programs[num_programs].identity = request->identity;
     programs[num_programs].pid = pid;
     programs[num_programs++].line = ends[0];
+    if (is_fork)
+        send(ends[0], "known", 5, MSG_NOSIGNAL);
     return 0;
 }
 
