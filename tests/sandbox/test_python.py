@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -15,6 +16,7 @@ from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.files import Files, Tree
 from hone.sandbox.host import host_image
 from hone.sandbox.images import ImageStore
+from hone.sandbox.native.build import BuildError
 from hone.sandbox.python import WarmPython, Zygotes
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
@@ -173,6 +175,21 @@ async def test_in_a_cell_with_another_image_its_own_python_is_warmed_up() -> Non
         await session.run("x = 1")
         other = await session.fork()
         assert (await other.run("x")).text == "1\n"
+        await python.close()
+
+
+async def test_without_a_compiled_library_the_cells_own_python_is_warmed_up(
+    cell_and_python: tuple[Cell, WarmPython], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> NoReturn:
+        raise BuildError("no C compiler found")
+
+    monkeypatch.setattr("hone.sandbox.python.build", refuse)
+    async with Zygotes() as zygotes:
+        python = await zygotes.warm(cell_and_python[0])
+        assert (await python.run("print(6 * 7)")).stdout == "42\n"
+        with pytest.raises(Unsupported, match="compiled"):
+            await zygotes.warm(cell_and_python[0], ["decimal"])
         await python.close()
 
 

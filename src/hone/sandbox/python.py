@@ -71,7 +71,12 @@ class Zygotes:
         """
         if not _has_this_python(cell.image):
             return WarmPython(cell, None)
-        return WarmPython(cell, await self.prepare(preloads))
+        try:
+            return WarmPython(cell, await self.prepare(preloads))
+        except Unsupported:  # its library cannot be compiled here; the cell's own Python needs none
+            if preloads:
+                raise
+            return WarmPython(cell, None)
 
     async def prepare(self, preloads: Sequence[str] = ()) -> "_Zygote":
         """Have the zygote of these preloads ready."""
