@@ -4,19 +4,22 @@ import asyncio
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from hone.sandbox import programs
-from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.cells import ENDED, REPORT, Cell, Cells
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.journal import Journal
 from hone.sandbox.node import Node
+from hone.sandbox.plan import Image
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec
 
 SMALL = SandboxSpec(memory_mb=64, disk_mb=16, max_processes=32)
@@ -163,6 +166,27 @@ async def test_an_agent_that_never_answers_is_lost_and_typed(cells: Cells, monke
     assert error.value.outcome is Outcome.AGENT_LOST
     await assert_well(neighbour)
     await cell.destroy()
+
+
+async def test_an_agent_that_floods_the_node_costs_nobody_else(cells: Cells, cell: Cell) -> None:
+    liar = Cell("liar", SMALL, Image(), 0, 0, lambda _: asyncio.sleep(0))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    lie = REPORT.pack(ENDED, 7, 0, 0, 0, 0, 0)
+    with liar.open() as theirs:
+        theirs.setblocking(False)
+        for number in range(200):
+            with suppress(BlockingIOError):
+                while True:
+                    socket.send_fds(theirs, [lie], [0, 1, 2, 0, 1, 2])
+            await asyncio.sleep(0)
+            if number % 50 == 0:
+                await assert_well(cell)
+        theirs.setblocking(True)
+        theirs.send(lie * 3)
+        with pytest.raises(SandboxError, match="nonsense"):
+            await liar.until_ready([])
+    await liar.destroy()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 async def test_the_clock_of_the_wall_may_jump(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
