@@ -226,6 +226,16 @@ async def test_many_cells_are_warmed_up_at_once() -> None:
         assert await asyncio.gather(*map(play, range(24))) == [f"{number}\n" for number in range(24)]
 
 
+async def test_a_cell_can_end_when_its_zygote_is_gone_and_nobody_outside_reaps(cells: Cells) -> None:
+    cell = await cells.create(SandboxSpec())  # this process adopts what outlives its parent, and does not wait for it
+    async with Zygotes() as zygotes:
+        python = await zygotes.warm(cell)
+        session = await python.session()
+    assert (await session.run("1 + 1")).text == "2\n"
+    async with asyncio.timeout(5):
+        await cell.destroy()
+
+
 async def test_a_destroyed_cell_is_told(cell_and_python: tuple[Cell, WarmPython]) -> None:
     cell, python = cell_and_python
     session = await python.session()

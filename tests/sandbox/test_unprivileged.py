@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
         "test_python",
         "test_hoards",
         "test_grading",
+        "test_runtimes",
     ],
 )
 def test_cells_keep_their_promises_for_an_unprivileged_user(module: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hone.sandbox.egress import NetworkPolicy
 from hone.sandbox.lifecycle import Limits
 from hone.sandbox.node import Node
 from hone.sandbox.serve import NodeServer
+from hone.schema.sandboxes import RuntimeName
 
 ANSWER_SECONDS = 1.0  # for those who have just closed the last sandbox to hear of it
 
@@ -36,12 +37,13 @@ async def serve_node(
     observation: Observation,
     drain_seconds: float,
     http_of: Callable[[Node], contextlib.AbstractAsyncContextManager[str]],
+    runtimes: tuple[RuntimeName, ...],
 ) -> None:
     """Serve until SIGINT or SIGTERM. The first SIGTERM lets the sandboxes that are there live on for `drain_seconds`."""
     stops = _Stops()
     with _spans(observation.spans, name) as spans:
         async with (
-            Node(name, folder=folder, limits=limits, network=network, spans=spans) as node,
+            Node(name, folder=folder, limits=limits, network=network, spans=spans, runtimes=runtimes) as node,
             _metrics(node, observation) as metrics,
             server_of(node) as server,
             http_of(node) as url,

@@ -15,7 +15,7 @@ from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.node import Node
 from hone.sandbox.remote import RemoteNode
 from hone.schema.sandbox_network import NetworkRecord, Verdict
-from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxUsage
+from hone.schema.sandboxes import RUNTIMES, ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxUsage
 
 __all__ = [
     "LANGUAGES",
@@ -103,6 +103,7 @@ class Sandbox:
         cpus: float = 1.0,
         disk_mb: int = 256,
         max_processes: int = 256,
+        runtime: str = "cell",
         network: str | None = None,
         allow: Sequence[str] = (),
         ttl_seconds: float = 600.0,
@@ -118,6 +119,8 @@ class Sandbox:
         network = network or ("allow" if allow else "none")
         if network not in ("none", "off", "host", "allow"):
             raise ValueError(f"network {network!r} of a sandbox is none of none, off, host, allow")
+        if runtime not in RUNTIMES:
+            raise ValueError(f"runtime {runtime!r} of a sandbox is none of {', '.join(RUNTIMES)}")
         self.spec = spec or SandboxSpec(
             image=image,
             memory_mb=memory_mb,
@@ -125,6 +128,7 @@ class Sandbox:
             disk_mb=disk_mb,
             max_processes=max_processes,
             network=network,  # type: ignore[arg-type]
+            runtime=runtime,
             ttl_seconds=ttl_seconds,
             idle_seconds=idle_seconds,
             env=dict(env or {}),
@@ -282,7 +286,7 @@ class _Embedded:
 async def _running_node() -> AsyncGenerator[Node]:
     loop = asyncio.get_running_loop()
     try:
-        async with Node() as node:
+        async with Node(runtimes=RUNTIMES) as node:
             yield node
     finally:
         _embedded.pop(loop, None)

@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
 LANDLOCK_ABSTRACT_SOCKETS = 6  # the ABI that can keep programs from other cells' abstract sockets
 CAP_SYS_ADMIN, CAP_SETUID = 21, 7
 MIN_KERNEL = (5, 14)
+PROGRAMS = ("bwrap", "crun", "runc", "runsc")
 SYSTEM_LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 ETC = (
     *("ld.so.cache", "alternatives", "ssl/certs", "ssl/openssl.cnf", "mime.types", "localtime", "timezone"),
@@ -57,6 +59,8 @@ class Host:
     cores: frozenset[int]
     masked: tuple[str, ...]
     cgroups: CgroupFolders
+    programs: Mapping[str, Path] = field(default_factory=dict)
+    """Other runtimes' programs that are installed, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ def look() -> Host:
         cores=frozenset(os.sched_getaffinity(0)),
         masked=tuple(name for name in MASKED if _is_open_to_all(Path("/proc", name))),
         cgroups=find_cgroups(),
+        programs=_find_programs(),
     )
 
 
@@ -204,6 +209,12 @@ def _copy_etc(to: Path) -> None:
     for name, content in (("passwd", PASSWD), ("group", GROUP), ("hosts", HOSTS), ("resolv.conf", b"")):
         (to / name).write_bytes(content)
     (to / "mtab").symlink_to("/proc/self/mounts")
+
+
+def _find_programs() -> dict[str, Path]:
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
+    found = {name: shutil.which(name, path=path) for name in PROGRAMS}
+    return {name: Path(path) for name, path in found.items() if path is not None}
 
 
 def _is_open_to_all(path: Path) -> bool:

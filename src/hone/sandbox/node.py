@@ -7,7 +7,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -35,10 +35,12 @@ from hone.sandbox.report import report_of
 from hone.schema.sandbox_network import NetworkRecord, parse_rules
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
+    DEFAULT_RUNTIMES,
     ExecResult,
     FileEntry,
     Outcome,
     PythonResult,
+    RuntimeName,
     SandboxSpec,
     SandboxStatus,
     SandboxUsage,
@@ -58,7 +60,7 @@ class Node:
     name: small letters, digits and dashes; the first part of the ids of its sandboxes, which also say which start of the
     node they are of. folder: for its journal, its accounts and the log of what sandboxes asked of the network; None keeps
     none. network: what sandboxes with an allow-list get. spans: where its pieces of work are told, None nowhere; the
-    caller's to close. Raises `SandboxError` where another node has the folder.
+    caller's to close. runtimes, is_weak_allowed: as of `Cells`. Raises `SandboxError` where another node has the folder.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Node:
         limits: Limits = Limits(),
         images: ImageStore | None = None,
         is_weak_allowed: bool = False,
+        runtimes: Collection[RuntimeName] = DEFAULT_RUNTIMES,
         spans: Spans | None = None,
         network: NetworkPolicy = NetworkPolicy(),
     ) -> None:
@@ -83,7 +86,7 @@ class Node:
         self._journal: Journal | None = None
         self._lifecycle = Lifecycle(self.prefix, limits)
         self._images = images or ImageStore()
-        self._cells = Cells(is_weak_allowed=is_weak_allowed)
+        self._cells = Cells(is_weak_allowed=is_weak_allowed, runtimes=runtimes)
         self.gate = Gate(network, NetworkLog(folder))
         """The way out for the sandboxes with an allow-list."""
         self._zygotes = Zygotes(host=self._cells.host)
@@ -290,7 +293,7 @@ class Node:
         """The files of a cell, as its programs own them."""
         gid = cell.uid_base if self._cells.host.has_id_ranges else self._cells.host.gid
         owner = Owner(cell.uid_base, gid) if self._cells.host.has_id_ranges else None
-        return Files(Tree(cell.root_descriptor, owner, cell.image.working_folder), self._threads)
+        return Files(Tree(cell.root_descriptor, owner, cell.files_folder), self._threads)
 
     async def python_of(self, cell: Cell) -> WarmPython:
         """The warm Python of a cell."""

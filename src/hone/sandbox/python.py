@@ -69,7 +69,7 @@ class Zygotes:
         The first call for a set of preloads waits for their import; `prepare` does that ahead of time. Importing runs
         these modules outside of any cell: name only what is trusted. Raises `SandboxError`.
         """
-        if not _has_this_python(cell.image):
+        if cell.spec.runtime != "cell" or not _has_this_python(cell.image):
             return WarmPython(cell, None)
         try:
             return WarmPython(cell, await self.prepare(preloads))

@@ -33,6 +33,7 @@ FINE, RAISED = b"o", b"e"
 KNOWN = b"known"  # what a fork of a session hears before it says that it is there
 LINE = 3  # where a session finds its socket to the process that forked it
 
+OWN_FILE = sys._getframe().f_code.co_filename  # as tracebacks name it; there is no __file__ behind -c
 SET_DUMPABLE = 4
 CLONE_PARENT, CLONE_INTO_CGROUP = 0x8000, 0x200000000
 CLONE = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
@@ -320,7 +321,7 @@ def show_error(error: BaseException | None) -> None:
     """The traceback, without the frames of this module, to stderr."""
     assert error is not None
     shown = traceback.TracebackException.from_exception(error)
-    shown.stack = traceback.StackSummary.from_list([frame for frame in shown.stack if frame.filename != __file__])
+    shown.stack = traceback.StackSummary.from_list([frame for frame in shown.stack if frame.filename != OWN_FILE])
     print("".join(shown.format()), end="", file=sys.stderr)
 
 
