@@ -115,6 +115,23 @@ async def test_a_session_keeps_its_variables_through_errors_and_timeouts(python:
     await session.close()
 
 
+async def test_a_cell_full_of_processes_is_its_programs_doing(cells: Cells) -> None:
+    async with Zygotes() as zygotes:
+        cell = await cells.create(SandboxSpec(memory_mb=128, max_processes=16))
+        bomb = "import os, time\ntry:\n  while os.fork(): pass\nexcept OSError: print(1, flush=True)\ntime.sleep(60)"
+        process = await cell.spawn(["python3", "-c", bomb])
+        assert await process.read() == b"1\n"
+        python = await zygotes.warm(cell)
+        session = await python.session()
+        answer = await session.run("1")
+        assert answer.is_over
+        assert "no session" in answer.text
+        await session.close()
+        assert (await python.run("1")).exit_code == 126
+        await process.close()
+        await python.close()
+
+
 async def test_a_session_that_ignores_the_interrupt_is_over(python: WarmPython) -> None:
     session = await python.session()
     code = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"

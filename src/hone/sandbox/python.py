@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import signal
@@ -121,7 +122,10 @@ class WarmPython:
             await program.close()
 
     async def session(self, *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> "PythonSession":
-        """A session of its own; `PythonSession.close` it. It ends with the cell."""
+        """A session of its own; `PythonSession.close` it. It ends with the cell.
+
+        One that the cell's programs keep from beginning, by being as many as may be, is over from the beginning.
+        """
         return await self._begin(["session"], env, cwd)
 
     async def fork(self, session: "PythonSession") -> "PythonSession":
@@ -182,14 +186,20 @@ class PythonSession:
         self._turn = asyncio.Lock()
         self._read = bytearray()
         self._is_over = False
+        self._reason = ""
 
     async def greet(self) -> None:
         """Wait until it is there; called once, by `WarmPython`."""
         try:
             async with asyncio.timeout(START_SECONDS):
                 if await self._receive() is None:
-                    await self._program.wait()  # raises where it is not the programs of the cell that are to blame
-                    raise SandboxError("a session of Python ended before it began")
+                    code = (
+                        await self._program.wait()
+                    )  # raises where it is not the programs of the cell that are to blame
+                    self._is_over = True
+                    self._reason = (
+                        f"no session of Python can begin beside what runs in the sandbox (exit code {code})\n"
+                    )
         except TimeoutError as error:
             raise SandboxError(f"a session of Python is not there within {START_SECONDS:g} s") from error
 
@@ -203,7 +213,7 @@ class PythonSession:
             raise ValueError(f"{len(data)} bytes of code in one snippet; write them to a file")
         async with self._turn:
             if self._is_over:
-                return Answer("", is_fine=False, is_over=True)
+                return Answer(self._reason, is_fine=False, is_over=True)
             try:
                 return await self._exchange(len(data).to_bytes(4, "big") + data, timeout_seconds)
             except BaseException:  # a cancellation too: undo, then pass it on
@@ -338,6 +348,10 @@ class _Line:
         kind, identity, status, error, user, system, peak = REPORT.unpack(message)
         if kind == READY:
             self._is_ready = True
+        elif kind == FAILED and error == errno.EAGAIN:  # there are as many processes as may be
+            for program in list(self._programs.values()):
+                program.end(Ending(0, error, 0.0, 0))
+            self._lose(None)
         elif kind == FAILED:
             self._lose(f"{self._cell.name}: Python cannot enter it: {os.strerror(error)}")
         elif (program := self._programs.get(identity)) is not None:
