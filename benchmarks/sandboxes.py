@@ -14,7 +14,7 @@ from pathlib import Path
 import harness
 from sandbox_measures.addresses import addresses
 from sandbox_measures.cells import acquisitions, creations, programs
-from sandbox_measures.crowds import burst, crowd, sustained, warm_crowd
+from sandbox_measures.crowds import burst, crowd, storm, sustained, warm_crowd
 from sandbox_measures.peers import peers
 from sandbox_measures.pythons import pythons
 from sandbox_measures.rounds import Floor
@@ -33,7 +33,7 @@ AT_MOST = {
     "idle_kb": 400,
     "idle_python_kb": 1200,
 }
-AT_LEAST = {"cells_2000": 2000, "sustained_per_core": 200}
+AT_LEAST = {"cells_2000": 2000, "sustained_per_core": 200, "storm_share": 0.8}
 
 
 def main() -> None:
@@ -99,6 +99,7 @@ async def measure(
             **await crowd(floor, arguments.crowd, arguments.rounds),
             **await warm_crowd(arguments.warm_crowd),
             **await sustained(arguments.seconds),
+            **await storm(arguments.burst * 2),
         }
         spreads = {
             "create_f": made.spread("create"),
