@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -57,6 +58,23 @@ async def test_a_snippet_does_what_a_program_does(python: WarmPython) -> None:
 async def test_snippets_know_nothing_of_one_another(python: WarmPython) -> None:
     await python.run("x = 1; import builtins; builtins.y = 2")
     assert (await python.run("print('x' in globals(), hasattr(__builtins__, 'y'))")).stdout == "False False\n"
+
+
+async def test_signals_do_what_they_do_in_any_python_also_below_a_node_that_ignores_them(cells: Cells) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        async with Zygotes() as zygotes:
+            python = await zygotes.warm(await cells.create(SandboxSpec()))
+            show = (
+                "import signal; print(*(signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)))"
+            )
+            shown = (await python.run(show)).stdout
+            assert shown == f"{signal.default_int_handler} {signal.SIG_DFL} {signal.SIG_DFL}\n"
+            result = await python.run("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+            assert "KeyboardInterrupt" in result.stderr
+            await python.close()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 async def test_snippets_draw_different_numbers(python: WarmPython) -> None:
