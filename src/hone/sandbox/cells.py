@@ -23,7 +23,7 @@ from hone.sandbox.beneath import open_beneath
 from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, sweep
 from hone.sandbox.cores import Cores
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, Host, host_image, look
+from hone.sandbox.host import FIRST_ID, LANDLOCK_ABSTRACT_SOCKETS, LAST_ID, Host, host_image, look
 from hone.sandbox.images import remove_tree
 from hone.sandbox.messages import Message, ask_for_sender, close_all, receive
 from hone.sandbox.plan import (
@@ -49,7 +49,6 @@ from hone.schema.sandboxes import DEFAULT_RUNTIMES, ExecResult, Outcome, Runtime
 CREATE_SECONDS = 30.0
 CONNECT_SECONDS = 10.0
 NUM_IDS = 1 << 16
-FIRST_ID, LAST_ID = 1 << 20, 1 << 31
 MAX_PLANS = 256
 SAID_BYTES = 2000
 

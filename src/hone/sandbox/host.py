@@ -20,6 +20,7 @@ LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
 LANDLOCK_ABSTRACT_SOCKETS = 6  # the ABI that can keep programs from other cells' abstract sockets
 CAP_SYS_ADMIN, CAP_SETUID = 21, 7
 MIN_KERNEL = (5, 14)
+FIRST_ID, LAST_ID = 1 << 20, 1 << 31  # the ids that cells get ranges of
 PROGRAMS = ("bwrap", "crun", "runc", "runsc")
 SYSTEM_LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 ETC = (
@@ -59,6 +60,7 @@ class Host:
     cores: frozenset[int]
     masked: tuple[str, ...]
     cgroups: CgroupFolders
+    has_whole_proc: bool = True
     programs: Mapping[str, Path] = field(default_factory=dict)
     """Other runtimes' programs that are installed, by name."""
 
@@ -83,7 +85,8 @@ def look() -> Host:
         gid=os.getegid(),
         has_id_ranges=os.geteuid() == 0
         and bool(capabilities >> CAP_SETUID & 1)
-        and bool(capabilities >> CAP_SYS_ADMIN & 1),
+        and bool(capabilities >> CAP_SYS_ADMIN & 1)
+        and _has_all_ids(Path("/proc/self/uid_map")),
         has_user_namespaces=_allows_user_namespaces(),
         has_network_namespaces=Path("/proc/self/ns/net").exists()
         and _words("/proc/sys/user/max_net_namespaces") != ["0"],
@@ -94,6 +97,7 @@ def look() -> Host:
         cores=frozenset(os.sched_getaffinity(0)),
         masked=tuple(name for name in MASKED if _is_open_to_all(Path("/proc", name))),
         cgroups=find_cgroups(),
+        has_whole_proc=_has_whole_proc(Path("/proc/self/mountinfo")),
         programs=_find_programs(),
     )
 
@@ -114,6 +118,11 @@ def examine(host: Host) -> tuple[Finding, ...]:
             "network namespaces",
             host.has_network_namespaces,
             'sandboxes but those with network="host": empty networks, allow-lists and published ports',
+        ),
+        Finding(
+            "whole /proc",
+            host.has_whole_proc,
+            "cells: the kernel gives no new /proc to whom parts of the old one are hidden, as in most containers",
         ),
         Finding("seccomp", host.has_seccomp, "cells: system calls could not be filtered"),
         Finding("overlay", host.has_overlay, "images other than the host's"),
@@ -255,6 +264,18 @@ def _capabilities() -> int:
         if line.startswith("CapEff:"):
             return int(line.split()[1], 16)
     return 0
+
+
+def _has_whole_proc(mountinfo: Path) -> bool:
+    """Whether nothing is mounted over parts of /proc. What is mounted on an empty folder hides nothing."""
+    targets = [line.split()[4] for line in _lines(mountinfo)]
+    return not any(one.startswith("/proc/") and not one.startswith("/proc/sys/fs/binfmt_misc") for one in targets)
+
+
+def _has_all_ids(id_map: Path) -> bool:
+    """Whether ids of cells are there to be had: a user namespace, as of a container, may have a few thousand only."""
+    spans = [(int(first), int(count)) for first, _, count in (line.split() for line in _lines(id_map))]
+    return any(first <= FIRST_ID and first + count >= LAST_ID for first, count in spans)
 
 
 def _words(path: str) -> list[str]:

@@ -66,6 +66,7 @@ class Spawner:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                process_group=0,  # what is sent to the node's group is for the node to heed
             )
         finally:
             theirs.close()

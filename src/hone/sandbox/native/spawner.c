@@ -266,6 +266,8 @@ static int become_agent(void)
     signal(SIGCHLD, SIG_DFL);
     signal(SIGINT, SIG_DFL);
     signal(SIGQUIT, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
+    signal(SIGHUP, SIG_DFL);
     if (dup2(descriptors[0], CONTROL) < 0)
         return -1;
     return syscall(SYS_execveat, agent, "", arguments, variables, AT_EMPTY_PATH);
@@ -562,8 +564,10 @@ int main(int count, char **arguments)
             close(descriptor);
     close_range(agent + 1, ~0u, 0);
     signal(SIGCHLD, SIG_IGN); /* the kernel reaps; a pidfd still tells of the end */
-    signal(SIGINT, SIG_IGN);  /* from a terminal they are meant for the node */
+    signal(SIGINT, SIG_IGN);  /* from a terminal, or whoever ends a whole group or service, they are meant for the node */
     signal(SIGQUIT, SIG_IGN);
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
     umask(0);
     struct pollfd watched[2] = {{socket, POLLIN, 0}, {syscall(SYS_pidfd_open, getppid(), 0), POLLIN, 0}};
     for (;;) {
