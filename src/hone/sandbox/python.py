@@ -349,8 +349,8 @@ class _Line:
         if kind == READY:
             self._is_ready = True
         elif kind == FAILED and error == errno.EAGAIN:  # there are as many processes as may be
-            for program in list(self._programs.values()):
-                program.end(Ending(0, error, 0.0, 0))
+            for waiting in list(self._programs.values()):
+                waiting.end(Ending(0, error, 0.0, 0))
             self._lose(None)
         elif kind == FAILED:
             self._lose(f"{self._cell.name}: Python cannot enter it: {os.strerror(error)}")
