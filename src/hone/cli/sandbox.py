@@ -52,7 +52,7 @@ def run(
         list[str] | None,
         typer.Option(help="A host that it may reach, as pypi.org, *.example.org or example.org:8443; repeat it."),
     ] = None,
-    runtime: Annotated[str, typer.Option(help="How it is isolated: cell, process or bwrap.")] = "cell",
+    runtime: Annotated[str, typer.Option(help="How it is isolated: cell, process, bwrap or oci.")] = "cell",
     ttl_seconds: Annotated[float, typer.Option(help="When it is over in any case.")] = 3600.0,
     node: Address = "",
 ) -> None:

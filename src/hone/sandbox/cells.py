@@ -402,6 +402,16 @@ class Cell:
         """As on the wire, the steps of its plan that everything in it has taken."""
         return encode_operations([step for step in self.operations if step.code in CONFINING])
 
+    @property
+    def can_pause(self) -> bool:
+        """Whether the kernel can stop all of it at once."""
+        return self.cgroup is not None and self.cgroup.can_freeze
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether everything in it is stopped."""
+        return self._is_paused
+
     def is_quiet(self) -> bool:
         """Whether nothing runs in it but its agent, so that nothing can write to its files but on our behalf."""
         if self._programs or self._is_paused:
@@ -663,7 +673,7 @@ class Cell:
             await _until_over(self._pidfd, self.name)
 
     async def _freeze(self, frozen: bool) -> None:
-        if self.cgroup is None or not self.cgroup.can_freeze:
+        if self.cgroup is None or not self.can_pause:
             raise Unsupported("a cell can be paused where there is cgroup v2 only")
         self.require_alive()
         self.cgroup.freeze(frozen)

@@ -178,6 +178,10 @@ class Gateway:
         for told in await self.ask_all(lambda one: calls.Statistics(one.number()), dict[str, float]):
             for name, value in told.items():
                 sums[name] = sums.get(name, 0.0) + value
+        return self.counts() | sums
+
+    def counts(self) -> dict[str, float]:
+        """The gateway's own numbers."""
         return {
             "gateway/nodes": len(self.nodes),
             "gateway/nodes_absent": len(self._controls) - len(self.nodes),
@@ -186,7 +190,6 @@ class Gateway:
             "gateway/clients": len(self._fronts),
             "gateway/calls": sum(len(front.calls) for front in self._fronts),
             "gateway/creates_refused": self.creates.num_refused,
-            **sums,
         }
 
     async def drain(self, name: str, is_draining: bool) -> int:

@@ -20,6 +20,7 @@ LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
 LANDLOCK_ABSTRACT_SOCKETS = 6  # the ABI that can keep programs from other cells' abstract sockets
 CAP_SYS_ADMIN, CAP_SETUID = 21, 7
 MIN_KERNEL = (5, 14)
+MIN_KERNEL_FOR_SHARED_LAYERS = (6, 3)  # the first whose tmpfs can be seen with other ids
 FIRST_ID, LAST_ID = 1 << 20, 1 << 31  # the ids that cells get ranges of
 PROGRAMS = ("bwrap", "crun", "runc", "runsc")
 SYSTEM_LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
@@ -126,6 +127,11 @@ def examine(host: Host) -> tuple[Finding, ...]:
         ),
         Finding("seccomp", host.has_seccomp, "cells: system calls could not be filtered"),
         Finding("overlay", host.has_overlay, "images other than the host's"),
+        Finding(
+            "layers of one cell below another",
+            can_share_layers(host),
+            "snapshots without copies: files are copied into each sandbox that begins from one",
+        ),
         Finding("id ranges", host.has_id_ranges, "ids of their own: a cell's programs have this user's id outside"),
         Finding("cgroup v2", folders.unified is not None, "pause, and the death of daemons at a timeout of their exec"),
         Finding("cgroup memory", "memory" in controllers, "a limit on the sum of memory; each process has its own"),
@@ -137,6 +143,11 @@ def examine(host: Host) -> tuple[Finding, ...]:
             'the cheap network="off": such cells get a network namespace each',
         ),
     )
+
+
+def can_share_layers(host: Host) -> bool:
+    """Whether cells of this machine can lie over what others have written, whose ids are others outside."""
+    return host.has_overlay and (not host.has_id_ranges or host.kernel >= MIN_KERNEL_FOR_SHARED_LAYERS)
 
 
 def find_cgroups(
