@@ -208,8 +208,16 @@ async def test_in_a_cell_with_another_image_its_own_python_is_warmed_up() -> Non
         assert (await python.run("import sys; print(sys.base_prefix)")).stdout == "/usr\n"
         session = await python.session()
         await session.run("x = 1")
+        raised = await session.run("def f():\n    1 / 0\nf()")
+        assert raised.text.startswith('Traceback (most recent call last):\n  File "<snippet 2>", line 3, in <module>')
+        assert not raised.is_over
         other = await session.fork()
         assert (await other.run("x")).text == "1\n"
+        failed = await python.run("1 / 0")
+        assert failed.stderr == (
+            'Traceback (most recent call last):\n  File "<string>", line 1, in <module>\n'
+            "ZeroDivisionError: division by zero\n"
+        )
         await python.close()
 
 

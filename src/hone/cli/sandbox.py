@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hone.cli.sandbox_http import HttpListen, WithoutToken, http, http_door
+from hone.cli.sandbox_http import HttpListen, WithoutToken, http, http_door, require_tokens
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -153,7 +153,9 @@ def serve(
         return NodeServer(node, address, tokens=known, gateways=gateways, certificate=tls_cert, key=tls_key)
 
     def http_of(node: "Node") -> AbstractAsyncContextManager[str]:
-        return http_door(http, node, known, is_open=without_token) if http else contextlib.nullcontext("")
+        if not http:
+            return contextlib.nullcontext("")
+        return http_door(http, node, require_tokens(http, known, is_open=without_token))
 
     network = NetworkPolicy(maps=_read_maps(maps or []), is_private_allowed=private_networks)
     observation = Observation(metrics_port, metrics_host, spans)

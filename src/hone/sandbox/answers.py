@@ -79,6 +79,8 @@ async def _answer_in(sandbox: NodeSandbox, message: Any, streams: CallStreams) -
             terminal = (size[0], size[1]) if size else None
             process = await sandbox.spawn(argv, env=env, cwd=cwd, terminal=terminal)
             return await converse(call, process, streams)
+        case calls.SpawnPython(call, _, code, env, cwd):
+            return await converse(call, await sandbox.spawn_python(code, env=env, cwd=cwd), streams)
         case calls.Python(_, _, code, is_session, timeout_seconds):
             run = sandbox.python if is_session else sandbox.snippet
             return await run(code, timeout_seconds=timeout_seconds)

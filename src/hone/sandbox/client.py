@@ -12,10 +12,11 @@ from typing import Protocol, Self
 import msgspec
 
 from hone.sandbox.beneath import LimitExceeded
-from hone.sandbox.code import CodeResult, ToolchainMissing, run_code
+from hone.sandbox.code import Built, CodeResult, ToolchainMissing, build_code, run_code
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.node import Node
+from hone.sandbox.python import session_program
 from hone.sandbox.remote import RemoteNode
 from hone.schema.sandbox_network import NetworkRecord, Verdict
 from hone.schema.sandboxes import (
@@ -32,6 +33,7 @@ from hone.schema.sandboxes import (
 
 __all__ = [
     "LANGUAGES",
+    "Built",
     "Busy",
     "CodeResult",
     "ExecResult",
@@ -51,8 +53,10 @@ __all__ = [
     "Transfer",
     "Unsupported",
     "Verdict",
+    "build_code",
     "embedded_node",
     "run_code",
+    "session_program",
 ]
 
 
@@ -263,6 +267,10 @@ class Sandbox:
         """
         return await self._opened.spawn(argv, env=env, cwd=cwd, terminal=terminal)
 
+    async def spawn_python(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
+        """What `python -c CODE` does, to talk with, in a fork of a warm interpreter. As `spawn`."""
+        return await self._opened.spawn_python(code, env=env, cwd=cwd)
+
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
         return await self._opened.python(code, timeout_seconds=timeout_seconds)
@@ -418,7 +426,13 @@ async def _remote_node(address: str, token: str, reconnect_seconds: float | None
         await anext(link.generator)
         if lost is not None:
             await lost.generator.aclose()
-    await link.node.connected()
+    try:
+        await link.node.connected()
+    except (SandboxError, ValueError):
+        if link.node.is_lost and links.get(key) is link:  # or every token that is refused would be remembered
+            del links[key]
+            await link.generator.aclose()
+        raise
     return link.node
 
 
@@ -464,6 +478,7 @@ class _Inner(Protocol):
         cwd: str,
         terminal: tuple[int, int] | None,
     ) -> Process: ...
+    async def spawn_python(self, code: str, *, env: Mapping[str, str] | None, cwd: str) -> Process: ...
     async def python(self, code: str, *, timeout_seconds: float) -> PythonResult: ...
     async def snippet(self, code: str, *, timeout_seconds: float) -> ExecResult: ...
     async def read(self, path: str, *, max_bytes: int) -> bytes: ...

@@ -500,9 +500,18 @@ class NodeSandbox:
             self._node.begin(self._hold(process))
             return process
 
+    async def spawn_python(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
+        """What `python -c CODE` does, in a fork of a warm interpreter, to talk with. As `spawn`."""
+        async with self._use("spawn") as cell:
+            process = await (await self._warm(cell)).spawn(code, env=self._variables(env), cwd=cwd)
+            self._node.begin(self._hold(process))
+            return process
+
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
         async with self._use("python") as cell, self._session_turn:
+            if self._session is not None and self._session.is_over:  # with a call that was given up
+                self._session = None
             if self._session is None:
                 self._session = await (await self._warm(cell)).session(env=self._variables(None))
             answer = await self._session.run(code, timeout_seconds)

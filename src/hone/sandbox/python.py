@@ -34,6 +34,17 @@ MAX_CODE_BYTES = 64 << 20
 ORDER = struct.Struct("=III")  # of native/warm.c
 
 
+def session_program() -> str:
+    """The code of a session that needs no node: what `Session` of guest/warm.py takes and gives, on stdin and stdout."""
+    return f"{_warm('warm')}\nmodule['serve_alone']()"
+
+
+def _warm(name: str) -> str:
+    """Code that runs guest/warm.py as a module of this name, in a file of its own: its frames are not a snippet's."""
+    source = (GUEST / "warm.py").read_text()
+    return f"module = {{'__name__': {name!r}}}\nexec(compile({source!r}, '<warm>', 'exec'), module)"
+
+
 class Zygotes:
     """Warms Python up for cells; an async context manager, to be left after that of the cells.
 
@@ -121,6 +132,16 @@ class WarmPython:
         finally:
             await program.close()
 
+    async def spawn(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> Process:
+        """What `python -c CODE` does, in a fork, to talk with; `Process.close` it."""
+        program = Process(self._cell, next(self._numbers), channel=await self._ready())
+        try:
+            program.start(["snippet", code], env, cwd, has_stdin=True)
+        except BaseException:  # a cancellation too: undo, then pass it on
+            await program.close()
+            raise
+        return program
+
     async def session(self, *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> "PythonSession":
         """A session of its own; `PythonSession.close` it. It ends with the cell.
 
@@ -187,6 +208,11 @@ class PythonSession:
         self._read = bytearray()
         self._is_over = False
         self._reason = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its process is gone."""
+        return self._is_over
 
     async def greet(self) -> None:
         """Wait until it is there; called once, by `WarmPython`."""
@@ -300,7 +326,7 @@ class _Line:
             if zygote is not None:
                 await zygote.enter(self._cell, theirs.fileno())
             else:
-                command = ["python3", "-I", "-c", (GUEST / "warm.py").read_text()]
+                command = ["python3", "-I", "-c", _warm("__main__")]
                 self._server = await self._cell.spawn(command, stdin_descriptor=theirs.fileno())
         finally:
             theirs.close()

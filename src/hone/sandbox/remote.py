@@ -92,13 +92,10 @@ class RemoteSandbox:
     ) -> RemoteProcess:
         size = list(terminal) if terminal is not None else None
         message = calls.Spawn(self._link.number(), self.sandbox_id, list(argv), dict(env or {}), cwd, size)
-        process = RemoteProcess(self._link, message)
-        try:
-            await process.started()
-        except BaseException:  # a cancellation too: undo, then pass it on
-            await process.close()
-            raise
-        return process
+        return await self._started(message)
+
+    async def spawn_python(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str = ".") -> RemoteProcess:
+        return await self._started(calls.SpawnPython(self._link.number(), self.sandbox_id, code, dict(env or {}), cwd))
 
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         message = calls.Python(self._link.number(), self.sandbox_id, code, True, timeout_seconds)
@@ -181,3 +178,12 @@ class RemoteSandbox:
         if self._final is not None:
             return self._final
         return await self._link.call(calls.Usage(self._link.number(), self.sandbox_id), SandboxUsage)
+
+    async def _started(self, message: calls.Spawn | calls.SpawnPython) -> RemoteProcess:
+        process = RemoteProcess(self._link, message)
+        try:
+            await process.started()
+        except BaseException:  # a cancellation too: undo, then pass it on
+            await process.close()
+            raise
+        return process

@@ -14,7 +14,7 @@ from hone.schema import sandbox_calls as calls
 class RemoteProcess:
     """As `Process` of a cell, from afar. What nobody reads here is not sent from there."""
 
-    def __init__(self, link: Link, message: calls.Spawn) -> None:
+    def __init__(self, link: Link, message: calls.Spawn | calls.SpawnPython) -> None:
         self._link = link
         self._call = message.call
         self._input = Outgoing()

@@ -366,7 +366,17 @@ class ReadNetworkLog(_Message, frozen=True):
     sandbox_id: str
 
 
-Streamed = Spawn | Upload | Download
+class SpawnPython(_Message, frozen=True):
+    """As `Spawn`, of code in a fork of the warm interpreter."""
+
+    call: int
+    sandbox_id: str
+    code: str
+    env: dict[str, str]
+    cwd: str
+
+
+Streamed = Spawn | SpawnPython | Upload | Download
 """The calls that have streams (a union)."""
 
 
@@ -410,5 +420,6 @@ ToNode = (
     | HoldSnapshot
     | Reset
     | ReadNetworkLog
+    | SpawnPython
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping | Resumed | Interrupted

@@ -510,6 +510,13 @@ def main(control: socket.socket) -> None:
     os._exit(0)
 
 
+def serve_alone() -> None:
+    """Be a session that nobody asks to fork, until its end of stdin."""
+    sys.path.insert(0, "")
+    ours, _theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    Session(ours.detach()).serve()
+
+
 if __name__ == "__main__":
     inherited = socket.socket(fileno=os.dup(0))
     devnull = os.open(os.devnull, os.O_RDWR)
