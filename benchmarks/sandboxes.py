@@ -18,6 +18,7 @@ from sandbox_measures.crowds import burst, crowd, storm, sustained, warm_crowd
 from sandbox_measures.peers import peers
 from sandbox_measures.pythons import pythons
 from sandbox_measures.rounds import Floor
+from sandbox_measures.states import states
 
 AT_MOST = {
     "create_f": 1.8,
@@ -81,6 +82,7 @@ async def measure(
         python = await pythons(floor, arguments.python_rounds)
         away = await addresses(floor, folder, arguments.rounds)
         acquired = await acquisitions(floor, arguments.rounds)
+        state = await states(floor, arguments.peer_rounds)
         figures = {
             "f_ms": made.milliseconds("f"),
             "create_f": made.ratio("create"),
@@ -90,6 +92,7 @@ async def measure(
             "exec_f": ran.ratio("exec"),
             **{f"{name}_f": away.ratio(name) for name in away.seconds if name != "f"},
             **{f"{name}_ms": ran.milliseconds(name) for name in ("pause", "resume") if name in ran.seconds},
+            **{f"{name}_ms": state.milliseconds(name) for name in state.seconds if name != "f"},
             "session_ms": python.milliseconds("session"),
             "session_first_ms": python.milliseconds("session_first"),
             "snippet_ratio": python.ratio("snippet", "cold"),

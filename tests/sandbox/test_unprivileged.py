@@ -16,8 +16,17 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "module",
     [
-        *("test_cells", "test_abuse", "test_node", "test_network", "test_layers", "test_python", "test_runtimes"),
-        *("test_hoards", "test_grading", "test_state"),
+        "test_abuse",
+        "test_cells",
+        "test_grading",
+        "test_hoards",
+        "test_layers",
+        "test_network",
+        "test_node",
+        "test_ports",
+        "test_python",
+        "test_runtimes",
+        "test_state",
     ],
 )
 def test_cells_keep_their_promises_for_an_unprivileged_user(module: str, tmp_path: Path) -> None:
