@@ -195,7 +195,9 @@ class Creates:
         if creating.refusals:
             return min(creating.refusals, key=lambda one: one.retry_after_seconds)
         if creating.home and creating.home not in self._gateway.nodes:
-            return SandboxError(f"the node {creating.home[:100].rstrip('.')} of the snapshot is gone", Outcome.NODE_LOST)
+            return SandboxError(
+                f"the node {creating.home[:100].rstrip('.')} of the snapshot is gone", Outcome.NODE_LOST
+            )
         if not self._gateway.nodes:
             return Busy("no node is there", NO_NODE_SECONDS)
         return Busy(f"no node takes a sandbox of {creating.spec.memory_mb} MB now", NO_NODE_SECONDS)
