@@ -86,6 +86,19 @@ async def test_the_same_code_runs_against_a_gateway(cluster):
     assert cluster.gateway.ledger.totals("me").num_sandboxes == 0
 
 
+async def test_forks_of_a_sandbox_are_on_its_node_and_begin_with_its_files(cluster):
+    async with Sandbox(spec=SMALL, node=cluster.gateway.address, token="mine") as box:
+        await box.write("a", b"as it was")
+        forks = await box.fork(3)
+        async with contextlib.AsyncExitStack() as stack:
+            for fork in forks:
+                stack.push_async_callback(fork.close)
+                assert await fork.read("a") == b"as it was"
+                assert fork.sandbox_id.rpartition(".")[0] == box.sandbox_id.rpartition(".")[0]
+            assert cluster.gateway.ledger.totals("me").num_sandboxes == 4
+    assert cluster.gateway.ledger.totals("me").num_sandboxes == 0
+
+
 @pytest.mark.parametrize("side", ["client", "node", "both"])
 async def test_a_program_and_a_stream_go_on_over_broken_connections(cluster, client, side):
     def cut():
@@ -290,3 +303,51 @@ asyncio.run(main())
     async with asyncio.timeout(30):
         while "654321" in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout:
             await asyncio.sleep(0.2)
+
+
+async def test_what_begins_from_a_snapshot_is_on_its_node(cluster):
+    async with (
+        Sandbox(spec=SMALL, node=cluster.gateway.address, token="mine") as box,
+        await box.snapshot() as snapshot,
+    ):
+        prefix = box.sandbox_id.rpartition(".")[0]
+        forks = [Sandbox(spec=SMALL, snapshot=snapshot) for _ in range(8)]
+        for fork in forks:
+            await fork.open()
+        assert {fork.sandbox_id.rpartition(".")[0] for fork in forks} == {prefix}
+        for fork in forks:
+            await fork.close()
+        lost = snapshot.snapshot_id.replace("n", "x", 1)
+        with pytest.raises(SandboxError, match="snapshot is gone") as caught:
+            await snapshot.node.create(SMALL, key="other", snapshot_id=lost)
+        assert caught.value.outcome is Outcome.NODE_LOST
+    assert cluster.gateway.ledger.totals("me").num_sandboxes == 0
+
+
+@pytest.mark.parametrize("side", ["client", "node", "both"])
+async def test_trees_and_snapshots_go_on_over_broken_connections(cluster, client, side, tmp_path):
+    (tmp_path / "source").mkdir()
+    content = os.urandom(3 << 20)
+    (tmp_path / "source/file").write_bytes(content)
+
+    async def cut_now_and_then():
+        while True:
+            for proxy in [cluster.outer] * (side != "node") + cluster.inner * (side != "client"):
+                proxy.cut()
+            await asyncio.sleep(0.15)
+
+    box = await client.create(SMALL, key="k")
+    await box.ready()
+    cutting = asyncio.create_task(cut_now_and_then())
+    async with asyncio.timeout(60):
+        for number in range(2):
+            assert (await box.upload(tmp_path / "source", f"t{number}")).num_bytes == len(content)
+        snapshots = [await box.snapshot(ttl_seconds=60) for _ in range(3)]
+        await box.remove("t0", is_recursive=True)
+        await box.reset(snapshots[1].snapshot_id)
+        await box.download("t0", tmp_path / "back")
+    cutting.cancel()
+    assert (tmp_path / "back/file").read_bytes() == content
+    assert sum(node.snapshots.count for node in cluster.nodes) == 3  # each was taken once
+    for snapshot in snapshots:
+        await client.hold_snapshot(snapshot.snapshot_id, 0)

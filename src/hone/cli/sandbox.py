@@ -210,6 +210,35 @@ async def _listed(address: str) -> "Table":
 
 
 @app.command()
+def forward(
+    sandbox_id: Annotated[str, typer.Argument(help="As `hone sandbox ls` shows it.")],
+    port: Annotated[str, typer.Argument(help="PORT, or PORT:LOCAL for another one on this side; 0 is a free one.")],
+    node: Address = "",
+) -> None:
+    """Let a port of this machine's loopback lead to one of a sandbox, until SIGINT or SIGTERM."""
+    inner, colon, local = port.partition(":")
+    if not inner.isdecimal() or (colon and not local.isdecimal()):
+        raise ValueError(f"{port!r} is no port; write PORT or PORT:LOCAL")
+    asyncio.run(_forward(node, sandbox_id, int(inner), int(local or inner)))
+
+
+async def _forward(address: str, sandbox_id: str, port: int, local_port: int) -> None:
+    from hone.sandbox.ports import Forwarding
+    from hone.sandbox.remote import RemoteSandbox
+
+    stopped = until_stopped()
+    client = await connected(address)
+    try:
+        box = RemoteSandbox(client, sandbox_id)
+        await box.ready()
+        async with Forwarding(lambda: box.connect(port, timeout_seconds=0), local_port) as forwarding:
+            typer.echo(f"127.0.0.1:{forwarding.port} leads to port {port} of {sandbox_id}")
+            await stopped.wait()
+    finally:
+        await client.close()
+
+
+@app.command()
 def stats(
     node: Address = "",
     watch: Annotated[bool, typer.Option(help="Show them again every second, until interrupted.")] = False,

@@ -81,6 +81,8 @@ async def _answer_in(sandbox: NodeSandbox, message: Any, streams: CallStreams) -
             return await converse(call, process, streams)
         case calls.SpawnPython(call, _, code, env, cwd):
             return await converse(call, await sandbox.spawn_python(code, env=env, cwd=cwd), streams)
+        case calls.Dial(call, _, port, timeout_seconds):
+            return await converse(call, await sandbox.connect(port, timeout_seconds=timeout_seconds), streams)
         case calls.Python(_, _, code, is_session, timeout_seconds):
             run = sandbox.python if is_session else sandbox.snippet
             return await run(code, timeout_seconds=timeout_seconds)

@@ -16,6 +16,7 @@ from hone.sandbox.code import Built, CodeResult, ToolchainMissing, build_code, r
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.node import Node
+from hone.sandbox.ports import Forwarding
 from hone.sandbox.python import session_program
 from hone.sandbox.remote import RemoteNode
 from hone.schema.sandbox_network import NetworkRecord, Verdict
@@ -36,6 +37,7 @@ __all__ = [
     "Built",
     "Busy",
     "CodeResult",
+    "Connection",
     "ExecResult",
     "FileEntry",
     "Language",
@@ -92,6 +94,25 @@ class Process(Protocol):
 
     async def close(self) -> None:
         """Kill it if it runs, and let go of its streams."""
+
+
+class Connection(Protocol):
+    """A connection to a port of a sandbox. It breaks off with the sandbox."""
+
+    async def write(self, data: bytes) -> None:
+        """Send; `BrokenPipeError` if nobody reads."""
+
+    def end_input(self) -> None:
+        """The other side will read the end."""
+
+    async def read(self) -> bytes:
+        """The next piece; empty at the end, also where the connection broke: `read_error` has then something."""
+
+    async def read_error(self) -> bytes:
+        """What broke it; empty if nothing did, when the other side has ended."""
+
+    async def close(self) -> None:
+        """Hang up."""
 
 
 class Snapshot:
@@ -271,6 +292,21 @@ class Sandbox:
         """What `python -c CODE` does, to talk with, in a fork of a warm interpreter. As `spawn`."""
         return await self._opened.spawn_python(code, env=env, cwd=cwd)
 
+    async def connect(self, port: int, *, timeout_seconds: float = 0.0) -> Connection:
+        """A connection to a port of its loopback that a program in it listens at; `Connection.close` it.
+
+        Where nobody listens it is tried for so long, then it is a `ConnectionRefusedError`. No network is needed for it;
+        with network="host" or "off" there is no loopback of its own to connect to.
+        """
+        return await self._opened.connect(port, timeout_seconds=timeout_seconds)
+
+    def forward(self, port: int, local_port: int = 0, *, timeout_seconds: float = 0.0) -> Forwarding:
+        """A port of this machine's loopback that leads to one of the sandbox; an async context manager with a `port`.
+
+        local_port: 0 is a free one. timeout_seconds: as of `connect`, for each connection.
+        """
+        return Forwarding(lambda: self.connect(port, timeout_seconds=timeout_seconds), local_port)
+
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
         return await self._opened.python(code, timeout_seconds=timeout_seconds)
@@ -420,11 +456,12 @@ async def _remote_node(address: str, token: str, reconnect_seconds: float | None
     key = (address, token, reconnect_seconds)
     link = links.get(key)
     if link is None or link.node.is_lost:
-        if link is not None:
-            await link.generator.aclose()
+        lost = link
         node = RemoteNode(address, token, reconnect_seconds=reconnect_seconds)
-        link = links[key] = _Link(node, _connection(node))
+        link = links[key] = _Link(node, _connection(node))  # at once: others come while the lost one is closed
         await anext(link.generator)
+        if lost is not None:
+            await lost.generator.aclose()
     try:
         await link.node.connected()
     except (SandboxError, ValueError):
@@ -478,6 +515,7 @@ class _Inner(Protocol):
         terminal: tuple[int, int] | None,
     ) -> Process: ...
     async def spawn_python(self, code: str, *, env: Mapping[str, str] | None, cwd: str) -> Process: ...
+    async def connect(self, port: int, *, timeout_seconds: float) -> Connection: ...
     async def python(self, code: str, *, timeout_seconds: float) -> PythonResult: ...
     async def snippet(self, code: str, *, timeout_seconds: float) -> ExecResult: ...
     async def read(self, path: str, *, max_bytes: int) -> bytes: ...

@@ -20,16 +20,18 @@ from hone.observability.spans import Spans
 from hone.sandbox.beneath import Owner
 from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.descriptors import provide_for_cells
-from hone.sandbox.egress import PROXY_PORT, NetworkPolicy, proxy_variables
+from hone.sandbox.egress import NetworkPolicy
 from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.files import Files, Tree
 from hone.sandbox.images import ImageStore
 from hone.sandbox.journal import Journal
 from hone.sandbox.layers import is_too_deep
 from hone.sandbox.lifecycle import Command, Destroy, End, Give, Lease, Lifecycle, Limits, Make, Over, Stage
+from hone.sandbox.network import SandboxNetwork
 from hone.sandbox.network_log import NetworkLog
+from hone.sandbox.ports import Connection
 from hone.sandbox.programs import Process
-from hone.sandbox.proxy import MAX_WAITING, Gate, Proxy
+from hone.sandbox.proxy import Gate
 from hone.sandbox.python import PythonSession, WarmPython, Zygotes
 from hone.sandbox.records import Records
 from hone.sandbox.report import report_of
@@ -188,8 +190,13 @@ class Node:
             sandbox = self._sandboxes[lease.sandbox_id] = NodeSandbox(self, lease)
             if base is not None:
                 sandbox.begin_from(base)
-            if self._journal is not None:
-                self._journal.begin(lease.sandbox_id, owner)
+            try:
+                if self._journal is not None:
+                    self._journal.begin(lease.sandbox_id, owner)
+            except SandboxError as error:
+                self._lifecycle.end(lease.sandbox_id, time.monotonic(), str(error))
+                self._obey()
+                raise
         self._obey()
         return sandbox
 
@@ -447,7 +454,7 @@ class NodeSandbox:
         """The cell that it had before."""
         self._past = SandboxUsage()
         self._state_turn = asyncio.Lock()
-        self._proxy: Proxy | None = None
+        self._network = SandboxNetwork(node.gate, lease)
 
     @property
     def sandbox_id(self) -> str:
@@ -501,6 +508,16 @@ class NodeSandbox:
             process = await (await self._warm(cell)).spawn(code, env=self._variables(env), cwd=cwd)
             self._node.begin(self._hold(process))
             return process
+
+    async def connect(self, port: int, *, timeout_seconds: float) -> Connection:
+        """A connection to a port of its loopback; while it lasts the sandbox is not idle.
+
+        Where nobody listens it is tried for so long, then it is a `ConnectionRefusedError`.
+        """
+        async with self._use("network") as cell:
+            connection = await self._network.connect(cell, port, timeout_seconds)
+            self._node.begin(self._hold(connection))
+            return connection
 
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
@@ -612,7 +629,7 @@ class NodeSandbox:
     async def network_log(self) -> tuple[NetworkRecord, ...]:
         """What it asked of the network, the last thousand requests; those that are under way are not among them."""
         async with self._use("network"):
-            return tuple(self._proxy.records) if self._proxy is not None else ()
+            return tuple(self._network.records)
 
     async def pause(self) -> None:
         """As `Cell.pause`."""
@@ -668,7 +685,9 @@ class NodeSandbox:
     def receive(self, cell: Cell) -> None:
         """It is ready; called by the node, again where it is given another cell."""
         self.cell = cell
-        if self.lease.spec.network == "allow":
+        if self._network.is_over:  # that of the cell that it had before
+            self._network = SandboxNetwork(self._node.gate, self.lease, self._network.records)
+        if self._network.has_list:
             self._node.begin(self._open_network(cell))
         else:
             self._ready.set_result(cell)
@@ -693,8 +712,9 @@ class NodeSandbox:
         """Let go of what belongs to its cell."""
         if self._files is not None:
             self._files.tree.close()
-        if self._python is not None or self._proxy is not None:
-            self._node.begin(self._let_go(self._python, self._session, self._proxy))
+        self._network.end()
+        if self._python is not None or self._network.has_list:
+            self._node.begin(self._let_go(self._python, self._session, self._network))
         self._files = self._python = self._session = None
 
     def _part(self, cell: Cell) -> None:
@@ -757,9 +777,8 @@ class NodeSandbox:
             await self._node.snapshots.let_go(await taking)
 
     async def hang_up(self) -> None:
-        """End its way out; to be called when it is over. Harmless when repeated."""
-        if self._proxy is not None:
-            await self._proxy.close()
+        """End its network; to be called when it is over. Harmless when repeated."""
+        await self._network.close()
 
     async def _living(self) -> Cell:
         while True:
@@ -799,38 +818,30 @@ class NodeSandbox:
 
     async def _open_network(self, cell: Cell) -> None:
         try:
-            listener = await cell.listen_at(PROXY_PORT, MAX_WAITING)
+            await self._network.open(cell)
         except (SandboxError, OSError) as error:
             await self._node.end(self, f"it gets no network: {error}")
             return
-        if self.over.done():
-            listener.close()
-            return
-        lease = self.lease
-        former = self._proxy
-        self._proxy = Proxy(self._node.gate, lease.sandbox_id, lease.owner, lease.spec.allow, listener)
-        if former is not None:  # of the cell that it had before
-            self._proxy.records.extend(former.records)
-        self._ready.set_result(cell)
+        if not self._ready.done():
+            self._ready.set_result(cell)
 
     def _variables(self, env: Mapping[str, str] | None) -> Mapping[str, str] | None:
-        spec = self.lease.spec
-        if spec.network == "allow":
-            return {**proxy_variables(), **spec.env, **(env or {})}
-        return {**spec.env, **(env or {})} if spec.env else env
+        own = {**self._network.variables(), **self.lease.spec.env}
+        return {**own, **(env or {})} if own else env
 
     def _tree(self, cell: Cell) -> Files:
         if self._files is None:
             self._files = self._node.files_of(cell)
         return self._files
 
-    async def _hold(self, process: Process) -> None:
+    async def _hold(self, process: Process | Connection) -> None:
         with self._node.use(self.lease), contextlib.suppress(SandboxError):
             await process.wait()
+        if isinstance(process, Connection):
+            self._network.forget(process)
 
-    async def _let_go(self, python: WarmPython | None, session: PythonSession | None, proxy: Proxy | None) -> None:
-        if proxy is not None:
-            await proxy.close()
+    async def _let_go(self, python: WarmPython | None, session: PythonSession | None, network: SandboxNetwork) -> None:
+        await network.close()
         with contextlib.suppress(SandboxError):
             if session is not None:
                 await session.close()

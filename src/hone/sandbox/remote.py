@@ -97,6 +97,15 @@ class RemoteSandbox:
     async def spawn_python(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str = ".") -> RemoteProcess:
         return await self._started(calls.SpawnPython(self._link.number(), self.sandbox_id, code, dict(env or {}), cwd))
 
+    async def connect(self, port: int, *, timeout_seconds: float) -> RemoteProcess:
+        connection = RemoteProcess(self._link, calls.Dial(self._link.number(), self.sandbox_id, port, timeout_seconds))
+        try:
+            await connection.started()
+        except BaseException:  # a cancellation too: undo, then pass it on
+            await connection.close()
+            raise
+        return connection
+
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         message = calls.Python(self._link.number(), self.sandbox_id, code, True, timeout_seconds)
         return await self._link.call(message, PythonResult)

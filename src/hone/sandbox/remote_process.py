@@ -1,4 +1,4 @@
-"""A program that was spawned on a node behind an address: its streams at the client's side."""
+"""A program, or a connection to a port, on a node behind an address: its streams at the client's side."""
 
 import asyncio
 import signal
@@ -14,7 +14,7 @@ from hone.schema import sandbox_calls as calls
 class RemoteProcess:
     """As `Process` of a cell, from afar. What nobody reads here is not sent from there."""
 
-    def __init__(self, link: Link, message: calls.Spawn | calls.SpawnPython) -> None:
+    def __init__(self, link: Link, message: calls.Spawn | calls.SpawnPython | calls.Dial) -> None:
         self._link = link
         self._call = message.call
         self._input = Outgoing()

@@ -376,7 +376,19 @@ class SpawnPython(_Message, frozen=True):
     cwd: str
 
 
-Streamed = Spawn | SpawnPython | Upload | Download
+class Dial(_Message, frozen=True):
+    """A connection to a port of a sandbox. It has the streams of a program: its errors say what broke the connection.
+
+    timeout_seconds: for so long it is tried while nobody listens.
+    """
+
+    call: int
+    sandbox_id: str
+    port: int
+    timeout_seconds: float
+
+
+Streamed = Spawn | SpawnPython | Upload | Download | Dial
 """The calls that have streams (a union)."""
 
 
@@ -421,5 +433,6 @@ ToNode = (
     | Reset
     | ReadNetworkLog
     | SpawnPython
+    | Dial
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping | Resumed | Interrupted
