@@ -16,12 +16,14 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "module",
     [
-        "test_cells",
         "test_abuse",
-        "test_node",
-        "test_network",
-        "test_ports",
+        "test_cells",
+        "test_grading",
+        "test_hoards",
         "test_layers",
+        "test_network",
+        "test_node",
+        "test_ports",
         "test_python",
         "test_runtimes",
         "test_state",
