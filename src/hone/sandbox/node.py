@@ -190,8 +190,13 @@ class Node:
             sandbox = self._sandboxes[lease.sandbox_id] = NodeSandbox(self, lease)
             if base is not None:
                 sandbox.begin_from(base)
-            if self._journal is not None:
-                self._journal.begin(lease.sandbox_id, owner)
+            try:
+                if self._journal is not None:
+                    self._journal.begin(lease.sandbox_id, owner)
+            except SandboxError as error:
+                self._lifecycle.end(lease.sandbox_id, time.monotonic(), str(error))
+                self._obey()
+                raise
         self._obey()
         return sandbox
 
