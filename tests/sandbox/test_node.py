@@ -247,6 +247,21 @@ async def test_a_node_that_is_gone_is_node_lost_for_whoever_waits(node, tmp_path
     assert error.value.outcome is Outcome.NODE_LOST
 
 
+async def test_all_who_come_at_once_after_a_node_was_lost_share_one_new_connection(cells, tmp_path):
+    address = f"unix:{tmp_path}/socket"
+    box = Sandbox(spec=SMALL, node=address, reconnect_seconds=0.1)
+    async with Node("one") as node, NodeServer(node, address):
+        await box.open()
+    with pytest.raises(SandboxError):
+        await box.exec(["true"])
+    async with Node("two") as node, NodeServer(node, address):
+        boxes = [Sandbox(spec=SMALL, node=address, reconnect_seconds=0.1) for _ in range(4)]
+        await asyncio.gather(*(one.open() for one in boxes))
+        for one in boxes:
+            assert (await one.exec(["true"])).is_success
+            await one.close()
+
+
 async def test_who_has_no_token_stays_outside(node):
     with pytest.raises(ValueError, match="give tokens"):
         NodeServer(node, "tcp://127.0.0.1:0")

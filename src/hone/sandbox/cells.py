@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import errno
 import itertools
-import math
 import os
 import random
 import resource
@@ -22,6 +21,7 @@ import msgspec
 
 from hone.sandbox.beneath import open_beneath
 from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, sweep
+from hone.sandbox.cores import Cores
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import FIRST_ID, LANDLOCK_ABSTRACT_SOCKETS, LAST_ID, Host, host_image, look
 from hone.sandbox.images import remove_tree
@@ -86,6 +86,7 @@ class Cells:
         self._cells: set[Cell] = set()
         self._numbers = itertools.count(1)
         self._ids: set[int] = set()
+        self._cores = Cores(self.host.cores)
         self._plans: dict[tuple[object, ...], _KnownPlan] = {}
         self._nothing = -1
         self.num_swept = 0
@@ -128,6 +129,7 @@ class Cells:
         uid = cgroup.uid if cgroup is not None else self._take_ids()
         cell = Cell(f"cell-{number}", spec, image, uid, self._nothing, self._forget)
         cell.cgroup = cgroup
+        cell.cores = self._cores.take(spec.cpus)
         self._cells.add(cell)
         try:
             async with asyncio.timeout(CREATE_SECONDS):
@@ -210,12 +212,11 @@ class Cells:
         assert self._cgroups is not None
         network = cell.spec.network
         can_share = self.host.landlock >= LANDLOCK_ABSTRACT_SOCKETS
-        cores = sorted(self.host.cores)
         return Grants(
             uid=cell.uid_base,
             gid=cell.uid_base if self.host.has_id_ranges else self.host.gid,
             num_ids=NUM_IDS if self.host.has_id_ranges else 1,
-            cores=frozenset(random.sample(cores, min(len(cores), math.ceil(cell.spec.cpus)))),
+            cores=cell.cores,
             join=tuple(range(1, 1 + num_tasks)),
             has_memory_limit=self._cgroups.has("memory"),
             has_process_limit=self._cgroups.has("pids"),
@@ -260,6 +261,7 @@ class Cells:
         """All of a cell's processes are gone: keep its ids and cgroup for the next, or let go of them."""
         assert self._cgroups is not None
         self._cells.discard(cell)
+        self._cores.give_back(cell.cores)
         if cell.launch is not None and cell.launch.folder is not None and cell.launch.folder.exists():
             await asyncio.to_thread(remove_tree, cell.launch.folder)
         cgroup, cell.cgroup = cell.cgroup, None
@@ -317,6 +319,7 @@ class Cell:
         self.joins_cgroups = self.is_launched
         self.launch: Launch | None = None
         self.cgroup: CellCgroup | None = None
+        self.cores: frozenset[int] = frozenset()
         self.spawner: Spawner | None = None
         self.is_layer_held = False
         self.operations: tuple[Operation, ...] = ()

@@ -456,11 +456,12 @@ async def _remote_node(address: str, token: str, reconnect_seconds: float | None
     key = (address, token, reconnect_seconds)
     link = links.get(key)
     if link is None or link.node.is_lost:
-        if link is not None:
-            await link.generator.aclose()
+        lost = link
         node = RemoteNode(address, token, reconnect_seconds=reconnect_seconds)
-        link = links[key] = _Link(node, _connection(node))
+        link = links[key] = _Link(node, _connection(node))  # at once: others come while the lost one is closed
         await anext(link.generator)
+        if lost is not None:
+            await lost.generator.aclose()
     try:
         await link.node.connected()
     except (SandboxError, ValueError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import signal
@@ -84,7 +85,12 @@ class Zygotes:
         """
         if cell.spec.runtime != "cell" or not self._can_build or not _has_this_python(cell.image):
             return WarmPython(cell, None)
-        return WarmPython(cell, await self.prepare(preloads))
+        try:
+            return WarmPython(cell, await self.prepare(preloads))
+        except Unsupported:  # its library cannot be compiled here; the cell's own Python needs none
+            if preloads:
+                raise
+            return WarmPython(cell, None)
 
     async def prepare(self, preloads: Sequence[str] = ()) -> "_Zygote":
         """Have the zygote of these preloads ready."""
@@ -139,7 +145,10 @@ class WarmPython:
         return program
 
     async def session(self, *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> "PythonSession":
-        """A session of its own; `PythonSession.close` it. It ends with the cell."""
+        """A session of its own; `PythonSession.close` it. It ends with the cell.
+
+        One that the cell's programs keep from beginning, by being as many as may be, is over from the beginning.
+        """
         return await self._begin(["session"], env, cwd)
 
     async def fork(self, session: "PythonSession") -> "PythonSession":
@@ -200,6 +209,7 @@ class PythonSession:
         self._turn = asyncio.Lock()
         self._read = bytearray()
         self._is_over = False
+        self._reason = ""
 
     @property
     def is_over(self) -> bool:
@@ -211,8 +221,13 @@ class PythonSession:
         try:
             async with asyncio.timeout(START_SECONDS):
                 if await self._receive() is None:
-                    await self._program.wait()  # raises where it is not the programs of the cell that are to blame
-                    raise SandboxError("a session of Python ended before it began")
+                    code = (
+                        await self._program.wait()
+                    )  # raises where it is not the programs of the cell that are to blame
+                    self._is_over = True
+                    self._reason = (
+                        f"no session of Python can begin beside what runs in the sandbox (exit code {code})\n"
+                    )
         except TimeoutError as error:
             raise SandboxError(f"a session of Python is not there within {START_SECONDS:g} s") from error
 
@@ -226,7 +241,7 @@ class PythonSession:
             raise ValueError(f"{len(data)} bytes of code in one snippet; write them to a file")
         async with self._turn:
             if self._is_over:
-                return Answer("", is_fine=False, is_over=True)
+                return Answer(self._reason, is_fine=False, is_over=True)
             try:
                 return await self._exchange(len(data).to_bytes(4, "big") + data, timeout_seconds)
             except BaseException:  # a cancellation too: undo, then pass it on
@@ -361,6 +376,10 @@ class _Line:
         kind, identity, status, error, user, system, peak = REPORT.unpack(message)
         if kind == READY:
             self._is_ready = True
+        elif kind == FAILED and error == errno.EAGAIN:  # there are as many processes as may be
+            for waiting in list(self._programs.values()):
+                waiting.end(Ending(0, error, 0.0, 0))
+            self._lose(None)
         elif kind == FAILED:
             self._lose(f"{self._cell.name}: Python cannot enter it: {os.strerror(error)}")
         elif (program := self._programs.get(identity)) is not None:
