@@ -86,6 +86,19 @@ async def test_the_same_code_runs_against_a_gateway(cluster):
     assert cluster.gateway.ledger.totals("me").num_sandboxes == 0
 
 
+async def test_forks_of_a_sandbox_are_on_its_node_and_begin_with_its_files(cluster):
+    async with Sandbox(spec=SMALL, node=cluster.gateway.address, token="mine") as box:
+        await box.write("a", b"as it was")
+        forks = await box.fork(3)
+        async with contextlib.AsyncExitStack() as stack:
+            for fork in forks:
+                stack.push_async_callback(fork.close)
+                assert await fork.read("a") == b"as it was"
+                assert fork.sandbox_id.rpartition(".")[0] == box.sandbox_id.rpartition(".")[0]
+            assert cluster.gateway.ledger.totals("me").num_sandboxes == 4
+    assert cluster.gateway.ledger.totals("me").num_sandboxes == 0
+
+
 @pytest.mark.parametrize("side", ["client", "node", "both"])
 async def test_a_program_and_a_stream_go_on_over_broken_connections(cluster, client, side):
     def cut():

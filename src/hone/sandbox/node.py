@@ -36,7 +36,7 @@ from hone.sandbox.python import PythonSession, WarmPython, Zygotes
 from hone.sandbox.records import Records
 from hone.sandbox.report import report_of
 from hone.sandbox.state import Base, Snapshot, Snapshots
-from hone.schema.sandbox_network import NetworkRecord, parse_rules
+from hone.schema.sandbox_network import NetworkRecord
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
     DEFAULT_RUNTIMES,
@@ -179,8 +179,8 @@ class Node:
         """
         if self._is_closing:
             raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
-        if any(rule.is_private for rule in parse_rules(spec.allow)) and not self.gate.policy.is_private_allowed:
-            raise Unsupported(f"the node {self.name} lets no sandbox into private networks: allow {list(spec.allow)}")
+        if refused := self.gate.policy.refuses(spec):
+            raise Unsupported(f"the node {self.name} gives no sandbox {refused}; serve it with --private-networks")
         base = None
         if snapshot_id and not self._lifecycle.knows(key, owner):
             base = self.snapshots.base_for(spec, snapshot_id)
