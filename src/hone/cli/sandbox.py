@@ -129,7 +129,7 @@ def serve(
         ),
     ] = None,
     private_networks: Annotated[
-        bool, typer.Option(help="Let allow-lists name hosts in private networks, and this machine, by +private.")
+        bool, typer.Option(help="Let sandboxes reach private networks and this machine: +private, --network host.")
     ] = False,
     drain_seconds: Annotated[
         float, typer.Option(help="At SIGTERM, how long sandboxes may live on while no new ones are taken.")
