@@ -288,6 +288,17 @@ async def _stats(address: str, watch: bool) -> None:
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of nodes (`--folder` of serve), one or more.")],
+    output: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("sandboxes.html"),
+) -> None:
+    """Write a page about the sandboxes that ended: who used what, how many at once, how they ended."""
+    from hone.studio.sandboxes import write_sandboxes_page
+
+    typer.echo(write_sandboxes_page(folders, output))
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine can do for sandboxes, what is lost where it cannot, and try each runtime."""
     from rich.table import Table

@@ -738,6 +738,9 @@ class NodeSandbox:
             if snapshots.can_hold and await self._is_quiet(cell):
                 taken = await self._exchanged(cell, base)
             taken = taken or await snapshots.copy(cell, base)
+            if self.over.done():
+                await snapshots.release(taken)
+                raise _again(self.over.result())
             return snapshots.add(taken, self.lease.spec, self.lease.owner, ttl_seconds)
 
     async def _is_quiet(self, cell: Cell) -> bool:
@@ -763,14 +766,20 @@ class NodeSandbox:
             self._stay(cell, past)
             raise
         if self.over.done():
-            await snapshots.release(taken)
-            raise _again(self.over.result())
+            return taken
         self._drop()
         self.begin_from(taken)
-        self._node.exchange(self)
+        self._node.begin(self._move())
         if former is not None:
             await snapshots.release(former)
         return taken
+
+    async def _move(self) -> None:
+        """Go into another cell, after those have heard of the snapshot who wait for it."""
+        for _ in range(3):
+            await asyncio.sleep(0)
+        if not self.over.done():
+            self._node.exchange(self)
 
     async def _unwanted(self, taking: "asyncio.Task[Snapshot]") -> None:
         with contextlib.suppress(SandboxError, OSError):
