@@ -1,14 +1,11 @@
 """Images: every kind of name, what is broken is told, and layers that hide what lies below them."""
 
 import gzip
-import hashlib
-import io
 import json
 import lzma
 import os
 import platform
 import stat
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,60 +13,12 @@ import pytest
 
 from hone.sandbox.errors import ImageError
 from hone.sandbox.images import ImageStore
-
-Files = dict[str, bytes | None]  # None: a folder
+from oci_layouts import Files, Layout, archive_of
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> ImageStore:
     return ImageStore(tmp_path / "store")
-
-
-def archive_of(files: Files) -> bytes:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            if content is None:
-                member.type, member.mode = tarfile.DIRTYPE, 0o755
-            else:
-                member.size = len(content)
-            archive.addfile(member, io.BytesIO(content or b""))
-    return packed.getvalue()
-
-
-class Layout:
-    """Writes the OCI image layout."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "blobs" / "sha256").mkdir(parents=True)
-        (folder / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
-        self.manifests: list[dict[str, object]] = []
-
-    def blob(self, content: bytes) -> dict[str, object]:
-        digest = hashlib.sha256(content).hexdigest()
-        (self.folder / "blobs" / "sha256" / digest).write_bytes(content)
-        return {"mediaType": "application/x", "digest": f"sha256:{digest}", "size": len(content)}
-
-    def document(self, content: object) -> dict[str, object]:
-        return self.blob(json.dumps(content).encode())
-
-    def add(self, *layers: Files, tag: str = "latest", architecture: str | None = None) -> None:
-        contents = [archive_of(layer) for layer in layers]
-        runtime = {"Env": ["PATH=/opt/bin:/bin", "WITH=a=b"], "WorkingDir": "/srv", "Cmd": ["sh"]}
-        rootfs = {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(one).hexdigest()}" for one in contents]}
-        config = self.document({"architecture": "any", "os": "linux", "config": runtime, "rootfs": rootfs})
-        blobs = [self.blob(gzip.compress(one, mtime=0)) for one in contents]
-        manifest = self.document({"schemaVersion": 2, "config": config, "layers": blobs})
-        manifest["annotations"] = {"org.opencontainers.image.ref.name": tag}
-        if architecture is not None:
-            manifest["platform"] = {"architecture": architecture, "os": "linux"}
-        self.manifests.append(manifest)
-        self.save()
-
-    def save(self) -> None:
-        (self.folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": self.manifests}))
 
 
 @pytest.fixture

@@ -6,10 +6,13 @@ import os
 import sys
 import threading
 from concurrent.futures import CancelledError
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hone.cli.sandbox_http import HttpListen, WithoutToken, http, http_door
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,6 +26,7 @@ NUM_HEAD_ROWS = 10
 """Lines of the live table that are not sandboxes."""
 
 app = typer.Typer(help="Sandboxes: run programs nobody trusts, here or on a node.", no_args_is_help=True)
+app.command()(http)
 
 Address = Annotated[
     str,
@@ -41,7 +45,11 @@ def run(
     memory_mb: Annotated[int, typer.Option(help="Memory of its programs.")] = 512,
     cpus: Annotated[float, typer.Option(help="Cores.")] = 1.0,
     disk_mb: Annotated[int, typer.Option(help="What it may write.")] = 256,
-    network: Annotated[str, typer.Option(help="none, off or host.")] = "none",
+    network: Annotated[str, typer.Option(help="none, off or host; allow comes with --allow.")] = "",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="A host that it may reach, as pypi.org, *.example.org or example.org:8443; repeat it."),
+    ] = None,
     ttl_seconds: Annotated[float, typer.Option(help="When it is over in any case.")] = 3600.0,
     node: Address = "",
 ) -> None:
@@ -53,10 +61,11 @@ def run(
         memory_mb=memory_mb,
         cpus=cpus,
         disk_mb=disk_mb,
-        network=network,
+        network=network or None,
+        allow=allow or (),
         ttl_seconds=ttl_seconds,
         node=node or None,
-        token=_token(),
+        token=own_token(),
     )
     code = asyncio.run(_run(sandbox, command))
     raise typer.Exit(code if code >= 0 else 128 - code)
@@ -108,17 +117,29 @@ def serve(
     metrics_port: Annotated[int | None, typer.Option(help="For Prometheus: /metrics, and /health for probes.")] = None,
     metrics_host: Annotated[str, typer.Option(help="Who reaches them; 0.0.0.0 is everybody who can.")] = "127.0.0.1",
     spans: Annotated[Path | None, typer.Option(help="A file to tell each creation and call in, a line each.")] = None,
+    maps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map", help="name=unix:/path or name=host:port: what a name on an allow-list means here; repeat it."
+        ),
+    ] = None,
+    private_networks: Annotated[
+        bool, typer.Option(help="Let allow-lists name hosts in private networks, and this machine, by +private.")
+    ] = False,
     drain_seconds: Annotated[
         float, typer.Option(help="At SIGTERM, how long sandboxes may live on while no new ones are taken.")
     ] = 10.0,
+    http: HttpListen = "",
+    without_token: WithoutToken = False,
 ) -> None:
     """Serve a node until SIGINT, which ends it at once as a second SIGTERM does; the first one drains it."""
     from hone.cli.sandbox_serve import Observation, serve_node
+    from hone.sandbox.egress import NetworkPolicy
     from hone.sandbox.lifecycle import Limits
 
     place = folder or _cache() / f"node-{name}"
     address = listen or f"unix:{place}/socket"
-    known, gateways = _read_tokens(tokens) if tokens is not None else ({}, set())
+    known, gateways = read_tokens(tokens) if tokens is not None else ({}, set())
     limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
 
     def server_of(node: "Node") -> "NodeServer":
@@ -126,8 +147,22 @@ def serve(
 
         return NodeServer(node, address, tokens=known, gateways=gateways, certificate=tls_cert, key=tls_key)
 
+    def http_of(node: "Node") -> AbstractAsyncContextManager[str]:
+        return http_door(http, node, known, is_open=without_token) if http else contextlib.nullcontext("")
+
+    network = NetworkPolicy(maps=_read_maps(maps or []), is_private_allowed=private_networks)
     observation = Observation(metrics_port, metrics_host, spans)
-    asyncio.run(serve_node(name, place, limits, server_of, observation, drain_seconds))
+    asyncio.run(serve_node(name, place, limits, network, server_of, observation, drain_seconds, http_of))
+
+
+def _read_maps(texts: list[str]) -> dict[str, str]:
+    maps = {}
+    for text in texts:
+        name, equals, address = text.partition("=")
+        if not equals:
+            raise ValueError(f"--map {text!r} has no address; write name=unix:/path or name=host:port")
+        maps[name] = address
+    return maps
 
 
 def until_stopped() -> asyncio.Event:
@@ -267,7 +302,7 @@ async def _connected(address: str) -> "RemoteNode":
     from hone.sandbox.client import SandboxError
     from hone.sandbox.remote import RemoteNode
 
-    client = RemoteNode(address or f"unix:{_cache()}/node-local/socket", _token())
+    client = RemoteNode(address or f"unix:{_cache()}/node-local/socket", own_token())
     try:
         await client.connected()
     except SandboxError as error:
@@ -275,11 +310,12 @@ async def _connected(address: str) -> "RemoteNode":
     return client
 
 
-def _token() -> str:
+def own_token() -> str:
+    """What this user's commands show to nodes."""
     return os.environ.get("HONE_SANDBOX_TOKEN", "")
 
 
-def _read_tokens(path: Path) -> tuple[dict[str, str], set[str]]:
+def read_tokens(path: Path) -> tuple[dict[str, str], set[str]]:
     """Owners by token, and which of them are gateways."""
     tokens, gateways = {}, set()
     for number, line in enumerate(path.read_text().splitlines(), 1):

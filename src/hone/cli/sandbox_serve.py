@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 from hone.observability.spans import Spans
+from hone.sandbox.egress import NetworkPolicy
 from hone.sandbox.lifecycle import Limits
 from hone.sandbox.node import Node
 from hone.sandbox.serve import NodeServer
@@ -30,20 +31,24 @@ async def serve_node(
     name: str,
     folder: Path,
     limits: Limits,
+    network: NetworkPolicy,
     server_of: Callable[[Node], NodeServer],
     observation: Observation,
     drain_seconds: float,
+    http_of: Callable[[Node], contextlib.AbstractAsyncContextManager[str]],
 ) -> None:
     """Serve until SIGINT or SIGTERM. The first SIGTERM lets the sandboxes that are there live on for `drain_seconds`."""
     stops = _Stops()
     with _spans(observation.spans, name) as spans:
         async with (
-            Node(name, folder=folder, limits=limits, spans=spans) as node,
+            Node(name, folder=folder, limits=limits, network=network, spans=spans) as node,
             _metrics(node, observation) as metrics,
             server_of(node) as server,
+            http_of(node) as url,
         ):
             lost = f"; {len(node.lost)} sandboxes were lost with the node before" if node.lost else ""
-            typer.echo(f"node {name} serves at {server.address}{metrics}{lost}")
+            http = f", /run_code at {url}" if url else ""
+            typer.echo(f"node {name} serves at {server.address}{http}{metrics}{lost}")
             if await stops.first() is signal.SIGTERM:
                 await _drain(node, drain_seconds, stops)
                 await server.until_answered(ANSWER_SECONDS)

@@ -1,5 +1,8 @@
-"""Sandboxes of nodes for environments: their trouble becomes a failure of the rollout here, and only here."""
+"""Where the programs of environments run, by name; trouble of nodes becomes a failure of the rollout here, and only here."""
 
+import asyncio
+import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -17,18 +20,71 @@ if TYPE_CHECKING:
     from hone.sandbox import client
 
 
+HERE = "here"
+"""The default: cells of this process where this machine can have them, otherwise processes, with a warning."""
+PROBE = SandboxSpec(memory_mb=64, disk_mb=4, max_processes=16)
+
+logger = logging.getLogger("hone.envs.providers")
+
+
 def sandboxes_at(where: str, token: str = "") -> SandboxProvider:
-    """A provider by name: "processes", "cells" of this process, or the address of a node or gateway.
+    """A provider by name: "here", "cells" of this process, "processes", or the address of a node or a gateway.
+
+    "here" is cells where this machine can have them, and otherwise processes, with a warning of what that loses.
+    token: for an address; by default that of the environment variable HONE_SANDBOX_TOKEN.
 
     Example::
 
-        SandboxToolUse(..., sandboxes=sandboxes_at("cells"))
+        SandboxToolUse(..., sandboxes=sandboxes_at("tls://gateway:7300", token))
     """
+    if where == HERE:
+        return SandboxesHere()
     if where == "processes":
         return LocalProcesses()
-    if where == "cells" or where.startswith(("unix:", "tcp:")):
-        return NodeSandboxes(None if where == "cells" else where, token)
-    raise ValueError(f"no sandboxes at {where!r}; say processes, cells, unix:/path or tcp://host:port")
+    if where == "cells" or where.startswith(("unix:", "tcp:", "tls:")):
+        return NodeSandboxes(None if where == "cells" else where, token or os.environ.get("HONE_SANDBOX_TOKEN", ""))
+    raise ValueError(f"no sandboxes at {where!r}; say here, cells, processes, unix:/path, tcp:// or tls://host:port")
+
+
+def provider_of(sandboxes: SandboxProvider | str) -> SandboxProvider:
+    """The provider itself, or the one of a name or an address (`sandboxes_at`)."""
+    return sandboxes_at(sandboxes) if isinstance(sandboxes, str) else sandboxes
+
+
+class SandboxesHere:
+    """A `SandboxProvider` of this machine: cells, or processes where cells cannot be had. The first creation decides."""
+
+    def __init__(self) -> None:
+        self._deciding: asyncio.Lock | None = None
+        self._chosen: SandboxProvider | None = None
+
+    async def create(self, spec: SandboxSpec) -> Sandbox:
+        """A sandbox that is ready; raises a `RolloutFailure` of class sandbox."""
+        if self._chosen is None:
+            self._deciding = self._deciding or asyncio.Lock()
+            async with self._deciding:
+                self._chosen = self._chosen or await _best_here()
+        return await self._chosen.create(spec)
+
+
+async def _best_here() -> SandboxProvider:
+    """Only a machine that cannot have cells is given less: what else goes wrong with one is a failure."""
+    from hone.sandbox.client import Outcome, SandboxError  # `import hone.envs` stays light
+
+    cells = NodeSandboxes()
+    try:
+        await (await cells.create(PROBE)).close()
+    except RolloutFailure as failure:
+        cause = failure.__cause__
+        if not isinstance(cause, SandboxError) or cause.outcome is not Outcome.POLICY_DENIED:
+            raise
+        logger.warning(
+            "programs run as processes of this user, which is no boundary against hostile code, because this machine"
+            " cannot have cells (%s); `hone sandbox doctor` says more, and sandboxes='processes' accepts it",
+            cause,
+        )
+        return LocalProcesses()
+    return cells
 
 
 class NodeSandboxes:

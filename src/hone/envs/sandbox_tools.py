@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Unpack
 
 from hone.envs.environment import EnvironmentArguments
-from hone.envs.local_processes import LocalProcesses
+from hone.envs.providers import HERE, provider_of
 from hone.envs.rollout import Rollout
 from hone.envs.sandboxes import LazySandbox, Sandbox, SandboxProvider
 from hone.envs.sessions import PythonSession
@@ -34,20 +34,20 @@ class SandboxToolUse(ToolUse):
         async def tests_pass(state: SandboxState) -> float:
             return float((await state.sandbox.exec(["python", "-m", "pytest", "-q"])).is_success)
 
-    sandboxes: local processes by default. timeout_seconds: of each snippet and each command. tools: further tools.
+    sandboxes: a provider, or what `sandboxes_at` takes. timeout_seconds: of each snippet and each command. tools: further tools.
     """
 
     def __init__(
         self,
         *,
-        sandboxes: SandboxProvider | None = None,
+        sandboxes: SandboxProvider | str = HERE,
         spec: SandboxSpec = SandboxSpec(),
         timeout_seconds: float = 30.0,
         tools: Sequence[Tool | Toolset | Function] = (),
         on_error: OnError = "show",
         **common: Unpack[EnvironmentArguments],
     ) -> None:
-        self._sandboxes = sandboxes or LocalProcesses()
+        self._sandboxes = provider_of(sandboxes)
         self._spec = spec
         self._timeout_seconds = timeout_seconds
         super().__init__(

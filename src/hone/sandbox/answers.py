@@ -77,6 +77,8 @@ async def _answer_in(sandbox: NodeSandbox, message: Any, streams: CallStreams) -
             return await sandbox.remove(path, is_recursive=is_recursive)
         case calls.Pause(_, _, is_paused):
             return await (sandbox.pause() if is_paused else sandbox.resume())
+        case calls.ReadNetworkLog():
+            return await sandbox.network_log()
         case calls.Renew(_, _, seconds):
             return await sandbox.renew(seconds)
         case calls.Destroy():

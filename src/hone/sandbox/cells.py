@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import math
 import os
@@ -28,6 +29,7 @@ from hone.sandbox.spawner import Born, Spawner
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, SandboxUsage
 
 CREATE_SECONDS = 30.0
+CONNECT_SECONDS = 10.0
 NUM_IDS = 1 << 16
 FIRST_ID, LAST_ID = 1 << 20, 1 << 31
 MAX_PLANS = 256
@@ -310,6 +312,20 @@ class Cell:
             raise
         return program
 
+    async def listen_at(self, port: int, max_waiting: int) -> socket.socket:
+        """A socket that listens at a port of its loopback, for us to accept what its programs connect.
+
+        Made by the spawner: the cell never holds it. `Unsupported` for a cell without a network of its own.
+        """
+        return await self._socket(port, max_waiting)
+
+    async def connect(self, port: int) -> socket.socket:
+        """A connection to a port of its loopback, made as `listen_at` makes one. `OSError` where nobody listens."""
+        try:
+            return await self._connect(port, is_ipv6=False)
+        except ConnectionRefusedError:  # some programs listen at ::1 only
+            return await self._connect(port, is_ipv6=True)
+
     def confinement(self) -> bytes:
         """As on the wire, the steps of its plan that everything in it has taken."""
         return encode_operations([step for step in self.operations if step.code in CONFINING])
@@ -385,6 +401,39 @@ class Cell:
             socket.send_fds(self._control, [data], descriptors)
         except OSError as error:
             raise SandboxError(f"{self.name}: its agent does not listen ({error})") from error
+
+    async def _connect(self, port: int, *, is_ipv6: bool) -> socket.socket:
+        made = await self._socket(port, is_ipv6=is_ipv6)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await until_ready(made.fileno(), self._loop.add_writer, self._loop.remove_writer)
+            if number := made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise OSError(number, os.strerror(number))
+        except ConnectionRefusedError as error:
+            made.close()
+            raise ConnectionRefusedError(error.errno, f"nobody listens at port {port} of the sandbox") from None
+        except TimeoutError as error:
+            made.close()
+            raise TimeoutError(errno.ETIMEDOUT, f"port {port} of the sandbox takes no connection") from error
+        except BaseException:  # a cancellation too: undo, then pass it on
+            made.close()
+            raise
+        return made
+
+    async def _socket(self, port: int, max_waiting: int = 0, *, is_ipv6: bool = False) -> socket.socket:
+        self.require_alive()
+        assert self.spawner is not None
+        if not 0 < port < 1 << 16:
+            raise ValueError(f"port {port} is not between 1 and 65535")
+        if self.spec.network in ("off", "host"):
+            raise Unsupported(f"{self.name} has no network of its own: network={self.spec.network!r}; use 'none'")
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                return await self.spawner.socket_in(self._pidfd, port, max_waiting=max_waiting, is_ipv6=is_ipv6)
+        except TimeoutError as error:
+            raise SandboxError(f"{self.name}: no socket within {CONNECT_SECONDS:g} s") from error
+        except ProcessLookupError as error:
+            raise SandboxError(f"{self.name}: its first process is gone") from error
 
     def _loss(self) -> SandboxError:
         return SandboxError(f"{self.name}: {self._over or 'it was never opened'}")

@@ -9,16 +9,23 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from hone.sandbox.beneath import LimitExceeded
+from hone.sandbox.code import CodeResult, ToolchainMissing, run_code
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
+from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.node import Node
 from hone.sandbox.remote import RemoteNode
+from hone.schema.sandbox_network import NetworkRecord, Verdict
 from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxUsage
 
 __all__ = [
+    "LANGUAGES",
     "Busy",
+    "CodeResult",
     "ExecResult",
     "FileEntry",
+    "Language",
     "LimitExceeded",
+    "NetworkRecord",
     "Outcome",
     "Process",
     "PythonResult",
@@ -26,8 +33,11 @@ __all__ = [
     "SandboxError",
     "SandboxSpec",
     "SandboxUsage",
+    "ToolchainMissing",
     "Unsupported",
+    "Verdict",
     "embedded_node",
+    "run_code",
 ]
 
 
@@ -76,7 +86,7 @@ class Sandbox:
             await box.python("x = 1")
 
     Entering it asks for the sandbox and does not wait for it: the first call does, or `ready`. The arguments are those of
-    `SandboxSpec`. node: where it shall be. By default inside this process, without a daemon and without root; or the
+    `SandboxSpec`; network is "none", or "allow" where there is an `allow`. node: where it shall be. By default inside this process, without a daemon and without root; or the
     address of a node or a gateway, `unix:/path` or `tcp://host:port`, with a `token` where that wants one; or a `Node`.
     key: one of your own makes asking repeatable: while it lives, the same key is the same sandbox.
 
@@ -92,7 +102,8 @@ class Sandbox:
         cpus: float = 1.0,
         disk_mb: int = 256,
         max_processes: int = 256,
-        network: str = "none",
+        network: str | None = None,
+        allow: Sequence[str] = (),
         ttl_seconds: float = 600.0,
         idle_seconds: float | None = None,
         env: Mapping[str, str] | None = None,
@@ -102,8 +113,9 @@ class Sandbox:
         token: str = "",
         key: str = "",
     ) -> None:
-        if network not in ("none", "off", "host"):
-            raise ValueError(f"network {network!r} of a sandbox is none of none, off, host")
+        network = network or ("allow" if allow else "none")
+        if network not in ("none", "off", "host", "allow"):
+            raise ValueError(f"network {network!r} of a sandbox is none of none, off, host, allow")
         self.spec = spec or SandboxSpec(
             image=image,
             memory_mb=memory_mb,
@@ -114,6 +126,7 @@ class Sandbox:
             ttl_seconds=ttl_seconds,
             idle_seconds=idle_seconds,
             env=dict(env or {}),
+            allow=tuple(allow),
             rollout=rollout,
         )
         self._node = node
@@ -203,6 +216,10 @@ class Sandbox:
     async def remove(self, path: str, *, is_recursive: bool = False) -> None:
         """Remove a file, or a folder if it is empty or the removal is recursive."""
         await self._opened.remove(path, is_recursive=is_recursive)
+
+    async def network_log(self) -> tuple[NetworkRecord, ...]:
+        """What it asked of the network (`allow`), the last thousand requests; those under way are not among them."""
+        return await self._opened.network_log()
 
     async def pause(self) -> None:
         """Stop everything in it where it is, memory and all. `Unsupported` without cgroup v2."""
@@ -333,6 +350,7 @@ class _Inner(Protocol):
     async def write(self, path: str, data: bytes, *, mode: int | None) -> None: ...
     async def list(self, path: str) -> tuple[FileEntry, ...]: ...
     async def remove(self, path: str, *, is_recursive: bool) -> None: ...
+    async def network_log(self) -> tuple[NetworkRecord, ...]: ...
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
     async def renew(self, seconds: float) -> None: ...

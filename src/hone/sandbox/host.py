@@ -24,6 +24,7 @@ ETC = (
     *("ld.so.cache", "alternatives", "ssl/certs", "ssl/openssl.cnf", "mime.types", "localtime", "timezone"),
     *("nsswitch.conf", "services", "protocols", "shells", "magic", "debian_version", "os-release"),
 )
+ETC_PATTERNS = ("java-*-openjdk",)  # named by version
 PASSWD = b"root:x:0:0:root:/work:/bin/sh\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n"
 GROUP = b"root:x:0:\ntty:x:5:\nnogroup:x:65534:\n"
 HOSTS = b"127.0.0.1 localhost sandbox\n::1 localhost\n"
@@ -48,6 +49,7 @@ class Host:
     gid: int
     has_id_ranges: bool
     has_user_namespaces: bool
+    has_network_namespaces: bool
     has_compiler: bool
     has_overlay: bool
     has_seccomp: bool
@@ -79,6 +81,8 @@ def look() -> Host:
         and bool(capabilities >> CAP_SETUID & 1)
         and bool(capabilities >> CAP_SYS_ADMIN & 1),
         has_user_namespaces=_allows_user_namespaces(),
+        has_network_namespaces=Path("/proc/self/ns/net").exists()
+        and _words("/proc/sys/user/max_net_namespaces") != ["0"],
         has_compiler=any(shutil.which(compiler) for compiler in COMPILERS),
         has_overlay="overlay" in _words("/proc/filesystems"),
         has_seccomp="errno" in _words("/proc/sys/kernel/seccomp/actions_avail"),
@@ -101,6 +105,11 @@ def examine(host: Host) -> tuple[Finding, ...]:
         ),
         Finding("C compiler", host.has_compiler, "cells: their two small programs are compiled on first use"),
         Finding("user namespaces", host.has_user_namespaces, "cells; what is left are processes behind Landlock"),
+        Finding(
+            "network namespaces",
+            host.has_network_namespaces,
+            'sandboxes but those with network="host": empty networks, allow-lists and published ports',
+        ),
         Finding("seccomp", host.has_seccomp, "cells: system calls could not be filtered"),
         Finding("overlay", host.has_overlay, "images other than the host's"),
         Finding("id ranges", host.has_id_ranges, "ids of their own: a cell's programs have this user's id outside"),
@@ -162,8 +171,8 @@ def _etc() -> Path:
 
     One folder to see instead of a dozen files: every file would cost a cell a tenth of a millisecond's worth of mounts.
     """
-    digest = hashlib.sha256(repr((ETC, PASSWD, GROUP, HOSTS, os.geteuid())).encode())
-    for name in ETC:
+    digest = hashlib.sha256(repr((_etc_names(), PASSWD, GROUP, HOSTS, os.geteuid())).encode())
+    for name in _etc_names():
         with contextlib.suppress(OSError):
             digest.update(f"{name} {Path('/etc', name).stat().st_mtime_ns}".encode())
     folder = cache_folder() / f"etc-{digest.hexdigest()[:24]}"
@@ -178,8 +187,13 @@ def _etc() -> Path:
     return folder
 
 
+def _etc_names() -> list[str]:
+    found = (path.name for pattern in ETC_PATTERNS for path in Path("/etc").glob(pattern))
+    return [*ETC, *sorted(found)]
+
+
 def _copy_etc(to: Path) -> None:
-    for name in ETC:
+    for name in _etc_names():
         source, target = Path("/etc", name), to / name
         with contextlib.suppress(OSError, shutil.Error):
             target.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Builds an image from a short TOML file: a base, packages of Python, files and variables; kept by content."""
+"""Builds an image from a short TOML file: a base, packages of Debian and of Python, files and variables; kept by content."""
 
 import hashlib
 import subprocess
@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
+from hone.sandbox.debian_packages import Packages
 from hone.sandbox.errors import ImageError
 from hone.sandbox.plan import Image
 
@@ -20,12 +21,14 @@ PIP_SECONDS = 1800.0
 class ImageDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an image is made of.
 
-    base: a name of an image. pip: requirements for this Python, installed from wheels only, so that nothing of theirs
+    base: a name of an image. apt: packages, where the base is Debian or Ubuntu; they are unpacked, and their scripts are
+    not run. pip: requirements for this Python, installed from wheels only, so that nothing of theirs
     runs while they are; the programs of the image find them by PYTHONPATH. files: absolute path in the image to a local
     file, relative to the TOML file. env: variables of every program.
     """
 
     base: str = "host"
+    apt: list[str] = []
     pip: list[str] = []
     files: dict[str, str] = {}
     env: dict[str, str] = {}
@@ -44,13 +47,25 @@ def build_image(
     base = find(definition.base)
     env = {**base.env, **definition.env}
     layers = list(base.layers)
-    if contents:
-        layers.insert(0, str(keep(_key(sorted(contents.items())), lambda folder: _put(contents, folder))))
+    if definition.apt:
+        layers.insert(0, str(_add_packages(definition, base, path, keep)))
     if definition.pip:
         key = _key(("pip", sorted(definition.pip), sys.version, sys.platform))
         layers.insert(0, str(keep(key, lambda folder: _install(definition.pip, folder))))
         env["PYTHONPATH"] = ":".join(filter(None, (PACKAGES, env.get("PYTHONPATH"))))
+    if contents:
+        layers.insert(0, str(keep(_key(sorted(contents.items())), lambda folder: _put(contents, folder))))
     return replace(base, layers=tuple(layers), env=env)
+
+
+def _add_packages(
+    definition: ImageDefinition, base: Image, path: Path, keep: Callable[[str, Callable[[Path], object]], Path]
+) -> Path:
+    try:
+        packages = Packages(definition.apt, base.layers)
+        return keep(_key(("apt", packages.key())), packages.install)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
 
 
 def _key(content: object) -> str:

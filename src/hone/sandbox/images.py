@@ -1,39 +1,35 @@
 """Images by name: what a cell's root file system is made of, unpacked once by content and shared by all cells."""
 
-import bz2
 import contextlib
-import gzip
 import hashlib
 import lzma
 import os
-import platform
 import re
 import secrets
 import shutil
 import stat
-import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import msgspec
 
 from hone.sandbox.archives import Limits
-from hone.sandbox.beneath import BadArchive, closing
+from hone.sandbox.beneath import BadArchive, closing, open_beneath
+from hone.sandbox.compression import Hashed, decompressed
 from hone.sandbox.errors import ImageError
 from hone.sandbox.files import Tree
 from hone.sandbox.host import host_image
 from hone.sandbox.image_build import build_image
 from hone.sandbox.plan import Image
+from hone.sandbox.registries import architecture, pull
 
 HOST_NAMES = ("python", "host")
 LAYER_LIMITS = Limits(total_bytes=64 << 30, num_entries=4_000_000)
 MANIFEST_BYTES = 8 << 20
 MAX_INDEX_DEPTH = 4
-PULL_SECONDS = 3600.0
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 WHITEOUT, OPAQUE, RESERVED = ".wh.", ".wh..wh..opq", ".wh..wh."
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -147,15 +143,11 @@ class ImageStore:
 
     def _of_registry(self, reference: str) -> Image:
         """Pulled layouts are kept by reference, so that an image does not change under a running job."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", reference):
-            raise ImageError(
-                f"image {reference!r} is neither a kind that this store knows nor a reference to a registry"
-            )
         layout = self._subfolder("pulled") / hashlib.sha256(reference.encode()).hexdigest()
         if not layout.is_dir():
             with tempfile.TemporaryDirectory(dir=layout.parent) as temporary:
                 pulled = Path(temporary) / "layout"
-                _pull(reference, pulled)
+                pull(reference, pulled)
                 with contextlib.suppress(OSError):  # another process was faster
                     pulled.rename(layout)
         return self._of_layout(layout, None)
@@ -213,7 +205,7 @@ def _choose(manifests: list[_Descriptor], tag: str | None, layout: Path) -> _Des
         manifests = [one for one in manifests if one.annotations.get("org.opencontainers.image.ref.name") == tag]
     if len(manifests) == 1:
         return manifests[0]
-    wanted = ARCHITECTURES.get(platform.machine(), platform.machine())
+    wanted = architecture()
     for one in manifests:
         if one.platform.get("architecture") == wanted and one.platform.get("os", "linux") == "linux":
             return one
@@ -256,10 +248,10 @@ def _verified(layout: Path, descriptor: _Descriptor) -> Path:
 
 def _unpack_file(archive: Path, folder: Path) -> str:
     """Unpack a layer; returns the hash of its content without compression."""
-    with archive.open("rb") as file, _decompressed(file, archive) as content:
-        hashed = _Hashed(content)
+    with archive.open("rb") as file, decompressed(file, archive) as content:
+        hashed = Hashed(content)
         try:
-            _unpack(hashed, folder)
+            unpack_layer(hashed, folder)
             while hashed.read(1 << 20):  # what follows the end of the archive belongs to the hash
                 pass
         except (zlib.error, lzma.LZMAError, EOFError) as error:
@@ -267,97 +259,55 @@ def _unpack_file(archive: Path, folder: Path) -> str:
     return hashed.digest.hexdigest()
 
 
-def _unpack(content: "_Hashed", folder: Path) -> None:
+def unpack_layer(content: BinaryIO | Hashed, folder: Path) -> None:
     with closing(os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
-        tree = Tree(root)
-    with contextlib.closing(tree):
-        tree.unpack("/", content, LAYER_LIMITS, takes_over=_hide)  # type: ignore[arg-type]
+        marks = _Marks(root)
+        with contextlib.closing(Tree(root)) as tree:
+            tree.unpack("/", content, LAYER_LIMITS, takes_over=marks.hide)  # type: ignore[arg-type]
+        marks.finish()
 
 
-def _hide(parent: int, name: str) -> bool:
-    """Turn the marks of an OCI layer for what it removes from those below into those of an overlay."""
-    if not name.startswith(WHITEOUT):
-        return False
-    if name == OPAQUE:
-        os.setxattr(f"/proc/self/fd/{parent}", "user.overlay.opaque", b"y")
-    elif not name.startswith(RESERVED):
-        hidden = name.removeprefix(WHITEOUT)
-        if hidden in ("", ".", ".."):
-            raise BadArchive(f"the layer has a mark {name!r} that removes nothing")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(hidden, dir_fd=parent)
-        os.mknod(hidden, stat.S_IFCHR, os.makedev(0, 0), dir_fd=parent)  # needs no privilege: it is no device
-    return True
+class _Marks:
+    """Turns the marks of an OCI layer for what it removes from those below into those of an overlay.
+
+    A mark is about the layers below, never about what its own layer has of that name, wherever it stands in the archive.
+    """
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._hidden: list[str] = []
+
+    def hide(self, parent: int, name: str) -> bool:
+        """Whether a file is a mark, which is done then."""
+        if not name.startswith(WHITEOUT):
+            return False
+        if name == OPAQUE:
+            _make_opaque(parent)
+        elif not name.startswith(RESERVED):
+            hidden = name.removeprefix(WHITEOUT)
+            if hidden in ("", ".", ".."):
+                raise BadArchive(f"the layer has a mark {name!r} that removes nothing")
+            self._hidden.append(os.path.relpath(f"{_path_of(parent)}/{hidden}", _path_of(self._root)))
+            with contextlib.suppress(FileExistsError):
+                os.mknod(hidden, stat.S_IFCHR, os.makedev(0, 0), dir_fd=parent)  # needs no privilege: it is no device
+        return True
+
+    def finish(self) -> None:
+        """A folder in place of what is hidden shows nothing of the folder below."""
+        for path in self._hidden:
+            with (
+                contextlib.suppress(OSError),  # it is no folder
+                closing(open_beneath(self._root, path, os.O_PATH | os.O_DIRECTORY, follows_links=False)) as folder,
+            ):
+                _make_opaque(folder)
 
 
-@contextlib.contextmanager
-def _decompressed(file: BinaryIO, path: Path) -> Iterator[BinaryIO]:
-    magic = file.read(6)
-    file.seek(0)
-    if magic.startswith(b"\x1f\x8b"):
-        with gzip.open(file) as content:
-            yield content  # type: ignore[misc]
-    elif magic.startswith(b"BZh"):
-        with bz2.open(file) as content:
-            yield content  # type: ignore[misc]
-    elif magic == b"\xfd7zXZ\0":
-        with lzma.open(file) as content:
-            yield content  # type: ignore[misc]
-    elif magic.startswith(b"\x28\xb5\x2f\xfd"):
-        with _by_program("zstd", file, path) as content:
-            yield content
-    else:
-        yield file
+def _make_opaque(folder: int) -> None:
+    os.setxattr(f"/proc/self/fd/{folder}", "user.overlay.opaque", b"y")
 
 
-@contextlib.contextmanager
-def _by_program(program: str, file: BinaryIO, path: Path) -> Iterator[BinaryIO]:
-    if shutil.which(program) is None:
-        raise ImageError(f"{path} is compressed with {program}, and there is no such program; install it")
-    with subprocess.Popen([program, "-dc"], stdin=file, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout  # type: ignore[misc]
-        finally:
-            process.stdout.close()
-            process.kill()
-
-
-class _Hashed:
-    """A stream that knows the hash of what was read from it."""
-
-    def __init__(self, source: BinaryIO) -> None:
-        self._source = source
-        self.digest = hashlib.sha256()
-
-    def read(self, size: int) -> bytes:
-        data = self._source.read(size)
-        self.digest.update(data)
-        return data
-
-
-def _pull(reference: str, layout: Path) -> None:
-    commands = {
-        "skopeo": ["copy", f"docker://{reference}", f"oci:{layout}"],
-        "crane": ["pull", "--format=oci", f"--platform=linux/{_architecture()}", reference, str(layout)],
-    }
-    for program, arguments in commands.items():
-        if (found := shutil.which(program)) is None:
-            continue
-        try:
-            done = subprocess.run(
-                [found, *arguments], capture_output=True, text=True, timeout=PULL_SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ImageError(f"image {reference!r}: {program} takes more than {PULL_SECONDS:g} s") from error
-        if done.returncode:
-            raise ImageError(f"image {reference!r}: {program} says: {done.stderr.strip()[-1000:]}")
-        return
-    raise ImageError(f"image {reference!r} is in a registry; install skopeo or crane to fetch it")
-
-
-def _architecture() -> str:
-    return ARCHITECTURES.get(platform.machine(), platform.machine())
+def _path_of(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
 
 
 def remove_tree(folder: Path) -> None:

@@ -440,5 +440,12 @@ class Lifecycle:
 
 
 def kind_of(spec: SandboxSpec) -> SandboxSpec:
-    """What is alike in the cells of sandboxes that differ in lease and environment variables only."""
-    return msgspec.structs.replace(spec, ttl_seconds=SandboxSpec().ttl_seconds, idle_seconds=None, env={}, rollout="")
+    """What is alike in the cells of sandboxes that differ in lease, purpose, environment variables and allow-list only.
+
+    One with an allow-list begins as one without network: its proxy is of the node, and comes when it is given out.
+    """
+    plain = SandboxSpec()
+    network = "none" if spec.network == "allow" else spec.network
+    return msgspec.structs.replace(
+        spec, ttl_seconds=plain.ttl_seconds, idle_seconds=None, env={}, rollout="", network=network, allow=()
+    )

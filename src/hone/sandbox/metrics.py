@@ -37,6 +37,7 @@ class NodeCollector(Collector):
             ("zygotes", "Warm interpreters of Python that cells are forked from"),
             ("draining", "1 while no sandboxes are taken"),
             ("memory_bytes", "Memory that all cells use, their files included; 0 where no cgroup counts"),
+            ("network_connections", "Connections of sandboxes to their proxies"),
             ("lost_before_start", "Sandboxes that were lost with the node before"),
             ("swept_at_start", "Cells of dead nodes that were removed at the start"),
         ):
@@ -53,6 +54,10 @@ class NodeCollector(Collector):
         yield _counter("outcomes", "How programs and calls of sandboxes ended", tallies.outcomes, "outcome")
         yield _histogram("ready_seconds", "From asking to ready", tallies.ready_seconds, "cell")
         yield _histogram("call_seconds", "Duration of calls of sandboxes", tallies.call_seconds, "call")
+        log = node.gate.log
+        yield _counter("network_requests", "Requests of sandboxes to their proxies", log.counts, "verdict")
+        network = {"up": log.bytes_up, "down": log.bytes_down}
+        yield _counter("network_bytes", "Bytes that proxies carried", network, "direction")
         files = {"read": tallies.read_bytes, "written": tallies.written_bytes}
         yield _counter("file_bytes", "Bytes of files that clients read and wrote", files, "direction")
         for name, help_text, value in (

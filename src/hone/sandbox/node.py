@@ -20,15 +20,19 @@ from hone.observability.spans import Spans
 from hone.sandbox.beneath import Owner
 from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.descriptors import provide_for_cells
+from hone.sandbox.egress import PROXY_PORT, NetworkPolicy, proxy_variables
 from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.files import Files, Tree
 from hone.sandbox.images import ImageStore
 from hone.sandbox.journal import Journal
 from hone.sandbox.lifecycle import Command, Destroy, End, Give, Lease, Lifecycle, Limits, Make, Over, Stage
+from hone.sandbox.network_log import NetworkLog
 from hone.sandbox.programs import Process
+from hone.sandbox.proxy import MAX_WAITING, Gate, Proxy
 from hone.sandbox.python import PythonSession, WarmPython, Zygotes
 from hone.sandbox.records import Records
 from hone.sandbox.report import report_of
+from hone.schema.sandbox_network import NetworkRecord, parse_rules
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
     ExecResult,
@@ -52,8 +56,9 @@ class Node:
     """Leases sandboxes; an async context manager. Leaving it, or the death of this process, ends all of them.
 
     name: small letters, digits and dashes; the first part of the ids of its sandboxes, which also say which start of the
-    node they are of. folder: for its journal and its accounts; None keeps none. spans: where its pieces of work are
-    told, None nowhere; the caller's to close. Raises `SandboxError` where another node has the folder.
+    node they are of. folder: for its journal, its accounts and the log of what sandboxes asked of the network; None keeps
+    none. network: what sandboxes with an allow-list get. spans: where its pieces of work are told, None nowhere; the
+    caller's to close. Raises `SandboxError` where another node has the folder.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Node:
         images: ImageStore | None = None,
         is_weak_allowed: bool = False,
         spans: Spans | None = None,
+        network: NetworkPolicy = NetworkPolicy(),
     ) -> None:
         if not NAME.fullmatch(name):
             raise ValueError(f"the node's name {name!r} is not of small letters, digits and dashes")
@@ -78,6 +84,8 @@ class Node:
         self._lifecycle = Lifecycle(self.prefix, limits)
         self._images = images or ImageStore()
         self._cells = Cells(is_weak_allowed=is_weak_allowed)
+        self.gate = Gate(network, NetworkLog(folder))
+        """The way out for the sandboxes with an allow-list."""
         self._zygotes = Zygotes(host=self._cells.host)
         self._threads = ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="hone-files")
         self._by_number: dict[int, Cell] = {}
@@ -126,6 +134,7 @@ class Node:
             await self._zygotes.__aexit__(kind, error, trace)
             await asyncio.to_thread(self._threads.shutdown)
             self.records.close()
+            self.gate.close()
             if self._journal is not None:
                 self._journal.close()
 
@@ -158,6 +167,8 @@ class Node:
         """
         if self._is_closing:
             raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
+        if any(rule.is_private for rule in parse_rules(spec.allow)) and not self.gate.policy.is_private_allowed:
+            raise Unsupported(f"the node {self.name} lets no sandbox into private networks: allow {list(spec.allow)}")
         lease = self._lifecycle.ask(spec, time.monotonic(), key=key, owner=owner)
         sandbox = self._sandboxes.get(lease.sandbox_id)
         if sandbox is None:
@@ -215,6 +226,7 @@ class Node:
             "sandbox/max_sandboxes": lifecycle.limits.max_sandboxes,
             "sandbox/memory_bytes": self._cells.memory_bytes() or 0,
             "sandbox/cpu_seconds": self.cpu_seconds,
+            **self.gate.statistics(),
         }
 
     @property
@@ -263,6 +275,7 @@ class Node:
         self._obey()
         if sandbox.cell is not None:
             await sandbox.cell.destroy()
+        await sandbox.hang_up()
 
     def renew(self, lease: Lease, seconds: float) -> None:
         """The lease lasts for so long from now."""
@@ -380,6 +393,7 @@ class NodeSandbox:
         self._python: WarmPython | None = None
         self._session: PythonSession | None = None
         self._session_turn = asyncio.Lock()
+        self._proxy: Proxy | None = None
 
     @property
     def sandbox_id(self) -> str:
@@ -467,6 +481,11 @@ class NodeSandbox:
         async with self._use("files") as cell:
             await self._tree(cell).remove(path, is_recursive=is_recursive)
 
+    async def network_log(self) -> tuple[NetworkRecord, ...]:
+        """What it asked of the network, the last thousand requests; those that are under way are not among them."""
+        async with self._use("network"):
+            return tuple(self._proxy.records) if self._proxy is not None else ()
+
     async def pause(self) -> None:
         """As `Cell.pause`."""
         async with self._use("state") as cell:
@@ -521,7 +540,10 @@ class NodeSandbox:
     def receive(self, cell: Cell) -> None:
         """It is ready; called once, by the node."""
         self.cell = cell
-        self._ready.set_result(cell)
+        if self.lease.spec.network == "allow":
+            self._node.begin(self._open_network(cell))
+        else:
+            self._ready.set_result(cell)
 
     def lose(self, error: SandboxError, end: End) -> None:
         """Its lease is over; called once, by the node."""
@@ -532,8 +554,13 @@ class NodeSandbox:
             self._ready.exception()
         if self._files is not None:
             self._files.tree.close()
-        if self._python is not None:
+        if self._python is not None or self._proxy is not None:
             self._node.begin(self._let_go())
+
+    async def hang_up(self) -> None:
+        """End its way out; to be called when it is over. Harmless when repeated."""
+        if self._proxy is not None:
+            await self._proxy.close()
 
     async def _living(self) -> Cell:
         if self.over.done():
@@ -568,8 +595,24 @@ class NodeSandbox:
         self._node.records.outcome(result.outcome)
         return result
 
+    async def _open_network(self, cell: Cell) -> None:
+        try:
+            listener = await cell.listen_at(PROXY_PORT, MAX_WAITING)
+        except (SandboxError, OSError) as error:
+            await self._node.end(self, f"it gets no network: {error}")
+            return
+        if self.over.done():
+            listener.close()
+            return
+        lease = self.lease
+        self._proxy = Proxy(self._node.gate, lease.sandbox_id, lease.owner, lease.spec.allow, listener)
+        self._ready.set_result(cell)
+
     def _variables(self, env: Mapping[str, str] | None) -> Mapping[str, str] | None:
-        return {**self.lease.spec.env, **(env or {})} if self.lease.spec.env else env
+        spec = self.lease.spec
+        if spec.network == "allow":
+            return {**proxy_variables(), **spec.env, **(env or {})}
+        return {**spec.env, **(env or {})} if spec.env else env
 
     def _tree(self, cell: Cell) -> Files:
         if self._files is None:
@@ -581,6 +624,7 @@ class NodeSandbox:
             await process.wait()
 
     async def _let_go(self) -> None:
+        await self.hang_up()
         with contextlib.suppress(SandboxError):
             if self._session is not None:
                 await self._session.close()

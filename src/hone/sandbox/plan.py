@@ -64,6 +64,7 @@ class Code(IntEnum):
     LEAVE = 19
     UNMOUNT = 20
     BECOME_AGENT = 21
+    SOCKET = 22
     KEEPER = 23
     TAKE_DESCRIPTOR = 24
     GIVE = 25

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from hone.sandbox.link import Link
 from hone.sandbox.remote_process import RemoteProcess
 from hone.schema import sandbox_calls as calls
+from hone.schema.sandbox_network import NetworkRecord
 from hone.schema.sandboxes import ExecResult, FileEntry, PythonResult, SandboxSpec, SandboxStatus, SandboxUsage
 
 
@@ -96,6 +97,10 @@ class RemoteSandbox:
 
     async def remove(self, path: str, *, is_recursive: bool = False) -> None:
         await self._link.call(calls.Remove(self._link.number(), self.sandbox_id, path, is_recursive), type(None))
+
+    async def network_log(self) -> tuple[NetworkRecord, ...]:
+        message = calls.ReadNetworkLog(self._link.number(), self.sandbox_id)
+        return await self._link.call(message, tuple[NetworkRecord, ...])
 
     async def pause(self) -> None:
         await self._link.call(calls.Pause(self._link.number(), self.sandbox_id, True), type(None))

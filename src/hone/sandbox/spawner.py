@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import Host
 from hone.sandbox.native.build import BuildError, build
-from hone.sandbox.plan import SPAWN, Operation, encode_operations, plan_spawner
+from hone.sandbox.plan import SPAWN, Code, Operation, encode_operations, plan_spawner
 from hone.sandbox.readiness import until_ready
 
 SPAWNED = struct.Struct("=Qii")
@@ -99,6 +99,15 @@ class Spawner:
                 os.close(done.descriptor)
             raise OSError(done.error, f"{operations[done.num_steps]}: {os.strerror(done.error)}")
         return done.descriptor
+
+    async def socket_in(self, process: int, port: int, *, max_waiting: int = 0, is_ipv6: bool = False) -> socket.socket:
+        """A socket of the network that a process is in, named by its pidfd; the process never holds it.
+
+        It listens at a port of the loopback, or, with nobody who may wait there, it is connected to it or on its way.
+        Raises `OSError`.
+        """
+        operation = Operation(Code.SOCKET, a=port | (is_ipv6 << 16), b=max_waiting)
+        return socket.socket(fileno=await self.carry_out([operation], [process]))
 
     async def _carry_out(self, operations: Sequence[Operation], descriptors: Sequence[int]) -> "_Done":
         done: asyncio.Future[_Done] = self._loop.create_future()

@@ -7,7 +7,7 @@ from hone.observability.histogram import SECONDS, Histogram
 from hone.sandbox.lifecycle import End
 from hone.schema.sandboxes import Outcome
 
-CALLS = ("exec", "spawn", "python", "snippet", "files", "state")
+CALLS = ("exec", "spawn", "python", "snippet", "files", "network", "state")
 IMAGES = ("host", "dir", "tar", "oci", "build", "registry")
 
 

@@ -298,6 +298,13 @@ class Usage(_Message, frozen=True):
     sandbox_id: str
 
 
+class ReadNetworkLog(_Message, frozen=True):
+    """What a sandbox asked of the network."""
+
+    call: int
+    sandbox_id: str
+
+
 Streamed = Spawn
 """The calls that have streams (a union)."""
 
@@ -334,5 +341,6 @@ ToNode = (
     | Report
     | Drain
     | Usage
+    | ReadNetworkLog
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping | Resumed | Interrupted

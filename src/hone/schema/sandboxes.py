@@ -5,6 +5,8 @@ from typing import Literal
 
 import msgspec
 
+from hone.schema.sandbox_network import parse_rules
+
 MAX_ROLLOUT = 256
 
 
@@ -12,7 +14,9 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     """What a sandbox shall be.
 
     image: its root file system; "python" is the runtime's default with a Python in it. memory_mb: for its programs.
-    cpus: cores. disk_mb: what it may write. max_processes: alive at once. network: none, or the host's.
+    cpus: cores. disk_mb: what it may write. max_processes: alive at once. network: none; "off", without a loopback even;
+    the host's; or with "allow" the hosts that `allow` lists, through a proxy: "pypi.org", "*.example.org:8443" (see
+    `hone.schema.sandbox_network.AllowRule`).
     ttl_seconds: the lease; when it is over, the sandbox is gone, as it is when nothing is asked of it for idle_seconds.
     env: variables of every program in it. rollout: what it is for, as spans and accounts of its node tell.
     """
@@ -22,11 +26,12 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     cpus: float = 1.0
     disk_mb: int = 256
     max_processes: int = 256
-    network: Literal["none", "off", "host"] = "none"
+    network: Literal["none", "off", "host", "allow"] = "none"
     ttl_seconds: float = 600.0
     idle_seconds: float | None = None
     env: dict[str, str] = {}
     rollout: str = ""
+    allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("memory_mb", "cpus", "disk_mb", "max_processes", "ttl_seconds"):
@@ -38,6 +43,12 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError(
                 f"the rollout of a sandbox is named by {len(self.rollout)} characters; {MAX_ROLLOUT} may be"
             )
+        if bool(self.allow) != (self.network == "allow"):
+            advice = "name hosts, or take network='none'" if not self.allow else "take network='allow' with it"
+            raise ValueError(
+                f"allow {list(self.allow)} and network {self.network!r} of a sandbox do not agree; {advice}"
+            )
+        parse_rules(self.allow)
 
 
 class Outcome(StrEnum):

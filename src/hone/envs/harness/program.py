@@ -8,6 +8,7 @@ from hone.envs.failures import failures_as
 from hone.envs.harness.endpoint import Endpoint
 from hone.envs.harness.environment import Harness, HarnessArguments, ProgramCrash
 from hone.envs.harness.places import ProgramRun, SandboxRun, Workplace
+from hone.envs.providers import provider_of
 from hone.envs.rollout import Rollout
 from hone.envs.sandboxes import LazySandbox, SandboxProvider
 from hone.schema.sandboxes import SandboxSpec
@@ -34,7 +35,7 @@ class ProgramHarness(Harness):
     program gets `Endpoint.variables`, PATH and locale, an empty HOME, and no other variable of this process. prompt:
     what the program is told of a task.
 
-    sandboxes: where programs run that are not trusted, each in a sandbox of this spec; its network must reach the proxy
+    sandboxes: where programs run that are not trusted (a provider, or what `sandboxes_at` takes), each in a sandbox of this spec; its network must reach the proxy
     on this machine. None: as a process of this user.
 
     `rollout.state` is a `ProgramRun`, or with sandboxes a `SandboxRun`: rewards read the program's files and its output
@@ -48,7 +49,7 @@ class ProgramHarness(Harness):
         command: Sequence[str],
         variables: Mapping[str, str] | None = None,
         prompt: Callable[[Task], str] = prompt_text,
-        sandboxes: SandboxProvider | None = None,
+        sandboxes: SandboxProvider | str | None = None,
         spec: SandboxSpec = SandboxSpec(network="host", memory_mb=4096),
         **common: Unpack[HarnessArguments],
     ) -> None:
@@ -63,7 +64,7 @@ class ProgramHarness(Harness):
         self._variables = dict(variables or {})
         self._prompt = prompt
         self._wants_prompt_file = any("{prompt_file}" in text for text in (*command, *self._variables.values()))
-        self._sandboxes = sandboxes
+        self._sandboxes = None if sandboxes is None else provider_of(sandboxes)
         self._spec = spec
 
     async def prepare(self, rollout: Rollout, run: Workplace) -> None:

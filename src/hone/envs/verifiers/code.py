@@ -22,7 +22,7 @@ from typing import Any
 from hone.envs.failures import RolloutFailure, deadline
 from hone.envs.guest_processes import MessageStream, guest_command
 from hone.envs.guests.channel import ERROR, GONE, VALUE, VERDICT, decode, encode
-from hone.envs.local_processes import LocalProcesses
+from hone.envs.providers import HERE, provider_of
 from hone.envs.sandboxes import LazySandbox, SandboxProvider
 from hone.envs.verifiers.assertions import prepare
 from hone.schema.sandboxes import Outcome, SandboxSpec
@@ -118,7 +118,7 @@ class CodeVerifier:
         async def tests_pass(answer, info):
             return (await verifier.verify(code_of(answer), Assertions(info["tests"]))).is_right
 
-    timeout_seconds: what the program has for all assertions and calls, or for each of its inputs, by the clock on the
+    sandboxes: a provider, or what `sandboxes_at` takes. timeout_seconds: what the program has for all assertions and calls, or for each of its inputs, by the clock on the
     wall: leave it room on a busy machine. It begins when the program's process is ready.
 
     Trouble with a sandbox is a `RolloutFailure` of class sandbox; tests that cannot be run are a `ValueError`.
@@ -126,11 +126,11 @@ class CodeVerifier:
 
     def __init__(
         self,
-        sandboxes: SandboxProvider | None = None,
+        sandboxes: SandboxProvider | str = HERE,
         spec: SandboxSpec = SandboxSpec(),
         timeout_seconds: float = 10.0,
     ) -> None:
-        self._sandboxes = sandboxes or LocalProcesses()
+        self._sandboxes = provider_of(sandboxes)
         self._spec = spec
         self._timeout_seconds = timeout_seconds
 

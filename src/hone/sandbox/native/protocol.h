@@ -30,7 +30,7 @@ struct spawn {
     uint32_t num_operations;
 };
 
-/* spawner -> node, with a pidfd, or with what OPERATION_GIVE names. */
+/* spawner -> node, with a pidfd, or with what OPERATION_GIVE or OPERATION_SOCKET made. */
 struct spawned {
     uint64_t identity;
     int32_t pid;
@@ -66,7 +66,9 @@ enum {
     OPERATION_LEAVE,          /* unmount the old root */
     OPERATION_UNMOUNT,        /* path, with what is mounted below */
     OPERATION_BECOME_AGENT,
-    OPERATION_KEEPER = 23,     /* the following ones in a view of mounts of its own, where layers of cells are kept */
+    OPERATION_SOCKET,         /* of the network that the process of the first descriptor is in; a: port of the loopback,
+                                 plus 1 << 16 for that of IPv6; b: listen for so many that wait, or connect for 0 */
+    OPERATION_KEEPER,         /* the following ones in a view of mounts of its own, where layers of cells are kept */
     OPERATION_TAKE_DESCRIPTOR, /* a: slot for the tree that is one of the descriptors; b: which */
     OPERATION_GIVE,            /* path of a folder, of which the node gets a descriptor */
 };

@@ -11,6 +11,7 @@
 #include <linux/mount.h>
 #include <linux/sched.h>
 #include <net/if.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -249,6 +250,43 @@ static int enter_network(void)
     return result;
 }
 
+/* A socket that listens at a port of the loopback, or with nobody who may wait there one that is on its way to it. */
+static int socket_at(uint16_t port, int is_newer, int max_waiting)
+{
+    struct sockaddr_in old = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct sockaddr_in6 newer = {.sin6_family = AF_INET6, .sin6_port = htons(port), .sin6_addr = IN6ADDR_LOOPBACK_INIT};
+    const struct sockaddr *address = is_newer ? (struct sockaddr *)&newer : (struct sockaddr *)&old;
+    socklen_t size = is_newer ? sizeof newer : sizeof old;
+    int made = socket(address->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (made < 0)
+        return -1;
+    if (max_waiting ? bind(made, address, size) || listen(made, max_waiting)
+                    : connect(made, address, size) && errno != EINPROGRESS) {
+        int kept = errno;
+        close(made);
+        errno = kept;
+        return -1;
+    }
+    return made;
+}
+
+/* A socket in the network of a process, for the node. The cell has no part in its making and never holds it. */
+static int make_socket(const struct operation *operation)
+{
+    if (own_network < 0 || num_descriptors != 1) {
+        errno = EINVAL;
+        return -1;
+    }
+    if (setns(descriptors[0], CLONE_NEWNET))
+        return -1;
+    given = socket_at(operation->a, operation->a >> 16, operation->b);
+    int kept = errno;
+    if (setns(own_network, CLONE_NEWNET))
+        _exit(1);
+    errno = kept;
+    return given < 0 ? -1 : 0;
+}
+
 static int limit(const struct operation *operation)
 {
     struct rlimit wanted = {operation->b, operation->b}, present;
@@ -354,6 +392,8 @@ static int carry_out(const struct operation *operation, const char *data)
         return take_descriptor(operation);
     case OPERATION_GIVE:
         return (given = open(data, O_PATH | O_DIRECTORY | O_CLOEXEC)) < 0 ? -1 : 0;
+    case OPERATION_SOCKET:
+        return make_socket(operation);
     case OPERATION_PIVOT:
         return pivot(data);
     case OPERATION_LEAVE:
