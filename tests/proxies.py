@@ -7,11 +7,11 @@ from typing import Self
 
 
 class Proxy:
-    """Carries bytes between its clients and a port; `cut` ends all connections, `stall` makes them half-open."""
+    """Carries bytes between its clients and a port. is_closed: it ends connections as soon as they are made."""
 
     def __init__(self, port: int) -> None:
         self.port = 0
-        self.num_bytes = 0
+        self.is_closed = False
         self._target = port
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
@@ -51,12 +51,14 @@ class Proxy:
 
     def restore(self) -> None:
         """New connections are carried; those that stalled stay as they are until they are cut."""
-        self._writers.clear()
         for task in self._tasks:
             task.cancel()
         self._flowing.set()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.is_closed:
+            writer.transport.abort()
+            return
         try:
             other_reader, other = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:
@@ -72,7 +74,6 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := await reader.read(1 << 16):
                 await self._flowing.wait()
-                self.num_bytes += len(data)
                 writer.write(data)
                 await writer.drain()
             writer.close()

@@ -9,13 +9,14 @@ import pytest
 
 from hone.envs import Rubric, Task, assistant, play, reward, tool_call, user
 from hone.envs.failures import RolloutFailure
-from hone.envs.local_processes import LocalProcesses
-from hone.envs.providers import NodeSandboxes, sandboxes_at
+from hone.envs.local_processes import LocalProcesses, LocalSandbox
+from hone.envs.providers import NodeSandboxes, SandboxesHere, sandboxes_at
 from hone.envs.sandbox_tools import SandboxToolUse
 from hone.envs.sandboxes import LazySandbox
 from hone.envs.sessions import PythonSession
 from hone.envs.verifiers.code import Assertions, CodeVerifier, InputsOutputs
-from hone.sandbox.client import embedded_node
+from hone.sandbox import client
+from hone.sandbox.client import SandboxError, Unsupported, embedded_node
 from hone.sandbox.node import Node
 from hone.sandbox.serve import NodeServer
 from hone.schema.sandboxes import SandboxSpec
@@ -38,8 +39,45 @@ async def provider():
 def test_a_provider_has_a_name_or_an_address():
     assert isinstance(sandboxes_at("processes"), LocalProcesses)
     assert isinstance(sandboxes_at("unix:/run/node"), NodeSandboxes)
-    with pytest.raises(ValueError, match="say processes, cells"):
+    assert isinstance(sandboxes_at("tls://gateway:7300"), NodeSandboxes)
+    assert isinstance(sandboxes_at("here"), SandboxesHere)
+    with pytest.raises(ValueError, match="say here, cells, processes"):
         sandboxes_at("somewhere")
+
+
+async def test_here_is_a_cell_where_there_are_cells(provider):
+    async with LazySandbox(SandboxesHere(), SMALL) as box:
+        assert (await box.exec(["cat", "/proc/self/uid_map"])).stdout.split()[:1] == ["0"]
+        assert (await box.exec(["pwd"])).stdout == "/work\n"
+
+
+async def test_a_machine_that_cannot_have_cells_is_given_processes_and_told_so(monkeypatch, caplog):
+    async def refuse(self):
+        raise Unsupported("no user namespaces")
+
+    monkeypatch.setattr(client.Sandbox, "open", refuse)
+    here = SandboxesHere()
+    for _ in range(2):
+        box = await here.create(SMALL)
+        assert isinstance(box, LocalSandbox)
+        await box.close()
+    (warning,) = caplog.messages
+    assert "no boundary" in warning
+    assert "no user namespaces" in warning
+
+
+async def test_trouble_with_cells_does_not_make_weaker_sandboxes_of_them(monkeypatch):
+    async def break_down(self):
+        raise SandboxError("the node is gone")
+
+    monkeypatch.setattr(client.Sandbox, "open", break_down)
+    with pytest.raises(RolloutFailure, match="the node is gone"):
+        await SandboxesHere().create(SMALL)
+
+
+def test_the_token_of_an_address_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("HONE_SANDBOX_TOKEN", "t")
+    assert sandboxes_at("tls://gateway:7300")._token == "t"
 
 
 async def test_what_the_protocol_says_holds(provider):

@@ -15,9 +15,22 @@ EVERYTHING = [entry for part in PARTS for entry in entries(part)]
 # What authors have no use for: workers, processes and their protocols, the commands' own machinery.
 INTERNAL = {
     *("attacks", "attempts", "blocking", "fingerprint", "guest_processes", "isolated", "isolation", "leftovers"),
-    *("pacing", "permutation", "reference", "relay", "retries", "runner", "scaffold", "stalls", "worker"),
+    *(
+        "local_files",
+        "local_programs",
+        "local_spawner",
+        "pacing",
+        "permutation",
+        "reference",
+        "relay",
+        "retries",
+        "runner",
+        "scaffold",
+        "stalls",
+        "worker",
+    ),
     *("harness.anthropic_messages", "harness.dialect", "harness.matching", "harness.openai_chat"),
-    *("harness.openai_responses", "harness.proxy", "harness.recorder"),
+    *("harness.openai_responses", "harness.proxy", "harness.recorder", "bridges.inspect_sandbox"),
     *("verifiers.assertions", "verifiers.budget", "verifiers.expressions"),
 }
 

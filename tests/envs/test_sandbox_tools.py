@@ -203,7 +203,7 @@ async def wrote_the_file(state: SandboxState) -> float:
     return 0.0
 
 
-def environment(provider=None, **settings):
+def environment(provider="here", **settings):
     return SandboxToolUse(name="work", rubric=Rubric([wrote_the_file]), train=[TASK], sandboxes=provider, **settings)
 
 

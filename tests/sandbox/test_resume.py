@@ -1,34 +1,48 @@
 """Broken connections to a node: what was under way goes on, once, and no byte is lost or comes twice."""
 
 import asyncio
-import os
+import random
+import sys
 
 import pytest
 
-from hone.sandbox.node import Node
+from hone.sandbox.errors import SandboxError
 from hone.sandbox.remote import RemoteNode
-from hone.sandbox.serve import NodeServer
-from hone.schema.sandboxes import SandboxSpec
+from hone.schema.sandboxes import Outcome, SandboxSpec
 from proxies import Proxy
 
 SMALL = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)
 
 
 @pytest.fixture
-async def server(cells):
-    async with Node("n") as node, NodeServer(node, "tcp://127.0.0.1:0", tokens={"secret": "me"}) as server:
-        yield server
+async def process(cells, tmp_path):
+    """A node as users start it."""
+    (tmp_path / "tokens").write_text("me 0123456789abcdef\n")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hone.cli.main", "sandbox", "serve", "--listen", "tcp://127.0.0.1:0"),
+        *("--folder", str(tmp_path / "node"), "--tokens", str(tmp_path / "tokens")),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    yield process
+    if process.returncode is None:
+        process.terminate()
+    await process.communicate()
 
 
 @pytest.fixture
-async def proxy(server):
-    async with Proxy(int(server.address.rpartition(":")[2])) as proxy:
+async def address(process):
+    return (await process.stdout.readline()).decode().split()[-1]
+
+
+@pytest.fixture
+async def proxy(address):
+    async with Proxy(int(address.rpartition(":")[2])) as proxy:
         yield proxy
 
 
 @pytest.fixture
 async def client(proxy):
-    client = RemoteNode(proxy.address, "secret")
+    client = RemoteNode(proxy.address, "0123456789abcdef")
     await client.connected()
     yield client
     await client.close()
@@ -51,24 +65,67 @@ async def test_a_program_under_way_when_the_connection_breaks_is_run_once(client
     assert client.num_reconnections >= 1
 
 
-async def test_a_stream_through_many_cuts_is_whole(client, box, proxy):
-    sent = os.urandom(4 << 20)
+async def test_fifty_megabytes_each_way_through_twenty_cuts_are_whole(client, box, proxy):
+    sent = random.Random(1).randbytes(50 << 20)
     process = await box.spawn(["cat"])
-    received = bytearray()
 
-    async def feed():
+    async def feed() -> None:
         await process.write(sent)
         process.end_input()
 
     writing = asyncio.create_task(feed())
-    next_cut = 0
+    received = bytearray()
+    num_cuts = 0
     while data := await process.read():
         received += data
-        if len(received) >= next_cut:
+        if len(received) * 21 > len(sent) * (num_cuts + 1):
             proxy.cut()
-            next_cut += len(sent) // 10
+            num_cuts += 1
     await writing
+    assert num_cuts >= 20
+    assert client.num_reconnections >= 10  # a cut may hit a connection that is only being made
     assert bytes(received) == sent
     assert await process.wait() == 0
-    assert client.num_reconnections >= 5
     await process.close()
+
+
+async def test_a_connection_that_swallows_everything_is_replaced(client, box, proxy):
+    call = asyncio.create_task(box.exec(["sh", "-c", "echo x >> ran; sleep 0.5; cat ran"]))
+    await asyncio.sleep(0.1)
+    proxy.stall()
+    await asyncio.sleep(1)
+    proxy.restore()
+    assert (await call).stdout == "x\n"
+    assert client.num_reconnections == 1
+
+
+async def test_a_program_whose_call_was_cancelled_without_a_connection_is_gone_on_return(client, box, proxy):
+    call = asyncio.create_task(box.exec(["sleep", "345678"]))
+    await asyncio.sleep(0.2)
+    proxy.is_closed = True
+    proxy.cut()
+    await asyncio.sleep(0.1)
+    call.cancel()
+    await asyncio.sleep(0.1)
+    proxy.is_closed = False
+    async with asyncio.timeout(10):
+        while "345678" in (await box.exec(["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"])).stdout:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_node_that_is_killed_is_known_to_be_lost_at_once(address, process):
+    client = RemoteNode(address, "0123456789abcdef")
+    await client.connected()
+    box = await client.create(SMALL, key="k")
+    working = [asyncio.create_task(box.exec(["sleep", "60"])) for _ in range(20)]
+    conversation = await box.spawn(["cat"])
+    await asyncio.sleep(0.2)
+    process.kill()
+    async with asyncio.timeout(2):
+        for call in (*working, conversation.read(), conversation.write(b"x")):
+            with pytest.raises(SandboxError) as error:
+                await call
+            assert error.value.outcome is Outcome.NODE_LOST
+    assert client.is_lost
+    await conversation.close()
+    await client.close()

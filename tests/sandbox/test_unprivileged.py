@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["test_cells", "test_abuse", "test_node", "test_network", "test_layers"])
+@pytest.mark.parametrize(
+    "module", ["test_cells", "test_abuse", "test_node", "test_network", "test_layers", "test_python"]
+)
 def test_cells_keep_their_promises_for_an_unprivileged_user(module: str, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("this is an unprivileged user already")

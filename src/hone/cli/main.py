@@ -14,6 +14,7 @@ from hone.cli import env as env_commands
 from hone.cli import evaluate as evaluate_commands
 from hone.cli import model as model_commands
 from hone.cli import sandbox as sandbox_commands
+from hone.cli import sandbox_gateway as gateway_commands
 from hone.cli import synth as synth_commands
 from hone.cli import train as train_commands
 
@@ -31,6 +32,7 @@ synth_commands.register(app)
 app.add_typer(evaluate_commands.app, name="eval")
 app.add_typer(config_commands.app, name="config")
 app.add_typer(env_commands.app, name="env")
+gateway_commands.register(sandbox_commands.app)
 app.add_typer(sandbox_commands.app, name="sandbox")
 
 

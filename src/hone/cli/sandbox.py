@@ -186,7 +186,7 @@ def list_sandboxes(node: Address = "") -> None:
 async def _listed(address: str) -> "Table":
     from hone.cli.sandbox_tables import sandboxes_table
 
-    client = await _connected(address)
+    client = await connected(address)
     try:
         return sandboxes_table(await client.sandboxes())
     finally:
@@ -210,7 +210,7 @@ async def _stats(address: str, watch: bool) -> None:
     from hone.cli.listing import print_table
     from hone.cli.sandbox_tables import Look, live_view, sandboxes_table, statistics_table
 
-    client = await _connected(address)
+    client = await connected(address)
     try:
         before = Look(await client.statistics(), await client.sandboxes())
         if not watch:
@@ -298,7 +298,7 @@ async def _bench(rounds: int) -> dict[str, float]:
     return {what: statistics.median(values) for what, values in times.items()}
 
 
-async def _connected(address: str) -> "RemoteNode":
+async def connected(address: str) -> "RemoteNode":
     from hone.sandbox.client import SandboxError
     from hone.sandbox.remote import RemoteNode
 

@@ -16,6 +16,7 @@ from hone.envs.harness import (
 )
 from hone.envs.local_processes import LocalProcesses
 from hone.envs.messages import assistant, system, tool_call, tool_result, user
+from hone.envs.providers import sandboxes_at
 from hone.envs.registry import EnvironmentLoadError, installed_environments, load_environment
 from hone.envs.rollout import Limits, Rollout, run_group, run_rollout
 from hone.envs.rows import Row, columns, dataset_tasks, jsonl_tasks, parquet_tasks
@@ -111,6 +112,7 @@ __all__ = [
     "reward",
     "run_group",
     "run_rollout",
+    "sandboxes_at",
     "seeded_tasks",
     "system",
     "tool",

@@ -9,27 +9,24 @@ import random
 import shutil
 import signal
 import socket
-import stat
 import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hone.envs.failures import RolloutFailure, deadline, describe
-from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, Usage
-from hone.schema.traces import FailureClass
+from hone.envs.failures import deadline, describe
+from hone.envs.local_files import list_folder, parts_of, read_file, write_file
+from hone.envs.local_programs import LocalProcess, sandbox_failure
+from hone.envs.local_spawner import Spawner
+from hone.schema.sandboxes import ExecResult, SandboxSpec
 
 CREATE_SECONDS = 60.0
 CLOSE_SECONDS = 10.0
-KILL_SECONDS = 10.0
 MAX_STARTING = 8 * (os.cpu_count() or 1)
-DRAIN_SECONDS = 0.2
-MAX_OUTPUT_BYTES = 64 << 20
 MAX_REQUEST_BYTES = 160 << 10
-GUARDIAN = Path(__file__).parent / "guests" / "guardian.py"
 PYTHONS = ("python", "python3")
 
 
@@ -59,24 +56,24 @@ class LocalProcesses:
         self._is_weak_allowed = is_weak_allowed
         self._use_namespaces = True
         self._use_landlock = True
-        self._spawner: _Spawner | None = None
+        self._spawner: Spawner | None = None
 
     async def create(self, spec: SandboxSpec) -> "LocalSandbox":
         """A sandbox of this machine that is ready; raises a `RolloutFailure` of class sandbox."""
         if sys.platform != "linux":
-            raise _failure("create", f"local processes need Linux, this is {sys.platform}; use another provider")
+            raise sandbox_failure("create", f"local processes need Linux, this is {sys.platform}; use another provider")
         if spec.image != "python":
-            raise _failure("create", f"image {spec.image!r}: local processes have this machine's Python only")
+            raise sandbox_failure("create", f"image {spec.image!r}: local processes have this machine's Python only")
         sandbox = LocalSandbox(spec)
         try:
             async with deadline(CREATE_SECONDS), _starting():
                 await sandbox.open(self._spawn, use_namespaces=self._use_namespaces, use_landlock=self._use_landlock)
             missing = {"namespaces", "files"} - sandbox.protections
             if missing and not self._is_weak_allowed:
-                raise _failure("create", f"this kernel does not grant {' and '.join(sorted(missing))}")
+                raise sandbox_failure("create", f"this kernel does not grant {' and '.join(sorted(missing))}")
         except (OSError, TimeoutError) as error:
             await sandbox.close()
-            raise _failure("create", describe(error)) from error
+            raise sandbox_failure("create", describe(error)) from error
         except BaseException:  # a cancellation too: undo, then pass it on
             await sandbox.close()
             raise
@@ -90,7 +87,7 @@ class LocalProcesses:
                 return
         except OSError:
             self._spawner = None  # it is gone; a new one takes over
-        self._spawner = _Spawner()
+        self._spawner = Spawner()
         self._spawner.spawn(control)
 
 
@@ -151,15 +148,15 @@ class LocalSandbox:
 
     async def read(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """As `Sandbox.read`."""
-        return await asyncio.to_thread(_read_file, self._living_work(), _parts(path), max_bytes)
+        return await asyncio.to_thread(read_file, self._living_work(), parts_of(path), max_bytes)
 
     async def write(self, path: str, data: bytes) -> None:
         """As `Sandbox.write`."""
-        await asyncio.to_thread(_write_file, self._living_work(), _parts(path), data)
+        await asyncio.to_thread(write_file, self._living_work(), parts_of(path), data)
 
     async def list(self, path: str = ".") -> tuple[str, ...]:
         """As `Sandbox.list`."""
-        return await asyncio.to_thread(_list_folder, self._living_work(), _parts(path))
+        return await asyncio.to_thread(list_folder, self._living_work(), parts_of(path))
 
     async def close(self) -> None:
         """As `Sandbox.close`."""
@@ -184,7 +181,7 @@ class LocalSandbox:
         try:
             socket.send_fds(control, [marshal.dumps(request)], descriptors)
         except OSError as error:
-            raise _failure("sandbox", f"its guardian does not listen ({describe(error)})") from error
+            raise sandbox_failure("sandbox", f"its guardian does not listen ({describe(error)})") from error
 
     def forget(self, identity: int) -> None:
         """Nobody waits for this process any more."""
@@ -199,18 +196,18 @@ class LocalSandbox:
         request: dict[str, Any] = {
             "argv": [program, *argv[1:]],
             "env": {**self._environment(), **(env or {})},
-            "cwd": str(self._work.joinpath(*_parts(cwd))),
+            "cwd": str(self._work.joinpath(*parts_of(cwd))),
         }
         if len(marshal.dumps(request)) > MAX_REQUEST_BYTES:
             raise ValueError(f"arguments and environment of more than {MAX_REQUEST_BYTES} bytes; write them to a file")
         self._num_started += 1
-        process = LocalProcess(self, self._num_started, with_stderr=with_stderr)
+        process = LocalProcess(self, self._num_started, self.spec.memory_mb << 20, with_stderr=with_stderr)
         self._processes[self._num_started] = process
         try:
             process.open(request)
         except OSError as error:
             process.let_go()
-            raise _failure("start", describe(error)) from error
+            raise sandbox_failure("start", describe(error)) from error
         except BaseException:  # a cancellation too: undo, then pass it on
             process.let_go()
             raise
@@ -253,7 +250,7 @@ class LocalSandbox:
 
     def _living_control(self) -> socket.socket:
         if self._over is not None or self._control is None:
-            raise _failure("sandbox", self._over or "it was never opened")
+            raise sandbox_failure("sandbox", self._over or "it was never opened")
         return self._control
 
     def _living_work(self) -> Path:
@@ -289,256 +286,10 @@ class LocalSandbox:
             return
         self._over = reason
         if not self._ready.done():
-            self._ready.set_exception(_failure("create", reason))
+            self._ready.set_exception(sandbox_failure("create", reason))
             self._ready.exception()  # nobody waits for it when the creation was cancelled
         for process in list(self._processes.values()):
-            process.lose(_failure("sandbox", reason))
-
-
-class LocalProcess:
-    """A `Process` of a `LocalSandbox`, and the inside of its `exec`."""
-
-    def __init__(self, sandbox: LocalSandbox, identity: int, *, with_stderr: bool) -> None:
-        self._sandbox = sandbox
-        self._identity = identity
-        self._with_stderr = with_stderr
-        self._ended: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._stdin = self._stdout = self._stderr = -1
-        self._outcome: Outcome | None = None
-
-    def open(self, request: dict[str, Any]) -> None:
-        """Make the pipes and let the guardian start the program; called once, by the sandbox."""
-        theirs: list[int] = []
-        try:
-            read_end, self._stdin = _pipe(theirs, 0)
-            self._stdout, write_end = _pipe(theirs, 1)
-            if self._with_stderr:
-                self._stderr, error_end = _pipe(theirs, 1)
-            else:
-                error_end = os.open(os.devnull, os.O_WRONLY)
-                theirs.append(error_end)
-            self._sandbox.send({"start": self._identity, **request}, [read_end, write_end, error_end])
-        finally:
-            for descriptor in theirs:
-                os.close(descriptor)
-
-    async def write(self, data: bytes) -> None:
-        """As `Process.write`."""
-        loop = asyncio.get_running_loop()
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[os.write(self._stdin, view) :]
-            except BlockingIOError:
-                await _until_ready(self._stdin, loop.add_writer, loop.remove_writer)
-
-    async def read(self) -> bytes:
-        """As `Process.read`."""
-        return await _read_some(self._stdout)
-
-    def interrupt(self) -> None:
-        """As `Process.interrupt`."""
-        if not self._ended.done():
-            self._sandbox.send({"signal": self._identity, "kill": False})
-
-    def kill(self) -> None:
-        """As `Process.kill`."""
-        if not self._ended.done():
-            self._sandbox.send({"signal": self._identity, "kill": True})
-
-    async def close(self) -> None:
-        """As `Process.close`."""
-        try:
-            if not self._ended.done():
-                self.kill()
-                async with deadline(KILL_SECONDS):
-                    await asyncio.shield(self._ended)
-        except TimeoutError as error:
-            raise _failure("kill", f"the program does not die ({error})") from error
-        finally:
-            self.let_go()
-
-    async def complete(self, stdin: bytes, timeout_seconds: float, kept_bytes: int, started: float) -> ExecResult:
-        """Feed and read the program until it ends or is late; what the sandbox's `exec` returns."""
-        stdout, stderr = _Kept(kept_bytes // 2), _Kept(kept_bytes // 2)
-        pumps = [
-            asyncio.ensure_future(pump)
-            for pump in (self._feed(stdin), self._keep(self._stdout, stdout), self._keep(self._stderr, stderr))
-        ]
-        try:
-            ending = await self._ending(timeout_seconds)
-            await asyncio.wait(pumps, timeout=DRAIN_SECONDS)  # something in the background may hold the pipes open
-        finally:
-            await _cancel(pumps)
-        stdout.take(self._stdout)
-        stderr.take(self._stderr)
-        wall_seconds = time.perf_counter() - started
-        usage = Usage(wall_seconds, ending["cpu_seconds"], ending["peak_memory_bytes"])
-        code = -9 if ending["status"] is None else os.waitstatus_to_exitcode(ending["status"])
-        outcome = self._outcome or _own_outcome(code, usage, self._sandbox.spec.memory_mb << 20)
-        return ExecResult(outcome, code, stdout.text(), stderr.text(), usage)
-
-    def end(self, ending: dict[str, Any]) -> None:
-        """The guardian says how the program ended."""
-        if not self._ended.done():
-            self._ended.set_result(ending)
-
-    def lose(self, failure: RolloutFailure) -> None:
-        """The sandbox is gone, and with it the program."""
-        if not self._ended.done():
-            self._ended.set_exception(failure)
-            self._ended.exception()  # nobody may be waiting for it
-
-    def let_go(self) -> None:
-        """Close the pipes."""
-        self._sandbox.forget(self._identity)
-        self._close_pipes()
-
-    def __del__(self) -> None:  # of a process that its owner forgot to close when the sandbox went
-        self._close_pipes()
-
-    def _close_pipes(self) -> None:
-        for descriptor in {self._stdin, self._stdout, self._stderr} - {-1}:
-            os.close(descriptor)
-        self._stdin = self._stdout = self._stderr = -1
-
-    async def _ending(self, timeout_seconds: float) -> dict[str, Any]:
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                return await asyncio.shield(self._ended)
-        except TimeoutError:
-            if self._ended.done():  # in time; it is this event loop that was late
-                return self._ended.result()
-            self._outcome = self._outcome or Outcome.TIMEOUT
-            self.kill()
-        try:
-            async with deadline(KILL_SECONDS):
-                return await asyncio.shield(self._ended)
-        except TimeoutError as error:
-            raise _failure("kill", f"the program does not die ({error})") from error
-
-    async def _feed(self, data: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it does not want all of its input
-            await self.write(data)
-        descriptor, self._stdin = self._stdin, -1
-        os.close(descriptor)
-
-    async def _keep(self, descriptor: int, kept: "_Kept") -> None:
-        while data := await _read_some(descriptor):
-            kept.add(data)
-            if kept.num_bytes > MAX_OUTPUT_BYTES and self._outcome is None:
-                self._outcome = Outcome.OUTPUT_LIMIT
-                self.kill()
-            await asyncio.sleep(0)  # a program that writes without a pause may not stop the others
-
-
-class _Kept:
-    """Head and tail of a stream, so many bytes of each."""
-
-    def __init__(self, part_bytes: int) -> None:
-        self.num_bytes = 0
-        self._part_bytes = part_bytes
-        self._head = bytearray()
-        self._tail = bytearray()
-
-    def add(self, data: bytes) -> None:
-        self.num_bytes += len(data)
-        room = self._part_bytes - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        del self._tail[: max(0, len(self._tail) - self._part_bytes)]
-
-    def take(self, descriptor: int) -> None:
-        """Add what waits in a pipe; a program that has ended wrote all of its output before."""
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(64):
-                self.add(os.read(descriptor, 64 << 10))
-
-    def text(self) -> str:
-        missing = self.num_bytes - len(self._head) - len(self._tail)
-        gap = f"\n[... {missing} bytes left out ...]\n".encode() if missing else b""
-        return (self._head + gap + self._tail).decode(errors="replace")
-
-
-def _own_outcome(code: int, usage: Usage, memory_bytes: int) -> Outcome:
-    """How a program ended that nobody killed. One that fails close to its limit of memory has hit it."""
-    if code != 0 and usage.peak_memory_bytes > 0.8 * memory_bytes:
-        return Outcome.OUT_OF_MEMORY
-    return Outcome.SIGNALLED if code < 0 else Outcome.EXITED
-
-
-def _failure(where: str, message: str) -> RolloutFailure:
-    return RolloutFailure(FailureClass.SANDBOX, where, message)
-
-
-def _pipe(theirs: list[int], their_end: int) -> tuple[int, int]:
-    """A pipe whose one end goes to a program and whose other end is ours and does not block."""
-    ends = os.pipe()
-    theirs.append(ends[their_end])
-    os.set_blocking(ends[1 - their_end], False)
-    return ends
-
-
-async def _read_some(descriptor: int) -> bytes:
-    loop = asyncio.get_running_loop()
-    while True:
-        try:
-            return os.read(descriptor, 64 << 10)
-        except BlockingIOError:
-            await _until_ready(descriptor, loop.add_reader, loop.remove_reader)
-
-
-async def _until_ready(descriptor: int, watch: Callable[..., None], unwatch: Callable[[int], bool]) -> None:
-    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    watch(descriptor, _settle, ready)
-    try:
-        await ready
-    finally:
-        unwatch(descriptor)
-
-
-def _settle(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)
-
-
-async def _cancel(tasks: Sequence[asyncio.Future[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Spawner:
-    """The process that forks guardians, and that ends with this object or with this process."""
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self.pid = os.posix_spawn(
-                sys.executable,
-                [sys.executable, "-I", "-S", str(GUARDIAN)],
-                {},
-                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), 0)],
-            )
-        self._socket = ours.detach()
-        weakref.finalize(self, _stop, os.getpid(), self.pid, self._socket)
-
-    def spawn(self, control: socket.socket) -> None:
-        """Fork a guardian; `OSError` when the process is gone."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, control.fileno().to_bytes(4, sys.byteorder))]
-        ours = socket.socket(fileno=self._socket)
-        try:
-            ours.sendmsg([b"+"], rights)
-        finally:
-            ours.detach()
-
-
-def _stop(owner: int, pid: int, ours: int) -> None:
-    if os.getpid() == owner:  # and no fork of it
-        with contextlib.suppress(OSError):
-            os.close(ours)
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            process.lose(sandbox_failure("sandbox", reason))
 
 
 _free: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
@@ -547,62 +298,3 @@ _free: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] =
 def _starting() -> asyncio.Semaphore:
     """The places for creations under way in this event loop: a burst may not take all cores at once."""
     return _free.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(MAX_STARTING))
-
-
-def _parts(path: str) -> list[str]:
-    parts = [part for part in path.split("/") if part not in ("", ".")]
-    if path.startswith("/") or ".." in parts or "\0" in path:
-        raise ValueError(f"path {path!r} in a sandbox; use one relative to its working folder, without '..'")
-    return parts
-
-
-@contextlib.contextmanager
-def _folder(root: Path, parts: Sequence[str], *, make: bool = False) -> Iterator[int]:
-    """A descriptor of a folder below `root`, reached without following a symbolic link."""
-    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for part in parts:
-            if make:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, dir_fd=folder)
-            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
-            os.close(folder)
-            folder = inner
-        yield folder
-    finally:
-        os.close(folder)
-
-
-@contextlib.contextmanager
-def _file(root: Path, parts: Sequence[str], flags: int, *, make: bool = False) -> Iterator[int]:
-    """A descriptor of a regular file; a fifo or a device cannot make the caller wait."""
-    if not parts:
-        raise IsADirectoryError("the working folder is not a file")
-    with _folder(root, parts[:-1], make=make) as folder:
-        file = os.open(parts[-1], flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644, dir_fd=folder)
-    try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise OSError(f"{'/'.join(parts)} is not a regular file")
-        yield file
-    finally:
-        os.close(file)
-
-
-def _read_file(root: Path, parts: Sequence[str], max_bytes: int) -> bytes:
-    with _file(root, parts, os.O_RDONLY) as file, open(file, "rb", closefd=False) as reader:
-        data = reader.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise ValueError(f"{'/'.join(parts)} is longer than {max_bytes} bytes; read it with a larger max_bytes")
-    return data
-
-
-def _write_file(root: Path, parts: Sequence[str], data: bytes) -> None:
-    with _file(root, parts, os.O_WRONLY | os.O_CREAT, make=True) as file, open(file, "wb", closefd=False) as writer:
-        writer.truncate(0)
-        writer.write(data)
-
-
-def _list_folder(root: Path, parts: Sequence[str]) -> tuple[str, ...]:
-    with _folder(root, parts) as folder, os.scandir(folder) as entries:
-        names = [f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries]
-    return tuple(sorted(names))

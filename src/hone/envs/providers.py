@@ -55,13 +55,12 @@ class SandboxesHere:
     """A `SandboxProvider` of this machine: cells, or processes where cells cannot be had. The first creation decides."""
 
     def __init__(self) -> None:
-        self._deciding: asyncio.Lock | None = None
+        self._deciding = asyncio.Lock()
         self._chosen: SandboxProvider | None = None
 
     async def create(self, spec: SandboxSpec) -> Sandbox:
         """A sandbox that is ready; raises a `RolloutFailure` of class sandbox."""
         if self._chosen is None:
-            self._deciding = self._deciding or asyncio.Lock()
             async with self._deciding:
                 self._chosen = self._chosen or await _best_here()
         return await self._chosen.create(spec)

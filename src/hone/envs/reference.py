@@ -105,11 +105,10 @@ PARTS = (
         "Where programs of the policy run: [Sandboxes and code rewards](../guides/sandboxes-and-code.md).",
         (
             *("SandboxToolUse", "SandboxState", "LazySandbox", "LocalProcesses", "PythonSession", "SandboxSpec"),
-            *("ExecResult", "Outcome", "Sandbox", "SandboxProvider"),
+            *("ExecResult", "Outcome", "Sandbox", "SandboxProvider", "sandboxes_at"),
             "hone.schema.sandboxes.Usage",
             "hone.envs.sandboxes.Process",
             "hone.envs.local_processes.LocalSandbox",
-            "hone.envs.providers.sandboxes_at",
             "hone.envs.providers.NodeSandboxes",
             "hone.envs.sandbox_tools.python_tool",
             "hone.envs.sandbox_tools.shell_tool",

@@ -88,7 +88,8 @@ class Sandbox:
     Entering it asks for the sandbox and does not wait for it: the first call does, or `ready`. The arguments are those of
     `SandboxSpec`; network is "none", or "allow" where there is an `allow`. node: where it shall be. By default inside this process, without a daemon and without root; or the
     address of a node or a gateway, `unix:/path` or `tcp://host:port`, with a `token` where that wants one; or a `Node`.
-    key: one of your own makes asking repeatable: while it lives, the same key is the same sandbox.
+    key: one of your own makes asking repeatable: while it lives, the same key is the same sandbox. reconnect_seconds: for
+    how long a connection that broke is made anew before all is lost; by default as long as the node waits.
 
     Relative paths start at the working folder, where programs start, too. What a program does wrong is a result. Trouble of
     the infrastructure is a `SandboxError`, whose `outcome` says which. Files raise `OSError`.
@@ -112,6 +113,7 @@ class Sandbox:
         node: "Node | str | None" = None,
         token: str = "",
         key: str = "",
+        reconnect_seconds: float | None = None,
     ) -> None:
         network = network or ("allow" if allow else "none")
         if network not in ("none", "off", "host", "allow"):
@@ -131,6 +133,7 @@ class Sandbox:
         )
         self._node = node
         self._token = token
+        self._reconnect_seconds = reconnect_seconds
         self._key = key or secrets.token_hex(16)
         self._inner: _Inner | None = None
 
@@ -146,10 +149,10 @@ class Sandbox:
     async def open(self) -> None:
         """Ask for the sandbox; returns when the node has taken it on, not when it is ready. Raises `Busy`."""
         if isinstance(self._node, str):
-            self._inner = await (await _remote_node(self._node, self._token)).create(self.spec, key=self._key)
+            node = await _remote_node(self._node, self._token, self._reconnect_seconds)
+            self._inner = await node.create(self.spec, key=self._key)
         else:
-            node = self._node or await embedded_node()
-            self._inner = node.create(self.spec, key=self._key)
+            self._inner = (self._node or await embedded_node()).create(self.spec, key=self._key)
 
     @property
     def sandbox_id(self) -> str:
@@ -288,15 +291,16 @@ async def _running_node() -> AsyncGenerator[Node]:
 _embedded: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Embedded] = weakref.WeakKeyDictionary()
 
 
-async def _remote_node(address: str, token: str) -> RemoteNode:
-    """One connection for all sandboxes of an event loop at one address, which the loop closes when it shuts down."""
+async def _remote_node(address: str, token: str, reconnect_seconds: float | None) -> RemoteNode:
+    """One session for all sandboxes of an event loop at one address, which the loop closes when it shuts down."""
     links = _remote.setdefault(asyncio.get_running_loop(), {})
-    link = links.get((address, token))
+    key = (address, token, reconnect_seconds)
+    link = links.get(key)
     if link is None or link.node.is_lost:
         if link is not None:
             await link.generator.aclose()
-        node = RemoteNode(address, token)
-        link = links[address, token] = _Link(node, _connection(node))
+        node = RemoteNode(address, token, reconnect_seconds=reconnect_seconds)
+        link = links[key] = _Link(node, _connection(node))
         await anext(link.generator)
     await link.node.connected()
     return link.node
@@ -315,7 +319,7 @@ class _Link:
     generator: AsyncGenerator[None]
 
 
-_remote: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], _Link]] = (
+_remote: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str, float | None], _Link]] = (
     weakref.WeakKeyDictionary()
 )
 

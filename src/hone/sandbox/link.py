@@ -122,11 +122,13 @@ class Link:
             self.say(message.call, calls.Cancel(message.call))
             raise
 
-    def say(self, call: int, message: Any) -> None:
-        """Say something to a call. If it is not heard, the call's streams know what to repeat."""
+    def say(self, call: int, message: Any) -> bool:
+        """Say something to a call, if that is possible now. What is lost after all, `Streams.resumed` repeats."""
         pending = self._calls.get(call)
-        if self._stream is not None and pending is not None and not pending.is_quiet:
-            self._write(framed(message))
+        if self._stream is None or pending is None or pending.is_quiet:
+            return False
+        self._write(framed(message))
+        return True
 
     async def close(self) -> None:
         """Hang up. The node ends this session's sandboxes soon after, unless they were closed before."""

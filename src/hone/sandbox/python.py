@@ -17,10 +17,11 @@ from types import TracebackType
 from typing import Self
 
 from hone.sandbox.cells import FAILED, READY, REPORT, Cell
-from hone.sandbox.errors import SandboxError
-from hone.sandbox.host import Host, look
+from hone.sandbox.errors import SandboxError, Unsupported
+from hone.sandbox.host import Host, host_image, look
+from hone.sandbox.native.build import BuildError, build
 from hone.sandbox.plan import Image
-from hone.sandbox.programs import Ending, Process
+from hone.sandbox.programs import DEFAULT_ENV, Ending, Process
 from hone.sandbox.readiness import until_ready
 from hone.schema.sandboxes import ExecResult
 
@@ -29,7 +30,7 @@ START_SECONDS = 60.0
 INTERRUPT_SECONDS = 2.0
 MAX_ANSWER_BYTES = 1 << 20
 MAX_CODE_BYTES = 64 << 20
-ORDER = struct.Struct("=III")  # of guest/zygote.py
+ORDER = struct.Struct("=III")  # of native/warm.c
 
 
 class Zygotes:
@@ -405,14 +406,18 @@ class _Zygote:
             await asyncio.to_thread(self._process.wait)
 
     async def _start(self) -> None:
+        try:
+            library = (await asyncio.to_thread(build)).warm
+        except BuildError as error:
+            raise Unsupported(f"a warm Python needs its library compiled once: {error}") from error
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._socket = ours
         with theirs:
             self._process = subprocess.Popen(  # noqa: ASYNC220 - a vfork; all waiting is done elsewhere
-                [sys.executable, "-I", str(GUEST / "zygote.py"), str(theirs.fileno()), *self._preloads],
+                [sys.executable, "-I", str(GUEST / "zygote.py"), str(theirs.fileno()), str(library), *self._preloads],
                 pass_fds=[theirs.fileno()],
-                env={"LANG": "C.UTF-8", "PATH": os.defpath},
+                env={**DEFAULT_ENV, **host_image().env},  # what most programs want: they need not set it again
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

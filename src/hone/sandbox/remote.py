@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.link import Link
 from hone.sandbox.remote_process import RemoteProcess
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandbox_network import NetworkRecord
-from hone.schema.sandboxes import ExecResult, FileEntry, PythonResult, SandboxSpec, SandboxStatus, SandboxUsage
+from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxStatus, SandboxUsage
 
 
 class RemoteNode(Link):
@@ -112,8 +113,12 @@ class RemoteSandbox:
         await self._link.call(calls.Renew(self._link.number(), self.sandbox_id, seconds), type(None))
 
     async def close(self) -> None:
-        if not self._is_closed and not self._link.is_lost:  # with the node, it is gone already
-            self._final = await self._link.call(calls.Destroy(self._link.number(), self.sandbox_id), SandboxUsage)
+        if not self._is_closed and not self._link.is_lost:
+            try:
+                self._final = await self._link.call(calls.Destroy(self._link.number(), self.sandbox_id), SandboxUsage)
+            except SandboxError as error:
+                if isinstance(error, Busy) or error.outcome is not Outcome.NODE_LOST:
+                    raise  # with its node, it would be gone already
         self._is_closed = True
 
     async def usage(self) -> SandboxUsage:

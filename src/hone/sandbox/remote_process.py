@@ -94,7 +94,9 @@ class RemoteProcess:
     def resume(self, call: int, sandbox_id: str) -> calls.Resume:
         """How far the streams have come."""
         outputs = self._outputs.values()
-        return calls.Resume(call, sandbox_id, [one.num_received for one in outputs], [one.num_read for one in outputs])
+        for output in outputs:
+            output.num_told = output.num_read
+        return calls.Resume(call, sandbox_id, [one.num_received for one in outputs], [one.num_told for one in outputs])
 
     def resumed(self, message: calls.Resumed) -> list[Any]:
         """What the node shall hear again."""
@@ -104,6 +106,10 @@ class RemoteProcess:
         if self._is_input_over:
             again.append(calls.Data(self._call, 0, b""))
         self._drop_controls(message.num_controls - self._num_controls)
+        for stream, output in self._outputs.items():
+            if num_untold := output.num_read - output.num_told:
+                again.append(calls.Credit(self._call, stream, num_untold))
+                output.num_told = output.num_read
         return again + list(self._controls)
 
     # --- helpers ---------------------------------------------------------------------------------------------------
@@ -121,9 +127,10 @@ class RemoteProcess:
             self._controls.popleft()
 
     async def _read(self, stream: int) -> bytes:
-        data = await self._outputs[stream].read()
-        if data:
-            self._link.say(self._call, calls.Credit(self._call, stream, len(data)))
+        output = self._outputs[stream]
+        data = await output.read()
+        if data and self._link.say(self._call, calls.Credit(self._call, stream, len(data))):
+            output.num_told += len(data)
         return data
 
     def _end(self, task: "asyncio.Task[int]") -> None:
@@ -140,11 +147,12 @@ class RemoteProcess:
 
 
 class _Output:
-    """What has come of a stream, and was not read yet."""
+    """What has come of a stream, and was not read yet. num_told: how much of what was read the node knows to be read."""
 
     def __init__(self) -> None:
         self.num_received = 0
         self.num_read = 0
+        self.num_told = 0
         self._pieces: deque[bytes] = deque()
         self._is_over = False
         self._error: SandboxError | None = None

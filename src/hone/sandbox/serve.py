@@ -22,8 +22,8 @@ from hone.schema import sandbox_calls as calls
 
 GRACE_SECONDS = 10.0
 HELLO_SECONDS = 10.0
-TICK_SECONDS = 1.0
-MAX_SILENT_TICKS = 10
+TICK_SECONDS = 5.0
+MAX_SILENT_TICKS = 60
 MAX_GREETING_BYTES = 64 << 10
 MAX_CLIENTS = 4_096
 MAX_REMEMBERED = 10_000
@@ -72,7 +72,7 @@ class NodeServer:
         self._watching: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        await self._listener.open(self._accept)
+        await self._listener.open(self.accept)
         self.address = str(self._listener.address)
         self._watching = asyncio.get_running_loop().create_task(self._watch())
         return self
@@ -139,13 +139,18 @@ class NodeServer:
         """A connection is over."""
         self._connections.discard(connection)
 
-    def _accept(self) -> Stream[Any]:
+    def accept(self) -> Stream[Any]:
+        """The protocol of one more connection."""
         connection = _Connection(self)
         self._connections.add(connection)
         return connection.stream
 
     async def _watch(self) -> None:
-        """Hang up on whoever is silent: clients ping. The kernel notices sooner when the machine is gone."""
+        """Hang up on whoever is silent: clients ping.
+
+        There is time: a client that is busy with something else shall keep its sandboxes, when its machine is gone the
+        kernel notices sooner, and a client that has come back by another connection does not need the old one.
+        """
         while True:
             await asyncio.sleep(TICK_SECONDS)
             for connection in list(self._connections):

@@ -15,7 +15,7 @@ from hone.schema.sandboxes import Outcome
 
 MAX_FRAME_BYTES = 80 << 20
 MAX_UNSENT_BYTES = 1 << 20
-DEAD_MACHINE_SECONDS = 3
+DEAD_MACHINE_SECONDS = 30
 T = TypeVar("T")
 
 _encoder = msgspec.msgpack.Encoder()
@@ -64,7 +64,7 @@ class Stream(asyncio.Protocol, Generic[T]):
         transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
         connection = transport.get_extra_info("socket")
         if connection is not None and connection.family != socket.AF_UNIX:
-            _notice_dead_machines(connection)
+            notice_dead_machines(connection)
 
     def data_received(self, data: bytes) -> None:
         self._num_silences = 0
@@ -172,11 +172,10 @@ def error_of(message: Failed) -> Exception:
             return ValueError(message.message)
 
 
-def _notice_dead_machines(connection: socket.socket) -> None:
+def notice_dead_machines(connection: socket.socket) -> None:
     """The kernel asks the other side's, which answers even while its program is busy or stopped."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, DEAD_MACHINE_SECONDS - 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_MACHINE_SECONDS * 1000)

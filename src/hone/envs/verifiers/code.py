@@ -118,8 +118,9 @@ class CodeVerifier:
         async def tests_pass(answer, info):
             return (await verifier.verify(code_of(answer), Assertions(info["tests"]))).is_right
 
-    sandboxes: a provider, or what `sandboxes_at` takes. timeout_seconds: what the program has for all assertions and calls, or for each of its inputs, by the clock on the
-    wall: leave it room on a busy machine. It begins when the program's process is ready.
+    sandboxes: a provider, or what `sandboxes_at` takes. timeout_seconds: what the program has for all assertions and
+    calls, or for each of its inputs, by the clock on the wall: leave it room on a busy machine. It begins when the
+    program's process is ready.
 
     Trouble with a sandbox is a `RolloutFailure` of class sandbox; tests that cannot be run are a `ValueError`.
     """

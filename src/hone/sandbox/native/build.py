@@ -1,4 +1,4 @@
-"""Compiles spawner and agent on first use into the user's cache folder."""
+"""Compiles spawner, agent and the library of warm Pythons on first use into the user's cache folder."""
 
 import hashlib
 import logging
@@ -19,6 +19,7 @@ FLAGS = ("-O2", "-std=gnu11", "-s", "-static")
 # The agent has no libc, and nothing may call for one.
 AGENT_FLAGS = ("-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pie", "-no-pie",
                "-fno-tree-loop-distribute-patterns", "-Wl,--build-id=none", "-Wl,-z,noseparate-code")  # fmt: skip
+LIBRARY_FLAGS = ("-O2", "-std=gnu11", "-s", "-shared", "-fPIC")
 
 
 class BuildError(RuntimeError):
@@ -27,19 +28,20 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Where the spawner lies, and the agent's content."""
+    """Where the spawner lies, the agent's content, and where the library of warm Pythons lies."""
 
     spawner: Path
     agent: bytes
+    warm: Path
 
 
 def build(compilers: Sequence[str] = COMPILERS) -> Programs:
-    """Both programs, compiled now if this machine has not compiled these sources before; raises `BuildError`."""
+    """All of them, compiled now if this machine has not compiled these sources before; raises `BuildError`."""
     compiler = _find(compilers)
     folder = cache_folder() / f"cells-{_key(compiler)}"
     if not (folder / "agent").exists():
         _compile_into(compiler, folder)
-    return Programs(folder / "spawner", (folder / "agent").read_bytes())
+    return Programs(folder / "spawner", (folder / "agent").read_bytes(), folder / "warm.so")
 
 
 def cache_folder() -> Path:
@@ -71,7 +73,7 @@ def _key(compiler: Path) -> str:
     for source in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     status = compiler.stat()
-    digest.update(repr((FLAGS, AGENT_FLAGS, str(compiler), status.st_size, status.st_mtime_ns)).encode())
+    digest.update(repr((FLAGS, AGENT_FLAGS, LIBRARY_FLAGS, str(compiler), status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()[:24]
 
 
@@ -82,6 +84,7 @@ def _compile_into(compiler: Path, folder: Path) -> None:
         unfinished.mkdir()
         for name, flags in (("spawner", FLAGS), ("agent", (*FLAGS, *AGENT_FLAGS))):
             _compile(compiler, [*flags, str(SOURCES / f"{name}.c"), "-o", str(unfinished / name)])
+        _compile(compiler, [*LIBRARY_FLAGS, str(SOURCES / "warm.c"), "-o", str(unfinished / "warm.so")])
         try:
             unfinished.rename(folder)
         except OSError:

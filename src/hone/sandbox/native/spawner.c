@@ -6,8 +6,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/capability.h>
-#include <linux/landlock.h>
 #include <linux/mount.h>
 #include <linux/sched.h>
 #include <net/if.h>
@@ -20,7 +18,6 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -28,6 +25,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "confine.h"
+#include "messages.h"
 #include "protocol.h"
 
 #ifndef SYS_mount_setattr
@@ -37,11 +36,6 @@
 #define CLONE_INTO_CGROUP 0x200000000ULL
 #endif
 #define MAX_TREES (FIRST_LAYER + MAX_LAYERS)
-
-struct bpf {
-    uint16_t num_instructions;
-    const void *instructions;
-};
 
 static char message[MESSAGE_BYTES];
 static int descriptors[MAX_DESCRIPTORS];
@@ -153,41 +147,6 @@ static int make_folder(const struct operation *operation, const char *path)
     return mkdir(path, operation->a) && !(operation->b && errno == EEXIST) ? -1 : 0;
 }
 
-/* Send a message with descriptors. */
-static int pass(int socket, const void *data, size_t size, const int *passed, int num_passed)
-{
-    char control[CMSG_SPACE(MAX_LAYERS * sizeof(int))] = {0};
-    struct iovec part = {(void *)data, size};
-    struct msghdr header = {.msg_iov = &part, .msg_iovlen = 1};
-    if (num_passed) {
-        header.msg_control = control;
-        header.msg_controllen = CMSG_SPACE(num_passed * sizeof(int));
-        struct cmsghdr *first = CMSG_FIRSTHDR(&header);
-        first->cmsg_level = SOL_SOCKET;
-        first->cmsg_type = SCM_RIGHTS;
-        first->cmsg_len = CMSG_LEN(num_passed * sizeof(int));
-        memcpy(CMSG_DATA(first), passed, num_passed * sizeof(int));
-    }
-    return sendmsg(socket, &header, MSG_NOSIGNAL) == (ssize_t)size ? 0 : -1;
-}
-
-/* The next message with its descriptors; 0 when the other side is gone. */
-static ssize_t take(int socket, void *data, size_t size, int *taken, int *num_taken)
-{
-    char control[CMSG_SPACE(MAX_DESCRIPTORS * sizeof(int))];
-    struct iovec part = {data, size};
-    struct msghdr header = {
-        .msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
-    ssize_t got = recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
-    struct cmsghdr *first = CMSG_FIRSTHDR(&header);
-    *num_taken = 0;
-    if (got > 0 && first && first->cmsg_type == SCM_RIGHTS) {
-        *num_taken = (first->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-        memcpy(taken, CMSG_DATA(first), *num_taken * sizeof(int));
-    }
-    return got;
-}
-
 static int bring_loopback_up(void)
 {
     struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING};
@@ -287,27 +246,6 @@ static int make_socket(const struct operation *operation)
     return given < 0 ? -1 : 0;
 }
 
-static int limit(const struct operation *operation)
-{
-    struct rlimit wanted = {operation->b, operation->b}, present;
-    if (getrlimit(operation->a, &present))
-        return -1;
-    if (wanted.rlim_max > present.rlim_max)
-        wanted.rlim_cur = wanted.rlim_max = present.rlim_max;
-    return setrlimit(operation->a, &wanted);
-}
-
-static int drop_powers(void)
-{
-    struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
-    struct __user_cap_data_struct none[2] = {{0}};
-    for (int capability = 0; prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0; capability++)
-        ;
-    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
-        return -1;
-    return syscall(SYS_capset, &header, none);
-}
-
 static int take_identity(const struct operation *operation)
 {
     gid_t group = operation->b;
@@ -316,38 +254,6 @@ static int take_identity(const struct operation *operation)
     return syscall(SYS_setresgid, group, group, group) || syscall(SYS_setresuid, operation->a, operation->a, operation->a)
                ? -1
                : 0;
-}
-
-static int filter(const struct operation *operation, const char *data)
-{
-    struct bpf program = {operation->size / 8, data};
-    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-        return -1;
-    return syscall(SYS_seccomp, 1 /* SECCOMP_SET_MODE_FILTER */, 0, &program);
-}
-
-static int restrict_by_landlock(const struct operation *operation, const char *data)
-{
-    uint64_t attributes[3];
-    memcpy(attributes, data, sizeof attributes);
-    int ruleset = syscall(SYS_landlock_create_ruleset, attributes, operation->a, 0);
-    if (ruleset < 0)
-        return -1;
-    const char *rule = data + sizeof attributes, *end = data + operation->size;
-    while (rule < end) {
-        uint64_t header[2];
-        memcpy(header, rule, sizeof header);
-        struct landlock_path_beneath_attr beneath = {.allowed_access = header[0]};
-        beneath.parent_fd = open(rule + sizeof header, O_PATH | O_CLOEXEC);
-        if (beneath.parent_fd < 0 ||
-            syscall(SYS_landlock_add_rule, ruleset, LANDLOCK_RULE_PATH_BENEATH, &beneath, 0))
-            return -1;
-        close(beneath.parent_fd);
-        rule += sizeof header + header[1];
-    }
-    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || syscall(SYS_landlock_restrict_self, ruleset, 0))
-        return -1;
-    return close(ruleset);
 }
 
 static int become_agent(void)
@@ -404,27 +310,16 @@ static int carry_out(const struct operation *operation, const char *data)
         return sethostname(data, operation->size);
     case OPERATION_NETWORKS:
         return keep_networks(operation->a);
-    case OPERATION_LIMIT:
-        return limit(operation);
-    case OPERATION_FILTER:
-        return filter(operation, data);
-    case OPERATION_DROP_POWERS:
-        return drop_powers();
     case OPERATION_IDENTITY:
         return take_identity(operation);
     case OPERATION_JOIN:
         return write_all(descriptors[operation->a], "0", 1);
-    case OPERATION_CORES:
-        return syscall(SYS_sched_setaffinity, 0, operation->size, data) < 0 ? -1 : 0;
-    case OPERATION_LANDLOCK:
-        return restrict_by_landlock(operation, data);
     case OPERATION_UNSHARE:
         return unshare(operation->a);
     case OPERATION_BECOME_AGENT:
         return become_agent();
     default:
-        errno = ENOSYS;
-        return -1;
+        return confine(operation, data);
     }
 }
 
