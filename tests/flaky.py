@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from hone.sandbox.errors import SandboxError
 from hone.sandbox.remote import RemoteNode
 from hone.sandbox.serve import NodeServer
 from hone.schema.sandboxes import ExecResult, Outcome, PythonResult, SandboxSpec, Usage
@@ -38,9 +39,13 @@ class ImpatientLoop(asyncio.SelectorEventLoop):
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """As `asyncio.run`, without waiting; for an hour of its time at most."""
+    """As `asyncio.run`, without waiting; for an hour of its time at most. Nothing may fail unseen."""
+    troubles: list[dict[str, Any]] = []
     with asyncio.Runner(loop_factory=ImpatientLoop) as runner:
-        return runner.run(asyncio.wait_for(work, 3600))
+        runner.get_loop().set_exception_handler(lambda _, trouble: troubles.append(trouble))
+        result = runner.run(asyncio.wait_for(work, 3600))
+    assert troubles == []
+    return result
 
 
 @dataclass
@@ -62,10 +67,15 @@ class CountingNode:
         return self.boxes[self.keys[key]]
 
     def sandbox(self, sandbox_id: str) -> "CountingSandbox":
+        if sandbox_id not in self.boxes:
+            raise SandboxError(f"{sandbox_id}: there is no such sandbox")
         return self.boxes[sandbox_id]
 
     def sandboxes(self, owner: str | None) -> list[object]:
         return []
+
+    def statistics(self) -> dict[str, float]:
+        return {}
 
     def begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from hone.sandbox.host import look
+from hone.schema.sandboxes import RUNTIMES
 
 pytestmark = pytest.mark.skipif(not look().has_user_namespaces, reason="no user namespaces")
 HONE = [sys.executable, "-m", "hone.cli.main", "sandbox"]
@@ -46,3 +47,24 @@ def test_what_the_caller_can_mend_is_told_in_a_line(tmp_path):
     done = hone("serve", "--listen", "tcp://127.0.0.1:0", "--folder", str(tmp_path))
     assert done.returncode == 2
     assert b"give tokens" in done.stderr
+
+
+def test_a_node_offers_the_runtimes_it_was_told_to(tmp_path):
+    address = f"unix:{tmp_path}/socket"
+    command = [*HONE, "serve", "--listen", address, "--folder", str(tmp_path / "node"), "--runtime", "cell"]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        serving.stdout.readline()
+        done = hone("run", "python", "--node", address, "--runtime", "process", "--network", "off", "--", "true")
+        assert done.returncode == 2
+        assert b"'process' is not offered here; ask for one of cell" in done.stderr
+    finally:
+        serving.send_signal(signal.SIGTERM)
+        serving.wait(timeout=20)
+        serving.stdout.close()
+    assert hone("serve", "--runtime", "no-such").returncode == 2
+
+
+def test_the_doctor_tries_every_runtime():
+    shown = hone("doctor").stdout.decode()
+    assert {name for name in RUNTIMES if any(name in line.split() for line in shown.splitlines())} == set(RUNTIMES)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -26,7 +27,9 @@ def serving(tmp_path, *options):
     """The process, its address, and the address of its metrics."""
     address = f"unix:{tmp_path}/socket"
     command = [*SERVE, "--listen", address, "--folder", str(tmp_path / "node"), "--metrics-port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         line = process.stdout.readline()
         found = re.search(r"http://127.0.0.1:\d+/metrics", line)
@@ -62,20 +65,21 @@ async def test_sigterm_drains_and_a_client_ends_in_peace(tmp_path):
     ):
         assert await asyncio.to_thread(health, url) == 200
         async with Sandbox(node=address, memory_mb=64, disk_mb=16) as box:
-            await box.exec(["true"])
-            process.send_signal(signal.SIGTERM)
+            await box.python("x = 1")
+            os.killpg(process.pid, signal.SIGTERM)  # as whoever ends a whole service does
             async with asyncio.timeout(20):
                 while await asyncio.to_thread(health, url) != 503:
                     await asyncio.sleep(0.02)
             with pytest.raises(Busy):
                 await Sandbox(node=address).open()
             assert (await box.exec(["echo", "still here"])).stdout == "still here\n"
+            assert (await box.python("x")).text == "1\n"
             text = (await asyncio.to_thread(fetch, url))[1]
             assert "hone_sandbox_draining 1.0" in text
             assert 'hone_sandbox_leases{stage="ready"} 1.0' in text
         assert await asyncio.to_thread(process.wait, 20) == 0
     [line] = (tmp_path / "node" / "sandboxes.jsonl").read_text().splitlines()
-    assert (json.loads(line)["end"], json.loads(line)["usage"]["num_calls"]) == ("closed", 2)
+    assert (json.loads(line)["end"], json.loads(line)["usage"]["num_calls"]) == ("closed", 3)
     assert '"name": "exec"' in (tmp_path / "spans.jsonl").read_text()
 
 
@@ -125,3 +129,23 @@ def test_a_metrics_port_that_is_taken_is_told_in_a_line(tmp_path):
     assert done.returncode == 2
     assert "choose another port" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+async def test_a_gateway_shows_its_numbers_too(tmp_path):
+    command = [*SERVE[:-1], "gateway", "--nodes", f"unix:{tmp_path}/socket", "--listen", f"unix:{tmp_path}/gateway"]
+    with serving(tmp_path):
+        gateway = subprocess.Popen([*command, "--metrics-port", "0"], stdout=subprocess.PIPE, text=True)
+        try:
+            url = re.search(r"http://127.0.0.1:\d+/metrics", gateway.stdout.readline())[0]
+            async with Sandbox(node=f"unix:{tmp_path}/gateway", memory_mb=64, disk_mb=16) as box:
+                await box.exec(["true"])
+                assert await asyncio.to_thread(health, url) == 200
+                assert "hone_gateway_nodes 1.0" in (await asyncio.to_thread(fetch, url))[1]
+                shown = [*SERVE[:-1], "stats", "--node", f"unix:{tmp_path}/gateway"]
+                done = await asyncio.to_thread(subprocess.run, shown, capture_output=True, text=True, timeout=60)
+                assert box.sandbox_id in done.stdout
+                assert "gateway/nodes" in done.stdout
+        finally:
+            gateway.terminate()
+            gateway.wait(timeout=20)
+            gateway.stdout.close()

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import ctypes
 import os
-from collections.abc import AsyncIterator, Iterator
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -29,9 +31,21 @@ def adopts_orphans() -> Iterator[None]:
 
 @pytest.fixture
 async def cells(adopts_orphans: None) -> AsyncIterator[Cells]:
+    async with leaving_nothing(Cells()) as cells:
+        yield cells
+
+
+@pytest.fixture
+def leaving_nothing_behind(adopts_orphans: None) -> Callable[[Cells], AbstractAsyncContextManager[Cells]]:
+    return leaving_nothing
+
+
+@contextlib.asynccontextmanager
+async def leaving_nothing(cells: Cells) -> AsyncIterator[Cells]:
+    """Skip where this machine has none; at the end, nothing is left of them."""
     before = leftovers()
     try:
-        async with Cells() as cells:
+        async with cells:
             yield cells
     except Unsupported as error:
         pytest.skip(str(error))
@@ -48,13 +62,14 @@ async def cell(cells: Cells) -> Cell:
 
 
 def leftovers() -> set[str]:
-    """This process's children and cgroups."""
+    """This process's children, cgroups and folders."""
     children = set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
     for path in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):  # a thread that has ended
             children |= set(path.read_text().split())
     own = f"{PREFIX}{os.getpid()}-"
     folders = {path for path, _, _ in os.walk("/sys/fs/cgroup") if Path(path).name.startswith(own)}
+    folders |= {str(path) for path in Path(tempfile.gettempdir()).glob(f"{own}*")}
     return {pid for pid in children if not _is_over(pid)} | folders
 
 

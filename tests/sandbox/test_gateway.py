@@ -243,6 +243,17 @@ async def test_one_broken_connection_is_that_sessions_alone(nodes, gateway, clie
     assert len(gateway.nodes) == 3
 
 
+async def test_a_node_where_no_connection_lasts_is_lost_to_the_client_in_the_end(nodes, gateway, client):
+    box = await client.create(SMALL, key="k")
+    node = node_of(nodes, box)
+    node.answer = lambda message: node.streams[-1].close()  # as it does with one that breaks its rules
+    await lost(box.read("/x"))
+    assert 1 < node.links() < 10
+    node.answer = lambda message: b"here"
+    assert await box.read("/x") == b"here"
+    assert len(gateway.nodes) == 3
+
+
 # --- clients --------------------------------------------------------------------------------------------------------
 
 
@@ -372,9 +383,24 @@ async def test_a_tenant_has_as_many_clients_as_it_may(guarded):
     async with connected(guarded.address, "token of alone"):
         with pytest.raises(ValueError, match="as many clients"):
             await RemoteNode(guarded.address, "token of alone").connected()
-    await until(lambda: guarded.has_room("alone"))
-    async with connected(guarded.address, "token of alone"):
-        pass
+    await until(lambda: guarded.has_room("alone", ""))
+    async with connected(guarded.address, "token of alone") as client:
+        client._stream._transport.abort()  # who is back is not another one
+        await until(lambda: client.num_reconnections)
+        assert not client.is_lost
+
+
+async def test_a_flood_of_questions_is_busy_and_harms_nobody(nodes, gateway, client):
+    for one in nodes:
+        one.answer = lambda message: None
+    asked = [asyncio.create_task(client.sandboxes()) for _ in range(200)]
+    await until(lambda: sum(one.done() for one in asked) >= 100)
+    with pytest.raises(Busy, match="questions are under way"):
+        await asyncio.gather(*asked)
+    await client.create(SMALL, key="k")
+    for one in asked:
+        one.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
 
 
 async def test_a_drained_node_gets_nothing_new_and_keeps_what_it_has(guarded, nodes):

@@ -1,7 +1,12 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 from hone.sandbox.cgroups import Cgroups, sweep
-from hone.sandbox.host import CgroupFolders, examine, find_cgroups, host_image, look
+from hone.sandbox.host import CgroupFolders, _has_all_ids, _has_whole_proc, examine, find_cgroups, host_image, look
 from hone.schema.sandboxes import SandboxSpec
 
 
@@ -69,3 +74,34 @@ def test_the_hosts_image_shows_programs_and_no_secrets() -> None:
     assert not (etc / "ssl" / "private").exists()
     assert {bind.target for bind in image.binds} >= {"/usr", "/etc"}
     assert not any(bind.is_writable for bind in image.binds)
+
+
+def test_ids_are_given_where_there_are_enough_of_them(tmp_path: Path) -> None:
+    for text, is_enough in (("0 0 4294967295\n", True), ("0 1000000 65536\n", False), ("0 0 1\n", False), ("", False)):
+        (tmp_path / "uid_map").write_text(text)
+        assert _has_all_ids(tmp_path / "uid_map") is is_enough
+
+
+def test_a_proc_of_which_parts_are_hidden_is_seen(tmp_path: Path) -> None:
+    whole = (
+        "24 1 0:22 / /proc rw - proc proc rw\n30 24 0:30 / /proc/sys/fs/binfmt_misc rw - binfmt_misc binfmt_misc rw\n"
+    )
+    (tmp_path / "mountinfo").write_text(whole)
+    assert _has_whole_proc(tmp_path / "mountinfo")
+    (tmp_path / "mountinfo").write_text(f"{whole}31 24 0:31 / /proc/acpi ro - tmpfs tmpfs ro\n")
+    assert not _has_whole_proc(tmp_path / "mountinfo")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root")
+def test_cells_are_made_in_the_user_namespace_of_a_container() -> None:
+    """Root there has one id here, and cells do without ranges of their own."""
+    if subprocess.run(["unshare", "-Ur", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no user namespaces")
+    done = subprocess.run(
+        ["unshare", "-Ur", sys.executable, "-m", "hone.cli.main", "sandbox", "run", "python", "--", "id", "-u"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("0\n", "")

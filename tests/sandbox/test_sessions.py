@@ -5,6 +5,8 @@ import functools
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import flaky
 from hone.sandbox.errors import Busy, SandboxError
@@ -252,6 +254,70 @@ async def test_a_client_that_lies_loses_its_connection_and_nobody_else_anything(
         assert "closed" in network.server.node.effects
         assert len(network.server._clients) == 1
         await client.close()
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\4\0\0\0nope", b"\1\0\0\0\xc0"])
+@in_no_time
+async def test_nonsense_after_a_greeting_costs_the_connection_only(data):
+    async with flaky.network() as network:
+        heard, stream = raw(network)
+        await network.connect(lambda: stream)
+        stream.send(calls.Hello(calls.VERSION, "s" * 32, "secret"))
+        await asyncio.sleep(1)
+        stream.write(data)
+        await asyncio.sleep(1)
+        assert heard[-1] == "the other side has closed the connection"
+        client, box = await opened(network)
+        assert (await box.exec(["ls"])).stdout == "ls"
+        await client.close()
+
+
+numbers = st.integers(-1, 4)
+sizes = st.lists(st.integers(-1, 300_000), max_size=3)
+pieces = st.integers(0, 300_000).map(bytes)
+ids = st.sampled_from(["n.1.0", "n.1.1", "x", ""])
+MESSAGES = st.one_of(
+    st.builds(calls.Create, numbers, st.just(SPEC), st.sampled_from("ab")),
+    st.builds(calls.Exec, numbers, ids, st.just(["sleep", "0.1"]), pieces, st.just({}), ids, st.just(1.0), numbers),
+    st.builds(calls.Spawn, numbers, ids, st.just(["tee", "50000"]), st.just({}), st.just("."), st.none()),
+    st.builds(calls.Python, numbers, ids, ids, st.booleans(), st.just(1.0)),
+    st.builds(calls.Status, numbers),
+    st.builds(calls.Statistics, numbers),
+    st.builds(calls.Signal, numbers, numbers),
+    st.builds(calls.Resize, numbers, numbers, numbers),
+    st.builds(calls.Cancel, numbers),
+    st.builds(calls.Ping, numbers),
+    st.builds(calls.Data, numbers, numbers, pieces),
+    st.builds(calls.Credit, numbers, numbers, st.integers(-1, 300_000)),
+    st.builds(calls.Resume, numbers, ids, sizes, sizes),
+    st.builds(calls.Received, numbers),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(MESSAGES | st.none(), max_size=12), max_size=4))
+def test_whatever_a_client_says_it_harms_only_itself(connections):
+    """None is a moment in which something can happen."""
+
+    async def attack() -> None:
+        async with flaky.network() as network:
+            client, box = await opened(network)
+            for messages in connections:
+                _, stream = raw(network)
+                await network.connect(lambda stream=stream: stream)
+                stream.send(calls.Hello(calls.VERSION, "s" * 32, "secret"))
+                for message in messages:
+                    if message is None:
+                        await asyncio.sleep(0.05)
+                    else:
+                        stream.send(message)
+            assert (await box.exec(["ls"])).stdout == "ls"
+            network.cut()
+            await asyncio.sleep(20)
+            assert len(network.server._clients) == 1
+            await client.close()
+
+    flaky.run(attack())
 
 
 @in_no_time

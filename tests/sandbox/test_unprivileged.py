@@ -14,7 +14,20 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "module", ["test_cells", "test_abuse", "test_node", "test_network", "test_layers", "test_python"]
+    "module",
+    [
+        "test_abuse",
+        "test_cells",
+        "test_grading",
+        "test_hoards",
+        "test_layers",
+        "test_network",
+        "test_node",
+        "test_ports",
+        "test_python",
+        "test_runtimes",
+        "test_state",
+    ],
 )
 def test_cells_keep_their_promises_for_an_unprivileged_user(module: str, tmp_path: Path) -> None:
     if os.geteuid() != 0:

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hone.cli.sandbox_http import HttpListen, WithoutToken, http, http_door
+from hone.cli.sandbox_http import HttpListen, WithoutToken, http, http_door, require_tokens
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from hone.sandbox.client import Process, Sandbox
+    from hone.sandbox.host import Host
     from hone.sandbox.node import Node
     from hone.sandbox.remote import RemoteNode
     from hone.sandbox.serve import NodeServer
+    from hone.schema.sandboxes import RuntimeName
 
 NUM_HEAD_ROWS = 10
 """Lines of the live table that are not sandboxes."""
@@ -50,6 +52,7 @@ def run(
         list[str] | None,
         typer.Option(help="A host that it may reach, as pypi.org, *.example.org or example.org:8443; repeat it."),
     ] = None,
+    runtime: Annotated[str, typer.Option(help="How it is isolated: cell, process, bwrap or oci.")] = "cell",
     ttl_seconds: Annotated[float, typer.Option(help="When it is over in any case.")] = 3600.0,
     node: Address = "",
 ) -> None:
@@ -63,6 +66,7 @@ def run(
         disk_mb=disk_mb,
         network=network or None,
         allow=allow or (),
+        runtime=runtime,
         ttl_seconds=ttl_seconds,
         node=node or None,
         token=own_token(),
@@ -114,6 +118,7 @@ def serve(
     tls_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
     max_sandboxes: Annotated[int, typer.Option(help="At once.")] = 4096,
     max_warm: Annotated[int, typer.Option(help="Cells kept ready; which ones follows the demand.")] = 16,
+    runtime: Annotated[list[str] | None, typer.Option(help="One that sandboxes may ask for; default: cell.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="For Prometheus: /metrics, and /health for probes.")] = None,
     metrics_host: Annotated[str, typer.Option(help="Who reaches them; 0.0.0.0 is everybody who can.")] = "127.0.0.1",
     spans: Annotated[Path | None, typer.Option(help="A file to tell each creation and call in, a line each.")] = None,
@@ -148,11 +153,22 @@ def serve(
         return NodeServer(node, address, tokens=known, gateways=gateways, certificate=tls_cert, key=tls_key)
 
     def http_of(node: "Node") -> AbstractAsyncContextManager[str]:
-        return http_door(http, node, known, is_open=without_token) if http else contextlib.nullcontext("")
+        if not http:
+            return contextlib.nullcontext("")
+        return http_door(http, node, require_tokens(http, known, is_open=without_token))
 
     network = NetworkPolicy(maps=_read_maps(maps or []), is_private_allowed=private_networks)
     observation = Observation(metrics_port, metrics_host, spans)
-    asyncio.run(serve_node(name, place, limits, network, server_of, observation, drain_seconds, http_of))
+    offered = _runtimes(runtime or [])
+    asyncio.run(serve_node(name, place, limits, network, server_of, observation, drain_seconds, http_of, offered))
+
+
+def _runtimes(names: list[str]) -> "tuple[RuntimeName, ...]":
+    from hone.schema.sandboxes import DEFAULT_RUNTIMES, RUNTIMES
+
+    if unknown := set(names) - set(RUNTIMES):
+        raise ValueError(f"runtime {min(unknown)!r} is none of {', '.join(RUNTIMES)}")
+    return tuple(one for one in RUNTIMES if one in names) or DEFAULT_RUNTIMES
 
 
 def _read_maps(texts: list[str]) -> dict[str, str]:
@@ -194,6 +210,35 @@ async def _listed(address: str) -> "Table":
 
 
 @app.command()
+def forward(
+    sandbox_id: Annotated[str, typer.Argument(help="As `hone sandbox ls` shows it.")],
+    port: Annotated[str, typer.Argument(help="PORT, or PORT:LOCAL for another one on this side; 0 is a free one.")],
+    node: Address = "",
+) -> None:
+    """Let a port of this machine's loopback lead to one of a sandbox, until SIGINT or SIGTERM."""
+    inner, colon, local = port.partition(":")
+    if not inner.isdecimal() or (colon and not local.isdecimal()):
+        raise ValueError(f"{port!r} is no port; write PORT or PORT:LOCAL")
+    asyncio.run(_forward(node, sandbox_id, int(inner), int(local or inner)))
+
+
+async def _forward(address: str, sandbox_id: str, port: int, local_port: int) -> None:
+    from hone.sandbox.ports import Forwarding
+    from hone.sandbox.remote import RemoteSandbox
+
+    stopped = until_stopped()
+    client = await connected(address)
+    try:
+        box = RemoteSandbox(client, sandbox_id)
+        await box.ready()
+        async with Forwarding(lambda: box.connect(port, timeout_seconds=0), local_port) as forwarding:
+            typer.echo(f"127.0.0.1:{forwarding.port} leads to port {port} of {sandbox_id}")
+            await stopped.wait()
+    finally:
+        await client.close()
+
+
+@app.command()
 def stats(
     node: Address = "",
     watch: Annotated[bool, typer.Option(help="Show them again every second, until interrupted.")] = False,
@@ -229,33 +274,45 @@ async def _stats(address: str, watch: bool) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine can do for sandboxes, what is lost where it cannot, and try one."""
+    """Say what this machine can do for sandboxes, what is lost where it cannot, and try each runtime."""
     from rich.table import Table
     from rich.text import Text
 
     from hone.cli.listing import print_table
-    from hone.sandbox.client import SandboxError
     from hone.sandbox.host import examine, look
 
+    host = look()
     table = Table("", "what", "lost without it")
-    for finding in examine(look()):
+    for finding in examine(host):
         mark = Text("ok", "green") if finding.is_there else Text("no", "red")
         table.add_row(mark, finding.name, "" if finding.is_there else finding.lost)
     print_table(table)
+    problems = asyncio.run(_try_all(host))
+    table = Table("", "runtime", "what it needs here")
+    for name, problem in problems.items():
+        table.add_row(Text("no", "red") if problem else Text("ok", "green"), name, problem)
+    print_table(table)
+    if problems["cell"]:
+        raise ValueError(f"a cell does not work here: {problems['cell']}")
+
+
+async def _try_all(host: "Host") -> dict[str, str]:
+    """What stands in the way of each runtime, the strongest first; nothing where a sandbox was made, used and ended."""
+    from hone.sandbox.runtimes.known import missing
+    from hone.schema.sandboxes import RUNTIMES
+
+    return {name: missing(name, host) or await _try(name) for name in reversed(RUNTIMES)}
+
+
+async def _try(runtime: "RuntimeName") -> str:
+    from hone.sandbox.client import Sandbox, SandboxError
+
     try:
-        typer.echo(asyncio.run(_try()))
+        async with Sandbox(memory_mb=64, disk_mb=16, network="off", runtime=runtime) as box:
+            result = await box.exec(["echo", "works"])
+            return "" if result.stdout == "works\n" else f"a sandbox is made, but echo does not work in it: {result}"
     except SandboxError as error:
-        raise ValueError(f"a sandbox does not work here: {error}") from error
-
-
-async def _try() -> str:
-    from hone.sandbox.client import Sandbox
-
-    async with Sandbox(memory_mb=64, disk_mb=16) as box:
-        result = await box.exec(["echo", "works"])
-        if result.stdout != "works\n":
-            raise ValueError(f"a sandbox is made, but echo does not work in it: {result}")
-        return "a sandbox was made, used and ended"
+        return str(error)
 
 
 @app.command()

@@ -4,14 +4,14 @@ import asyncio
 import contextlib
 import errno
 import itertools
-import math
 import os
 import random
+import resource
 import signal
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -19,20 +19,38 @@ from typing import Self
 
 import msgspec
 
+from hone.sandbox.beneath import open_beneath
 from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, sweep
+from hone.sandbox.cores import Cores
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.host import LANDLOCK_ABSTRACT_SOCKETS, MIN_KERNEL, Host, host_image, look
-from hone.sandbox.plan import CONFINING, Bind, Grants, Image, Operation, Plan, encode_operations, id_maps, plan_cell
+from hone.sandbox.host import FIRST_ID, LANDLOCK_ABSTRACT_SOCKETS, LAST_ID, Host, host_image, look
+from hone.sandbox.images import remove_tree
+from hone.sandbox.messages import Message, ask_for_sender, close_all, receive
+from hone.sandbox.plan import (
+    CONFINING,
+    Bind,
+    Grants,
+    Image,
+    Operation,
+    Plan,
+    encode_operations,
+    id_maps,
+    plan_cell,
+    plan_spawner,
+)
 from hone.sandbox.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Ending, Process, Tally
 from hone.sandbox.readiness import until_ready
+from hone.sandbox.runtimes.known import OTHERS, features, missing
+from hone.sandbox.runtimes.runtime import Birth, Feature, Launch
+from hone.sandbox.scratch import Scratch
 from hone.sandbox.spawner import Born, Spawner
-from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, SandboxUsage
+from hone.schema.sandboxes import DEFAULT_RUNTIMES, ExecResult, Outcome, RuntimeName, SandboxSpec, SandboxUsage
 
 CREATE_SECONDS = 30.0
 CONNECT_SECONDS = 10.0
 NUM_IDS = 1 << 16
-FIRST_ID, LAST_ID = 1 << 20, 1 << 31
 MAX_PLANS = 256
+SAID_BYTES = 2000
 
 REPORT = struct.Struct("=IIiiQQQ")
 READY, FAILED, ENDED = 1, 2, 3
@@ -48,18 +66,27 @@ class Cells:
             result = await cell.exec(["python3", "-c", "print(6 * 7)"])
             await cell.destroy()
 
-    is_weak_allowed: whether to go on where this machine cannot filter system calls. host: facts about the machine, by
-    default as they are.
+    is_weak_allowed: whether to go on where this machine cannot keep all that a runtime promises. host: facts about the
+    machine, by default as they are. runtimes: those that sandboxes may ask for; another one is refused.
     """
 
-    def __init__(self, *, host: Host | None = None, is_weak_allowed: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        host: Host | None = None,
+        is_weak_allowed: bool = False,
+        runtimes: Collection[RuntimeName] = DEFAULT_RUNTIMES,
+    ) -> None:
         self.host = host or look()
+        self.runtimes = tuple(runtimes)
         self._is_weak_allowed = is_weak_allowed
+        self._scratch = Scratch()
         self._cgroups: Cgroups | None = None
-        self._spawners: dict[bool, Spawner] = {}
+        self._spawners: dict[tuple[RuntimeName, bool], Spawner] = {}
         self._cells: set[Cell] = set()
         self._numbers = itertools.count(1)
         self._ids: set[int] = set()
+        self._cores = Cores(self.host.cores)
         self._plans: dict[tuple[object, ...], _KnownPlan] = {}
         self._nothing = -1
         self.num_swept = 0
@@ -82,6 +109,7 @@ class Cells:
                 await spawner.close()
             if self._cgroups is not None:
                 self._cgroups.close()
+            self._scratch.close()
             os.close(self._nothing)
 
     async def create(self, spec: SandboxSpec, image: Image | None = None, *, binds: Sequence[Bind] = ()) -> "Cell":
@@ -91,6 +119,7 @@ class Cells:
         """
         if self._cgroups is None:
             raise RuntimeError("Cells is an async context manager: use `async with`")
+        self._require_runtime(spec.runtime)
         if image is None:
             if spec.image != "python":
                 raise Unsupported(f"image {spec.image!r} needs an image store; cells alone know the host's, 'python'")
@@ -100,11 +129,12 @@ class Cells:
         uid = cgroup.uid if cgroup is not None else self._take_ids()
         cell = Cell(f"cell-{number}", spec, image, uid, self._nothing, self._forget)
         cell.cgroup = cgroup
+        cell.cores = self._cores.take(spec.cpus)
         self._cells.add(cell)
         try:
             async with asyncio.timeout(CREATE_SECONDS):
                 cell.cgroup = cgroup or self._cgroups.create(cell.name, spec, uid)
-                spawner = await self._spawner(shares_host_network=spec.network == "host")
+                spawner = await self._spawner(spec.runtime, shares_host_network=spec.network == "host")
                 await self._bear(cell, number, spawner, binds)
         except TimeoutError as error:
             await cell.destroy()
@@ -134,11 +164,12 @@ class Cells:
         theirs = cell.open()
         try:
             with cell.cgroup.entrances() as (unified, tasks):
-                descriptors = [theirs.fileno(), *tasks]
+                descriptors = [theirs.fileno(), *tasks, *cell.listen()]
                 if unified is not None:
                     descriptors.append(unified)
-                plan = self._plan(cell, binds, num_tasks=len(tasks))
-                cell.operations = plan.operations
+                cell.launch = launch = self._launch(cell, binds, num_tasks=len(tasks), agent=spawner.agent)
+                plan, cell.operations, cell.image = launch.plan, launch.plan.operations, launch.image
+                cell.program_flags = launch.program_flags
                 order = plan.encode(number, cgroup=-1 if unified is None else len(descriptors) - 1)
                 born = await spawner.order(number, order, descriptors)
         finally:
@@ -146,9 +177,26 @@ class Cells:
         cell.adopt(await born, spawner)
         await cell.until_ready(plan.operations)
 
-    def _plan(self, cell: "Cell", binds: Sequence[Bind], num_tasks: int) -> Plan:
-        """Its plan. Many cells are alike in all but their ids."""
+    def _launch(self, cell: "Cell", binds: Sequence[Bind], num_tasks: int, agent: Path) -> Launch:
         grants = self._grants(cell, num_tasks)
+        if cell.spec.runtime == "cell":
+            return Launch(self._plan(cell, binds, grants), cell.image, program_flags=0)
+        folder = self._scratch.path(cell.name)
+        birth = Birth(
+            name=cell.name,
+            spec=cell.spec,
+            image=cell.image,
+            binds=tuple(binds),
+            grants=grants,
+            agent=agent,
+            folder=folder,
+            said=1 + num_tasks,
+            is_weak_allowed=self._is_weak_allowed,
+        )
+        return OTHERS[cell.spec.runtime].launch(birth, self.host)
+
+    def _plan(self, cell: "Cell", binds: Sequence[Bind], grants: Grants) -> Plan:
+        """Its plan. Many cells are alike in all but their ids."""
         spec = cell.spec
         key = (id(cell.image), *binds, replace(grants, uid=0, gid=0), spec.memory_mb, spec.disk_mb, spec.max_processes)
         known = self._plans.get(key)
@@ -163,30 +211,40 @@ class Cells:
         assert self._cgroups is not None
         network = cell.spec.network
         can_share = self.host.landlock >= LANDLOCK_ABSTRACT_SOCKETS
-        cores = sorted(self.host.cores)
         return Grants(
             uid=cell.uid_base,
             gid=cell.uid_base if self.host.has_id_ranges else self.host.gid,
             num_ids=NUM_IDS if self.host.has_id_ranges else 1,
-            cores=frozenset(random.sample(cores, min(len(cores), math.ceil(cell.spec.cpus)))),
+            cores=cell.cores,
             join=tuple(range(1, 1 + num_tasks)),
             has_memory_limit=self._cgroups.has("memory"),
             has_process_limit=self._cgroups.has("pids"),
-            allow_clone3=cell.cgroup is not None and cell.cgroup.can_freeze,
+            allow_clone3=cell.cgroup is not None and cell.cgroup.can_freeze and not cell.joins_cgroups,
             own_network=network == "none" or (network == "off" and not can_share),
             has_sockets=network != "off",
             scopes_abstract_sockets=network == "off" and can_share,
             masked=self.host.masked,
         )
 
-    async def _spawner(self, *, shares_host_network: bool) -> "Spawner":
-        spawner = self._spawners.get(shares_host_network)
+    async def _spawner(self, runtime: RuntimeName, *, shares_host_network: bool) -> "Spawner":
+        spawner = self._spawners.get((runtime, shares_host_network))
         if spawner is None or spawner.is_lost:
             if spawner is not None:
                 await spawner.close()
-            spawner = self._spawners[shares_host_network] = Spawner(self.host, own_network=not shares_host_network)
+            prelude = self._prelude(runtime, shares_host_network=shares_host_network)
+            spawner = self._spawners[runtime, shares_host_network] = Spawner(prelude)
         await spawner.until_started()
         return spawner
+
+    def _prelude(self, runtime: RuntimeName, *, shares_host_network: bool) -> tuple[Operation, ...]:
+        if runtime != "cell":
+            return OTHERS[runtime].prelude(self.host)
+        return plan_spawner(
+            is_unprivileged=not self.host.has_id_ranges,
+            uid=self.host.uid,
+            gid=self.host.gid,
+            own_network=not shares_host_network,
+        )
 
     def _take_ids(self) -> int:
         """The first of a cell's ids: a range of its own, or the only one there is."""
@@ -202,6 +260,9 @@ class Cells:
         """All of a cell's processes are gone: keep its ids and cgroup for the next, or let go of them."""
         assert self._cgroups is not None
         self._cells.discard(cell)
+        self._cores.give_back(cell.cores)
+        if cell.launch is not None and cell.launch.folder is not None and cell.launch.folder.exists():
+            await asyncio.to_thread(remove_tree, cell.launch.folder)
         cgroup, cell.cgroup = cell.cgroup, None
         if cgroup is not None and not cell.is_layer_held and self._cgroups.give_back(cgroup):
             return
@@ -213,19 +274,25 @@ class Cells:
             await asyncio.sleep(0.001)
 
     def _require(self) -> None:
-        host = self.host
-        if host.kernel < MIN_KERNEL or not host.has_user_namespaces:
-            raise Unsupported("this machine has no user namespaces for cells; `hone sandbox doctor` says more")
-        if not host.has_seccomp and not self._is_weak_allowed:
-            raise Unsupported("this kernel cannot filter system calls; is_weak_allowed=True goes on without")
+        """Raises where this machine has none of the runtimes."""
+        problems = {one: missing(one, self.host, is_weak_allowed=self._is_weak_allowed) for one in self.runtimes}
+        if all(problems.values()):
+            wanted = "cell" if "cell" in problems else self.runtimes[0]
+            raise Unsupported(f"no sandboxes here: runtime {wanted!r} needs {problems[wanted]}")
+
+    def _require_runtime(self, runtime: RuntimeName) -> None:
+        if runtime not in self.runtimes:
+            raise Unsupported(f"runtime {runtime!r} is not offered here; ask for one of {', '.join(self.runtimes)}")
+        if problem := missing(runtime, self.host, is_weak_allowed=self._is_weak_allowed):
+            raise Unsupported(f"runtime {runtime!r} needs {problem}")
 
 
 class Cell:
     """One sandbox. Nothing in it can name, see or signal anything outside.
 
     root_descriptor: its root folder, for reading and writing files beneath (never by a path without RESOLVE_IN_ROOT).
-    layer_descriptor: its writable layer. uid_base: the outside's id of its root. operations: the steps of its plan.
-    is_layer_held: whether others go on with its layer, and its cgroup, which counts that, is nobody's after it.
+    files_folder: the working folder as seen from there. layer_descriptor: its writable layer, where it has one. uid_base:
+    the outside's id of its root. operations: the steps of its plan. is_layer_held: whether others go on with its layer, and its cgroup, which counts that, is nobody's after it.
     """
 
     def __init__(
@@ -244,7 +311,12 @@ class Cell:
         self.pid = 0
         self.root_descriptor = -1
         self.layer_descriptor = -1
+        self.files_folder = image.working_folder
+        self.program_flags = 0
+        self.joins_cgroups = spec.runtime != "cell"
+        self.launch: Launch | None = None
         self.cgroup: CellCgroup | None = None
+        self.cores: frozenset[int] = frozenset()
         self.spawner: Spawner | None = None
         self.is_layer_held = False
         self.operations: tuple[Operation, ...] = ()
@@ -253,7 +325,7 @@ class Cell:
         self._nothing = nothing
         self._forget = forget
         self._control: socket.socket | None = None
-        self._pidfd = -1
+        self._pidfd = self._agent = self._disk = self._said = -1
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._failure: tuple[int, int] | None = None
@@ -330,6 +402,16 @@ class Cell:
         """As on the wire, the steps of its plan that everything in it has taken."""
         return encode_operations([step for step in self.operations if step.code in CONFINING])
 
+    @property
+    def can_pause(self) -> bool:
+        """Whether the kernel can stop all of it at once."""
+        return self.cgroup is not None and self.cgroup.can_freeze
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether everything in it is stopped."""
+        return self._is_paused
+
     def is_quiet(self) -> bool:
         """Whether nothing runs in it but its agent, so that nothing can write to its files but on our behalf."""
         if self._programs or self._is_paused:
@@ -366,16 +448,26 @@ class Cell:
         """Make the agent's control socket and return the agent's end; called once, by `Cells`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
+        ask_for_sender(ours, is_asked=self.joins_cgroups)
         self._control = ours
         self._loop.add_reader(ours.fileno(), self._receive)
         return theirs
+
+    def listen(self) -> list[int]:
+        """What another runtime's program writes its errors to; called once, by `Cells`."""
+        if self.spec.runtime == "cell":
+            return []
+        self._said = os.memfd_create("said", os.MFD_CLOEXEC)
+        return [self._said]
 
     def adopt(self, born: Born, spawner: Spawner) -> None:
         """It has a first process; called once, by `Cells`."""
         self.spawner = spawner
         if self.cgroup is not None:
             self._counters = self.cgroup.before
-        self.pid, self._pidfd = born.pid, born.pidfd
+        self._pidfd = born.pidfd
+        if self._agent < 0:  # otherwise the agent has been faster to say who it is
+            self.pid = born.pid
 
     async def until_ready(self, operations: Sequence[Operation]) -> None:
         """Wait for the agent; called once, by `Cells`, with the plan's steps to name the one that failed."""
@@ -383,7 +475,10 @@ class Cell:
             await self._ready
         except SandboxError as error:
             if self._failure is None:
-                raise
+                said = os.pread(self._said, SAID_BYTES, 0).decode(errors="replace").strip() if self._said >= 0 else ""
+                if not said:
+                    raise
+                raise SandboxError(f"{self.name} cannot be made: {self.spec.runtime} says: {said}") from error
             step, number = self._failure
             what = str(operations[step]) if step < len(operations) else "the plan"
             raise SandboxError(f"{self.name} cannot be made: {what}: {os.strerror(number)}") from error
@@ -425,6 +520,8 @@ class Cell:
         assert self.spawner is not None
         if not 0 < port < 1 << 16:
             raise ValueError(f"port {port} is not between 1 and 65535")
+        if Feature.PORTS not in features(self.spec.runtime):
+            raise Unsupported(f"{self.name}: runtime {self.spec.runtime!r} has no allow-list and no ports; say 'cell'")
         if self.spec.network in ("off", "host"):
             raise Unsupported(f"{self.name} has no network of its own: network={self.spec.network!r}; use 'none'")
         try:
@@ -458,39 +555,63 @@ class Cell:
 
     def is_disk_full(self) -> bool:
         """Whether there is no room for another file, or for more in one."""
-        room = os.fstatvfs(self.root_descriptor)
+        room = os.fstatvfs(self._disk if self._disk >= 0 else self.root_descriptor)
         return room.f_bavail == 0 or room.f_favail == 0
 
     def _receive(self) -> None:
         assert self._control is not None
         for _ in range(64):  # then others have their turn
             try:
-                data, descriptors, _, _ = socket.recv_fds(self._control, REPORT.size + 1, 2)
+                message = receive(self._control, REPORT.size + 1)
             except BlockingIOError:
                 return
             except OSError:
-                data, descriptors = b"", []
-            if len(data) != REPORT.size:
-                self._lose("its agent is gone" if not data else "its agent talks nonsense")
+                message = Message(b"", [])
+            if len(message.data) != REPORT.size:
+                close_all(message.descriptors)
+                self._lose("its agent is gone" if not message.data else "its agent talks nonsense")
                 return
-            self._hear(REPORT.unpack(data), descriptors)
+            self._hear(REPORT.unpack(message.data), message)
             if self._over is not None:
                 return
 
-    def _hear(self, report: tuple[int, ...], descriptors: list[int]) -> None:
+    def _hear(self, report: tuple[int, ...], message: Message) -> None:
         kind, identity, status, error, user, system, peak = report
         if kind == ENDED and (program := self._programs.get(identity)) is not None:
             program.end(Ending(status, error, (user + system) / 1e6, peak << 10))
-        elif kind == READY and not self._ready.done() and descriptors:
-            self.root_descriptor = descriptors[0]
-            self.layer_descriptor = descriptors[1] if len(descriptors) > 1 else -1
-            self._ready.set_result(None)
+        elif kind == READY and not self._ready.done() and message.descriptors:
+            self._meet(message)
             return
         elif kind == FAILED:
             self._failure = (identity, error)
             self._lose("its first process failed")
-        for descriptor in descriptors:
-            os.close(descriptor)
+        close_all(message.descriptors)
+
+    def _meet(self, message: Message) -> None:
+        """The agent is there, with its root and, maybe, its writable layer."""
+        assert self._control is not None
+        try:
+            if self.joins_cgroups:
+                ask_for_sender(self._control, is_asked=False)
+                self._agent = os.pidfd_open(message.pid)
+                self.pid = message.pid
+                for kind, value in (self.launch.late_limits if self.launch is not None else {}).items():
+                    resource.prlimit(self.pid, kind, (value, value))
+            self._take_root(*message.descriptors)
+        except OSError as error:
+            self._lose(f"its agent is not to be found ({error})")
+            return
+        self._ready.set_result(None)
+
+    def _take_root(self, root: int, layer: int = -1) -> None:
+        self.root_descriptor, self.layer_descriptor = root, layer
+        if self.launch is None or not self.joins_cgroups:
+            return
+        if self.launch.files is not None:
+            os.close(root)
+            self.root_descriptor = os.open(self.launch.files, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.files_folder = self.launch.files_folder or self.image.working_folder
+        self._disk = open_beneath(self.root_descriptor, self.files_folder, os.O_PATH | os.O_DIRECTORY)
 
     def _lose(self, reason: str) -> None:
         """Whoever waits for something in here, and whoever comes later, learns the reason."""
@@ -522,31 +643,37 @@ class Cell:
         )
 
     def _disk_bytes(self) -> int:
-        if self.root_descriptor < 0:
-            return 0
-        room = os.fstatvfs(self.root_descriptor)
+        if self.root_descriptor < 0 or (self.launch is not None and self.launch.files is not None):
+            return 0  # or on this machine's own disk, where nobody counts it
+        room = os.fstatvfs(self._disk if self._disk >= 0 else self.root_descriptor)
         return (room.f_blocks - room.f_bfree) * room.f_frsize
 
     async def _destroy(self) -> None:
-        """The kernel ends the first process when all others in its namespace are gone."""
         self._lose("it is destroyed")
         if self.cgroup is not None and (self._pidfd < 0 or self._is_paused):
             self.cgroup.kill()
         try:
-            if self._pidfd >= 0:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-                await _until_over(self._pidfd, self.name)
+            await self._end_processes()
             self._final = msgspec.structs.replace(self._measure(), memory_bytes=0, num_processes=0)
             await self._forget(self)
         finally:
-            for descriptor in (self._pidfd, self.root_descriptor, self.layer_descriptor):
-                if descriptor >= 0:
-                    os.close(descriptor)
-            self._pidfd = self.root_descriptor = self.layer_descriptor = -1
+            own = (self._pidfd, self._agent, self._disk, self._said, self.root_descriptor, self.layer_descriptor)
+            close_all([descriptor for descriptor in own if descriptor >= 0])
+            self._pidfd = self._agent = self._disk = self._said = self.root_descriptor = self.layer_descriptor = -1
+
+    async def _end_processes(self) -> None:
+        """The kernel ends an agent that is process 1 when all others in its namespace are gone; a guardian ends itself
+        when nothing descends from it any more.
+        """
+        if self._agent >= 0:
+            _send(self._agent, signal.SIGKILL)
+        elif self._pidfd >= 0:
+            _send(self._pidfd, signal.SIGTERM if self.joins_cgroups else signal.SIGKILL)
+        if self._pidfd >= 0:
+            await _until_over(self._pidfd, self.name)
 
     async def _freeze(self, frozen: bool) -> None:
-        if self.cgroup is None or not self.cgroup.can_freeze:
+        if self.cgroup is None or not self.can_pause:
             raise Unsupported("a cell can be paused where there is cgroup v2 only")
         self.require_alive()
         self.cgroup.freeze(frozen)
@@ -563,6 +690,11 @@ class Cell:
 class _KnownPlan:
     image: Image
     plan: Plan
+
+
+def _send(pidfd: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, number)
 
 
 async def _until_over(pidfd: int, name: str) -> None:

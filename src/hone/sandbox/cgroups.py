@@ -19,7 +19,12 @@ from hone.schema.sandboxes import SandboxSpec
 
 PREFIX = "hone-cells-"
 PERIOD_MICROSECONDS = 100_000
-RESERVED_PROCESSES = 1  # the agent
+RESERVED_PROCESSES = {
+    "cell": 1,
+    "process": 2,
+    "bwrap": 3,
+    "oci": 3,
+}  # the agent; its guardian; another runtime's program
 DYING_SECONDS = 2.0  # what was killed needs a moment; its folders cannot go before
 MAX_SPARES = 64  # making and removing a cell's folders is a fifth of its creation
 MAX_LOOKED_AT = 4  # folders of ended programs, when the next one needs a folder
@@ -27,11 +32,16 @@ MAX_LOOKED_AT = 4  # folders of ended programs, when the next one needs a folder
 _NUMBERS = itertools.count()
 
 
+def own_name() -> str:
+    """A name for what belongs to this process, by which others see whether it still lives (`is_orphan`)."""
+    return f"{PREFIX}{os.getpid()}-{_start_time(os.getpid())}-{next(_NUMBERS)}"
+
+
 class Cgroups:
     """A folder of this process's own in each tree, and cells' folders below. `close` when all cells are gone."""
 
     def __init__(self, folders: CgroupFolders) -> None:
-        self.name = f"{PREFIX}{os.getpid()}-{_start_time(os.getpid())}-{next(_NUMBERS)}"
+        self.name = own_name()
         self.unified: Path | None = None
         self.controllers: dict[str, Path] = {}
         self.unified_controllers: frozenset[str] = frozenset()
@@ -107,11 +117,14 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a cell may use: bytes, processes, microseconds of every 100,000."""
+    """What a cell may use: bytes, processes (those that are no programs of its own included), microseconds of every
+    100,000.
+    """
 
     memory_bytes: int
     processes: int
     quota_microseconds: int
+    reserved_processes: int = 1
 
 
 class CellCgroup:
@@ -257,7 +270,7 @@ class CellCgroup:
             number = _number(f"{self._unified}/pids.current")
         else:
             number = _number(f"{self._v1['pids']}/pids.current") if "pids" in self._v1 else None
-        return None if number is None else max(0, number - RESERVED_PROCESSES)
+        return None if number is None else max(0, number - self.limits.reserved_processes)
 
     def _cpu_seconds(self) -> float | None:
         return _field(f"{self._unified}/cpu.stat", "usage_usec") / 1e6 if self._unified is not None else None
@@ -329,8 +342,10 @@ class ProgramCgroup:
         self._is_killed = False
         self._generation = cell.generation
 
-    def open(self) -> int:
-        """A descriptor to be born by; the caller closes it."""
+    def open(self, *, joins: bool = False) -> int:
+        """A descriptor to be born by, or of a file to write to from inside; the caller closes it."""
+        if joins:
+            return os.open(f"{self._folder}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
         return os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def kill(self) -> None:
@@ -350,10 +365,12 @@ class ProgramCgroup:
 
 def _limits(spec: SandboxSpec) -> Limits:
     """Files count as memory: a cell has its disk on top of what its programs may use."""
+    reserved = RESERVED_PROCESSES[spec.runtime]
     return Limits(
         memory_bytes=(spec.memory_mb + spec.disk_mb) << 20,
-        processes=spec.max_processes + RESERVED_PROCESSES,
+        processes=spec.max_processes + reserved,
         quota_microseconds=max(1000, round(spec.cpus * PERIOD_MICROSECONDS)),
+        reserved_processes=reserved,
     )
 
 
@@ -362,7 +379,7 @@ def sweep(folders: CgroupFolders) -> int:
     num_cells = 0
     for parent in (folders.unified, *folders.v1.values()):
         for own in parent.glob(f"{PREFIX}*") if parent is not None else ():
-            if not _is_orphan(own.name):
+            if not is_orphan(own.name):
                 continue
             with contextlib.suppress(OSError):
                 _write(own / "cgroup.kill", "1")
@@ -385,7 +402,7 @@ def _wait_until_empty(folder: Path) -> None:
             events.seek(0)
 
 
-def _is_orphan(name: str) -> bool:
+def is_orphan(name: str) -> bool:
     """Whether the process that a folder is named after is gone, also where another one has its number."""
     match = re.fullmatch(rf"{PREFIX}(\d+)-(\d+)-\d+(-owner)?", name)
     return match is not None and _start_time(int(match[1])) != int(match[2])

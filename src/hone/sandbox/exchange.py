@@ -113,7 +113,7 @@ async def tunnel(client: Peer, host: Peer, name: str, meter: Meter, *, is_tcp: b
         except Refused:
             client.writer.write(UNRECOGNIZED_NAME)
             raise
-    await _both(_pump(client, host, meter.up), _pump(host, client, meter.down))
+    await both(_pump(client, host, meter.up), _pump(host, client, meter.down))
 
 
 async def exchange(request: Request, client: Peer, host: Peer, meter: Meter) -> bool:
@@ -131,6 +131,17 @@ async def exchange(request: Request, client: Peer, host: Peer, meter: Meter) -> 
         for task in (sending, receiving):
             task.cancel()
         await asyncio.gather(sending, receiving, return_exceptions=True)
+
+
+async def both(first: Awaitable[None], second: Awaitable[None]) -> None:
+    """Until both are done, or one fails."""
+    tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _checked_hello(client: Peer, name: str) -> bytes:
@@ -158,17 +169,6 @@ async def _pump(source: Peer, target: Peer, move: Callable[[Peer, bytes], Awaita
         await move(target, data)
     if target.writer.can_write_eof():
         target.writer.write_eof()
-
-
-async def _both(first: Awaitable[None], second: Awaitable[None]) -> None:
-    """Until both are done, or one fails."""
-    tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _send(request: Request, client: Peer, host: Peer, meter: Meter) -> bool:

@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,9 @@ LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
 LANDLOCK_ABSTRACT_SOCKETS = 6  # the ABI that can keep programs from other cells' abstract sockets
 CAP_SYS_ADMIN, CAP_SETUID = 21, 7
 MIN_KERNEL = (5, 14)
+MIN_KERNEL_FOR_SHARED_LAYERS = (6, 3)  # the first whose tmpfs can be seen with other ids
+FIRST_ID, LAST_ID = 1 << 20, 1 << 31  # the ids that cells get ranges of
+PROGRAMS = ("bwrap", "crun", "runc", "runsc")
 SYSTEM_LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 ETC = (
     *("ld.so.cache", "alternatives", "ssl/certs", "ssl/openssl.cnf", "mime.types", "localtime", "timezone"),
@@ -57,6 +61,9 @@ class Host:
     cores: frozenset[int]
     masked: tuple[str, ...]
     cgroups: CgroupFolders
+    has_whole_proc: bool = True
+    programs: Mapping[str, Path] = field(default_factory=dict)
+    """Other runtimes' programs that are installed, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +86,8 @@ def look() -> Host:
         gid=os.getegid(),
         has_id_ranges=os.geteuid() == 0
         and bool(capabilities >> CAP_SETUID & 1)
-        and bool(capabilities >> CAP_SYS_ADMIN & 1),
+        and bool(capabilities >> CAP_SYS_ADMIN & 1)
+        and _has_all_ids(Path("/proc/self/uid_map")),
         has_user_namespaces=_allows_user_namespaces(),
         has_network_namespaces=Path("/proc/self/ns/net").exists()
         and _words("/proc/sys/user/max_net_namespaces") != ["0"],
@@ -90,6 +98,8 @@ def look() -> Host:
         cores=frozenset(os.sched_getaffinity(0)),
         masked=tuple(name for name in MASKED if _is_open_to_all(Path("/proc", name))),
         cgroups=find_cgroups(),
+        has_whole_proc=_has_whole_proc(Path("/proc/self/mountinfo")),
+        programs=_find_programs(),
     )
 
 
@@ -110,8 +120,18 @@ def examine(host: Host) -> tuple[Finding, ...]:
             host.has_network_namespaces,
             'sandboxes but those with network="host": empty networks, allow-lists and published ports',
         ),
+        Finding(
+            "whole /proc",
+            host.has_whole_proc,
+            "cells: the kernel gives no new /proc to whom parts of the old one are hidden, as in most containers",
+        ),
         Finding("seccomp", host.has_seccomp, "cells: system calls could not be filtered"),
         Finding("overlay", host.has_overlay, "images other than the host's"),
+        Finding(
+            "layers of one cell below another",
+            can_share_layers(host),
+            "snapshots without copies: files are copied into each sandbox that begins from one",
+        ),
         Finding("id ranges", host.has_id_ranges, "ids of their own: a cell's programs have this user's id outside"),
         Finding("cgroup v2", folders.unified is not None, "pause, and the death of daemons at a timeout of their exec"),
         Finding("cgroup memory", "memory" in controllers, "a limit on the sum of memory; each process has its own"),
@@ -123,6 +143,11 @@ def examine(host: Host) -> tuple[Finding, ...]:
             'the cheap network="off": such cells get a network namespace each',
         ),
     )
+
+
+def can_share_layers(host: Host) -> bool:
+    """Whether cells of this machine can lie over what others have written, whose ids are others outside."""
+    return host.has_overlay and (not host.has_id_ranges or host.kernel >= MIN_KERNEL_FOR_SHARED_LAYERS)
 
 
 def find_cgroups(
@@ -206,6 +231,12 @@ def _copy_etc(to: Path) -> None:
     (to / "mtab").symlink_to("/proc/self/mounts")
 
 
+def _find_programs() -> dict[str, Path]:
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
+    found = {name: shutil.which(name, path=path) for name in PROGRAMS}
+    return {name: Path(path) for name, path in found.items() if path is not None}
+
+
 def _is_open_to_all(path: Path) -> bool:
     try:
         return bool(path.stat().st_mode & 0o006)
@@ -244,6 +275,18 @@ def _capabilities() -> int:
         if line.startswith("CapEff:"):
             return int(line.split()[1], 16)
     return 0
+
+
+def _has_whole_proc(mountinfo: Path) -> bool:
+    """Whether nothing is mounted over parts of /proc. What is mounted on an empty folder hides nothing."""
+    targets = [line.split()[4] for line in _lines(mountinfo)]
+    return not any(one.startswith("/proc/") and not one.startswith("/proc/sys/fs/binfmt_misc") for one in targets)
+
+
+def _has_all_ids(id_map: Path) -> bool:
+    """Whether ids of cells are there to be had: a user namespace, as of a container, may have a few thousand only."""
+    spans = [(int(first), int(count)) for first, _, count in (line.split() for line in _lines(id_map))]
+    return any(first <= FIRST_ID and first + count >= LAST_ID for first, count in spans)
 
 
 def _words(path: str) -> list[str]:

@@ -81,6 +81,7 @@ class Link:
         self._numbers = itertools.count(1)
         self._calls: dict[int, Pending] = {}
         self._received: list[bytes] = []
+        self._is_flush_due = False
         self._welcome: calls.Welcome | None = None
         self._stream: Stream[Any] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -325,7 +326,8 @@ class Link:
 
     def _acknowledge(self, call: int) -> None:
         """The answer has come; the node hears so with what is said next, or after a moment."""
-        if not self._received:
+        if not self._is_flush_due:
+            self._is_flush_due = True
             asyncio.get_running_loop().call_later(ACKNOWLEDGE_SECONDS, self._flush)
         self._received.append(framed(calls.Received(call)))
 
@@ -337,6 +339,7 @@ class Link:
         self._stream.write(frame)
 
     def _flush(self) -> None:
+        self._is_flush_due = False
         if self._received and self._stream is not None:
             self._write(b"")
 

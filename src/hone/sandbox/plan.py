@@ -68,6 +68,9 @@ class Code(IntEnum):
     KEEPER = 23
     TAKE_DESCRIPTOR = 24
     GIVE = 25
+    EXECUTE = 32
+    DATA = 33
+    GUARD = 34
 
 
 CONFINING = frozenset({Code.LIMIT, Code.CORES, Code.DROP_POWERS, Code.LANDLOCK, Code.FILTER})
@@ -207,10 +210,10 @@ def plan_spawner(*, is_unprivileged: bool, uid: int, gid: int, own_network: bool
     return (
         Operation(Code.UNSHARE, a=namespaces),
         *(identity if is_unprivileged else ()),
-        _mount("", "/", "", RECURSIVE | PRIVATE),
+        mount("", "/", "", RECURSIVE | PRIVATE),
         # Every cell copies the mounts there are. An unprivileged user may not take away what others mounted.
         *(() if is_unprivileged else (Operation(Code.UNMOUNT, _text(STAGE)),)),
-        _mount("tmpfs", STAGE, "tmpfs", NO_SETUID, "size=1m,nr_inodes=64,mode=755"),
+        mount("tmpfs", STAGE, "tmpfs", NO_SETUID, "size=1m,nr_inodes=64,mode=755"),
         _folder(f"{STAGE}/nothing", 0o555),
         *_devices(f"{STAGE}/devices"),
         *((Operation(Code.NETWORKS, a=NUM_NETWORKS),) if own_network else ()),
@@ -253,7 +256,7 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
         yield Operation(Code.TAKE_TREE, _text(bind.source), a=slot, b=1)
     yield Operation(Code.IDENTITY)
     size = f"size={spec.disk_mb}m,nr_inodes={max(4096, spec.disk_mb * INODES_PER_MB)},mode=755"
-    yield _mount("tmpfs", STAGE, "tmpfs", NO_SETUID | NO_DEVICES, size)
+    yield mount("tmpfs", STAGE, "tmpfs", NO_SETUID | NO_DEVICES, size)
     if image.layers:
         yield from _layers(len(image.layers))
     else:
@@ -265,7 +268,7 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
     yield from tree.folder("/dev")
     yield Operation(Code.PUT_TREE, _text("/dev"), a=DEVICE_FOLDER, b=ATTRIBUTE_READ_ONLY)
     yield Operation(Code.PUT_TREE, _text("/dev/shm"), a=SHARED_MEMORY, b=ATTRIBUTE_NO_SETUID | ATTRIBUTE_NO_DEVICES)
-    yield _mount("devpts", "/dev/pts", "devpts", NO_SETUID | NO_PROGRAMS, "newinstance,ptmxmode=0666,mode=620")
+    yield mount("devpts", "/dev/pts", "devpts", NO_SETUID | NO_PROGRAMS, "newinstance,ptmxmode=0666,mode=620")
     yield from tree.folder("/tmp", 0o1777)
     for path, content in image.files:
         yield from tree.file(path, content)
@@ -275,7 +278,7 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
         yield from tree.link(path, target)
     yield from tree.folder(image.working_folder)
     yield from tree.folder("/proc")
-    yield _mount("proc", "/proc", "proc", NO_SETUID | NO_DEVICES | NO_PROGRAMS)
+    yield mount("proc", "/proc", "proc", NO_SETUID | NO_DEVICES | NO_PROGRAMS)
     yield Operation(Code.WRITE, _text("/proc/sys/user/max_user_namespaces") + b"0")
     # Its owner inside could make the agent the kernel's first choice when memory runs out.
     yield Operation(Code.PUT_TREE, _text("/proc/1"), a=NOTHING, b=ATTRIBUTE_READ_ONLY)
@@ -295,7 +298,7 @@ def _layers(num_layers: int) -> Iterator[Operation]:
         yield Operation(Code.PUT_TREE, _text(f"{STAGE}/{number}"), a=FIRST_LAYER + number)
     lower = ":".join(f"{STAGE}/{number}" for number in range(num_layers))
     options = f"lowerdir={lower},upperdir={STAGE}/layer,workdir={STAGE}/scratch,userxattr"
-    yield _mount("overlay", f"{STAGE}/root", "overlay", NO_SETUID | NO_DEVICES, options)
+    yield mount("overlay", f"{STAGE}/root", "overlay", NO_SETUID | NO_DEVICES, options)
     yield Operation(Code.KEEP, _text(f"{STAGE}/layer"))
     yield Operation(Code.TAKE_TREE, _text(f"{STAGE}/shm"), a=SHARED_MEMORY)
     yield Operation(Code.PIVOT, _text(f"{STAGE}/root"))
@@ -303,6 +306,17 @@ def _layers(num_layers: int) -> Iterator[Operation]:
 
 def _confine(spec: SandboxSpec, grants: Grants) -> Iterator[Operation]:
     """What holds for the agent and everything it starts."""
+    for kind, value in resource_limits(spec, grants).items():
+        yield Operation(Code.LIMIT, a=kind, b=value)
+    yield affinity(grants.cores)
+    yield Operation(Code.DROP_POWERS)
+    if grants.scopes_abstract_sockets:
+        yield Operation(Code.LANDLOCK, struct.pack("=QQQ", 0, 0, 1), a=24)
+    yield Operation(Code.FILTER, seccomp.instructions(has_network=grants.has_sockets, allow_clone3=grants.allow_clone3))
+
+
+def resource_limits(spec: SandboxSpec, grants: Grants) -> dict[int, int]:
+    """Of each process, by RLIMIT_...; those of memory and processes stand in for cgroups."""
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
@@ -313,14 +327,13 @@ def _confine(spec: SandboxSpec, grants: Grants) -> Iterator[Operation]:
         limits[resource.RLIMIT_AS] = spec.memory_mb << 20
     if not grants.has_process_limit:
         limits[resource.RLIMIT_NPROC] = spec.max_processes
-    for kind, value in limits.items():
-        yield Operation(Code.LIMIT, a=kind, b=value)
-    mask = sum(1 << core for core in grants.cores)
-    yield Operation(Code.CORES, mask.to_bytes(math.ceil((mask.bit_length() + 1) / 64) * 8, "little"))
-    yield Operation(Code.DROP_POWERS)
-    if grants.scopes_abstract_sockets:
-        yield Operation(Code.LANDLOCK, struct.pack("=QQQ", 0, 0, 1), a=24)
-    yield Operation(Code.FILTER, seccomp.instructions(has_network=grants.has_sockets, allow_clone3=grants.allow_clone3))
+    return limits
+
+
+def affinity(cores: frozenset[int]) -> Operation:
+    """The step that keeps a process to some cores."""
+    mask = sum(1 << core for core in cores)
+    return Operation(Code.CORES, mask.to_bytes(math.ceil((mask.bit_length() + 1) / 64) * 8, "little"))
 
 
 class _Tree:
@@ -350,7 +363,8 @@ class _Tree:
         yield Operation(Code.PUT_TREE, _text(bind.target), a=slot, b=attributes)
 
 
-def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> Operation:
+def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> Operation:
+    """The step that mounts a file system."""
     return Operation(Code.MOUNT, _text(source) + _text(target) + _text(kind) + _text(options), a=flags)
 
 

@@ -92,9 +92,10 @@ class Process:
                 stdio = self._open_terminal(theirs, terminal)
             else:
                 stdio = self._open_pipes(theirs, has_stdin, stdin_descriptor)
-            self._cgroup = self._cell.cgroup.enter() if self._cell.cgroup is not None else None
+            if self._cell.cgroup is not None and self._can_enter():
+                self._cgroup = self._cell.cgroup.enter()
             if self._cgroup is not None:
-                stdio.append(self._cgroup.open())
+                stdio.append(self._cgroup.open(joins=self._cell.joins_cgroups))
                 theirs.append(stdio[-1])
             self._channel.register(self._identity, self)
             self._channel.send(request, stdio)
@@ -104,6 +105,10 @@ class Process:
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
+
+    def _can_enter(self) -> bool:
+        """Whether who starts it can have it enter a cgroup: by writing to a file, only agents do."""
+        return self._channel is self._cell or not self._cell.joins_cgroups
 
     async def write(self, data: bytes) -> None:
         """Give it input; returns when its pipe has taken all of it. `BrokenPipeError` if nobody reads."""
@@ -222,7 +227,7 @@ class Process:
             raise ValueError("an argument, a variable or a folder has a zero byte")
         if len(strings) > MAX_REQUEST_BYTES or len(parts) > MAX_STRINGS:
             raise ValueError(f"arguments and environment of more than {MAX_REQUEST_BYTES} bytes; write them to a file")
-        flags = HAS_TERMINAL if has_terminal else 0
+        flags = self._cell.program_flags | (HAS_TERMINAL if has_terminal else 0)
         return REQUEST.pack(START, self._identity, flags, len(argv), len(variables), len(strings)) + strings
 
     def _open_pipes(self, theirs: list[int], has_stdin: bool, stdin_descriptor: int | None) -> list[int]:

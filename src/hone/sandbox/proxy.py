@@ -61,14 +61,20 @@ class Gate:
 class Proxy:
     """The proxy of one sandbox, whose programs connect to the listener; that is the proxy's own from now on.
 
-    allow: rules as in `SandboxSpec`. records: of the last requests. Whoever is at the other end is hostile: every wait for
+    allow: rules as in `SandboxSpec`. records: where its requests are told. Whoever is at the other end is hostile: every wait for
     it has a deadline, and what is kept of it a bound.
     """
 
     def __init__(
-        self, gate: Gate, sandbox_id: str, owner: str, allow: tuple[str, ...], listener: socket.socket
+        self,
+        gate: Gate,
+        sandbox_id: str,
+        owner: str,
+        allow: tuple[str, ...],
+        listener: socket.socket,
+        records: deque[NetworkRecord],
     ) -> None:
-        self.records: deque[NetworkRecord] = deque(maxlen=MAX_RECORDS)
+        self._records = records
         self._gate = gate
         self._sandbox_id = sandbox_id
         self._owner = owner
@@ -211,7 +217,7 @@ class Proxy:
             bytes_down=entry.meter.num_down,
             seconds=seconds,
         )
-        self.records.append(record)
+        self._records.append(record)
         self._gate.log.add(record)
 
 

@@ -79,6 +79,7 @@ FORBIDDEN = frozenset(
         "quotactl_fd",
         "reboot",
         "request_key",
+        "sched_setattr",
         "security",
         "setdomainname",
         "sethostname",
@@ -102,6 +103,24 @@ FORBIDDEN = frozenset(
 )
 
 
+# What the machine's other processes are reached by where a sandbox has no namespaces of its own.
+SHARED = frozenset(
+    [
+        *("shmget", "shmat", "shmctl", "shmdt", "semget", "semop", "semtimedop", "semctl"),
+        *("msgget", "msgsnd", "msgrcv", "msgctl", "mq_open", "mq_unlink"),
+    ]
+)
+# What Landlock does not keep from the files and processes of a user whom a sandbox's programs run as.
+OF_THE_USER = frozenset(
+    [
+        *("chmod", "fchmodat", "fchmodat2", "chown", "lchown", "fchownat", "utime", "utimes", "futimesat", "utimensat"),
+        *("setxattr", "lsetxattr", "setxattrat", "removexattr", "lremovexattr", "removexattrat", "inotify_add_watch"),
+        *("setpriority", "ioprio_set"),
+    ]
+)
+OF_THE_CALLER_ONLY = ("prlimit64", "sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr")
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """How the kernel calls it, and the numbers of its system calls."""
@@ -114,7 +133,14 @@ ARCHITECTURES = {"x86_64": Architecture(AUDIT_X86_64, X86_64), "aarch64": Archit
 
 
 @functools.cache
-def instructions(*, has_network: bool = True, allow_clone3: bool = False, machine: str | None = None) -> bytes:
+def instructions(
+    *,
+    has_network: bool = True,
+    allow_clone3: bool = False,
+    has_namespaces: bool = True,
+    has_own_user: bool = True,
+    machine: str | None = None,
+) -> bytes:
     """The filter for programs of a cell.
 
     Allowed is what is known and not forbidden; the forbidden fails with EPERM, the unknown with ENOSYS, as on an older
@@ -122,6 +148,8 @@ def instructions(*, has_network: bool = True, allow_clone3: bool = False, machin
     falls back to clone, unless the cell's agent itself needs it.
 
     has_network: whether other sockets than those of one machine's files (AF_UNIX) may be made.
+    has_namespaces: without, no local sockets, System V IPC or message queues either, as they would be the machine's.
+    has_own_user: without, nothing that changes other processes or, by a path, the attributes of files.
     machine: an architecture; by default this machine's. `ValueError` for one that is not known.
     """
     name = machine or platform.machine()
@@ -129,14 +157,17 @@ def instructions(*, has_network: bool = True, allow_clone3: bool = False, machin
         raise ValueError(f"no system call filter for {name}; known: {', '.join(sorted(ARCHITECTURES))}")
     architecture = ARCHITECTURES[name]
     numbers = architecture.numbers
-    families = (AF_UNIX, AF_INET, AF_INET6) if has_network else (AF_UNIX,)
+    families = (*((AF_UNIX,) if has_namespaces else ()), *((AF_INET, AF_INET6) if has_network else ()))
+    forbidden = FORBIDDEN | (frozenset() if has_namespaces else SHARED) | (frozenset() if has_own_user else OF_THE_USER)
     special = {
         numbers["clone"]: _clone(),
         numbers["ioctl"]: _ioctl(),
         numbers["socket"]: _socket(families),
         numbers["socketpair"]: _socket((AF_UNIX,)),
     }
-    answers = {number: _return(ERRNO | EPERM if call in FORBIDDEN else ALLOW) for call, number in numbers.items()}
+    answers = {number: _return(ERRNO | EPERM if call in forbidden else ALLOW) for call, number in numbers.items()}
+    if not has_own_user:
+        special.update({numbers[call]: _zero_first() for call in OF_THE_CALLER_ONLY})
     if not allow_clone3:
         answers[numbers["clone3"]] = _return(ERRNO | ENOSYS)
     answers.update(special)
@@ -182,6 +213,10 @@ def _clone() -> bytes:
         + _return(ALLOW)
         + _return(ERRNO | EPERM)
     )
+
+
+def _zero_first() -> bytes:
+    return _instruction(LOAD, FIRST_ARGUMENT) + _instruction(EQUAL, 0, 1, 0) + _return(ERRNO | EPERM) + _return(ALLOW)
 
 
 def _ioctl() -> bytes:

@@ -9,11 +9,11 @@ import struct
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.host import Host
 from hone.sandbox.native.build import BuildError, build
-from hone.sandbox.plan import SPAWN, Code, Operation, encode_operations, plan_spawner
+from hone.sandbox.plan import SPAWN, Code, Operation, encode_operations
 from hone.sandbox.readiness import until_ready
 
 SPAWNED = struct.Struct("=Qii")
@@ -29,9 +29,12 @@ class Born:
 
 
 class Spawner:
-    """The helper process that clones cells."""
+    """The helper process that clones cells, and starts the programs of other runtimes.
 
-    def __init__(self, host: Host, *, own_network: bool) -> None:
+    prelude: what it does to itself first.
+    """
+
+    def __init__(self, prelude: Sequence[Operation]) -> None:
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -39,17 +42,19 @@ class Spawner:
         self._own: collections.deque[asyncio.Future[_Done]] = collections.deque()
         self._sending = asyncio.Lock()
         self._is_lost = False
-        self._started = self._loop.create_task(self._start(host, own_network=own_network))
+        self._agent = Path()
+        self._started = self._loop.create_task(self._start(prelude))
 
-    async def _start(self, host: Host, *, own_network: bool) -> None:
+    async def _start(self, prelude: Sequence[Operation]) -> None:
         """Start it and let it take its place."""
         try:
             programs = await asyncio.to_thread(build)
         except BuildError as error:
-            raise Unsupported(f"cells need spawner and agent compiled once: {error}") from error
+            raise Unsupported(f"sandboxes need spawner and agent compiled once: {error}") from error
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._socket = ours
+        self._agent = programs.agent_path
         agent = _sealed("agent", programs.agent)
         try:
             self._process = subprocess.Popen(  # noqa: ASYNC220 - a vfork; all waiting is done elsewhere
@@ -61,23 +66,26 @@ class Spawner:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                process_group=0,  # what is sent to the node's group is for the node to heed
             )
         finally:
             theirs.close()
             os.close(agent)
         self._loop.add_reader(ours.fileno(), self._receive)
-        prelude = plan_spawner(
-            is_unprivileged=not host.has_id_ranges, uid=host.uid, gid=host.gid, own_network=own_network
-        )
         done = await self._carry_out(prelude, [])
         if done.error:
             problem = f"{prelude[done.num_steps]}: {os.strerror(done.error)}"
-            raise Unsupported(f"this machine does not let cells be made: {problem}")
+            raise Unsupported(f"this machine does not let sandboxes be made: {problem}")
 
     @property
     def is_lost(self) -> bool:
         """Whether it is dead."""
         return self._is_lost or (self._process is not None and self._process.poll() is not None)
+
+    @property
+    def agent(self) -> Path:
+        """Where the agent's program lies, for runtimes that start it from a file; known once this has started."""
+        return self._agent
 
     async def until_started(self) -> None:
         """Wait until it can make cells; raises what stands in the way."""

@@ -1,12 +1,17 @@
 """A sandbox as others ask for it, and what became of a program in one."""
 
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 from hone.schema.sandbox_network import parse_rules
 
+RuntimeName = Literal["process", "bwrap", "oci", "cell"]
+RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+"""How sandboxes may be isolated, the weakest first."""
+DEFAULT_RUNTIMES: tuple[RuntimeName, ...] = ("cell",)
+"""What a node offers unless it is told otherwise."""
 MAX_ROLLOUT = 256
 
 
@@ -18,7 +23,8 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     the host's; or with "allow" the hosts that `allow` lists, through a proxy: "pypi.org", "*.example.org:8443" (see
     `hone.schema.sandbox_network.AllowRule`).
     ttl_seconds: the lease; when it is over, the sandbox is gone, as it is when nothing is asked of it for idle_seconds.
-    env: variables of every program in it. rollout: what it is for, as spans and accounts of its node tell.
+    env: variables of every program in it. rollout: what it is for, as spans and accounts of its node tell. runtime: how it
+    is isolated; never another one than asked for.
     """
 
     image: str = "python"
@@ -32,6 +38,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     env: dict[str, str] = {}
     rollout: str = ""
     allow: tuple[str, ...] = ()
+    runtime: RuntimeName = "cell"
 
     def __post_init__(self) -> None:
         for name in ("memory_mb", "cpus", "disk_mb", "max_processes", "ttl_seconds"):
@@ -126,6 +133,15 @@ class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_files: int
     num_bytes: int
     left_out: tuple[str, ...]
+
+
+class SnapshotStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A snapshot as its node holds it. image: of the sandbox that it was taken of. size_bytes: what it holds of memory."""
+
+    snapshot_id: str
+    image: str
+    size_bytes: int
+    seconds_left: float
 
 
 class PythonResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

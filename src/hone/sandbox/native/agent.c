@@ -1,4 +1,5 @@
-/* The agent: the first process of a cell. It starts programs with the descriptors it is given, reaps, and reports.
+/* The agent: the first process of a sandbox, whatever its runtime. It starts programs with the descriptors it is given,
+   reaps, and reports.
 
    It has no libc: one small page or two of memory each in thousands of cells, and nothing to find in them. It trusts its
    control socket and nothing else; when that closes it exits, and the kernel kills everything in the cell. */
@@ -37,7 +38,6 @@
 #define MSG_CMSG_CLOEXEC 0x40000000
 #define PR_SET_DUMPABLE 4
 #define AT_FDCWD -100
-#define FLAG_TERMINAL 1
 
 #define MAX_PROGRAMS 4096
 #define MAX_STRINGS (32 << 10)
@@ -222,10 +222,25 @@ static void complain(const char *what, const char *why)
     call(__NR_write, 2, (long)why, length(why), 0, 0);
 }
 
+/* A Landlock domain within the agent's, out of which no signal gets. */
+static int set_apart(void)
+{
+    uint64_t attributes[3] = {0, 0, 2 /* LANDLOCK_SCOPE_SIGNAL */};
+    long ruleset = call(__NR_landlock_create_ruleset, (long)attributes, sizeof attributes, 0, 0, 0);
+    if (ruleset < 0 || call(__NR_landlock_restrict_self, ruleset, 0, 0, 0, 0) < 0)
+        return -1;
+    return call(__NR_close, ruleset, 0, 0, 0, 0);
+}
+
 static void run(const struct start *start)
 {
     uint64_t no_signals = 0;
     call(__NR_setsid, 0, 0, 0, 0, 0);
+    if (start->header.flags & FLAG_JOINS && start->cgroup >= 0 &&
+        call(__NR_write, start->cgroup, (long)"0", 1, 0, 0) != 1)
+        leave(126);
+    if (start->header.flags & FLAG_APART && set_apart() < 0)
+        leave(126);
     for (int i = 0; i < 3; i++)
         call(__NR_dup3, start->stdio[i], i, 0, 0, 0);
     if (start->header.flags & FLAG_TERMINAL)
@@ -290,7 +305,7 @@ static long start_program(const struct start *start)
         .stack_size = sizeof child_stack,
         .cgroup = start->cgroup,
     };
-    if (start->cgroup >= 0)
+    if (start->cgroup >= 0 && !(start->header.flags & FLAG_JOINS))
         return clone_onto(__NR_clone3, (long)&arguments, sizeof arguments, run, start);
     return clone_onto(__NR_clone, CLONE_VM | CLONE_VFORK | SIGCHLD, (long)(child_stack + sizeof child_stack), run, start);
 }
@@ -424,6 +439,7 @@ static void kill_tree(int top)
         ;
     for (int i = 0; i < num_known; i++)
         call(__NR_kill, known[i], SIGKILL, 0, 0, 0);
+    call(__NR_kill, -top, SIGKILL, 0, 0, 0); /* where there is no /proc to look into */
 }
 
 static void obey(const struct request *request, const char *end, const int *descriptors, int num_descriptors)
@@ -472,12 +488,13 @@ __attribute__((used)) void serve(void)
 {
     uint64_t children = 1ULL << (SIGCHLD - 1);
     char taken[128];
+    call(__NR_close_range, LAYER + 1, ~0U, 0, 0, 0); /* what another runtime may have left open */
+    /* The copy of the layer's mount goes when the agent does: its end in the node would keep the node waiting. */
+    int has_layer = call(__NR_fcntl, LAYER, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */, 0, 0) == 0;
     call(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0);
     call(__NR_rt_sigprocmask, SIG_BLOCK, (long)&children, 0, 8, 0);
     struct polled polled[2] = {{CONTROL, POLLIN, 0}, {call(__NR_signalfd4, -1, (long)&children, 8, O_CLOEXEC, 0), POLLIN, 0}};
-    call(__NR_fcntl, CONTROL, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */, 0, 0);
-    /* The copy of the layer's mount goes when the agent does: its end in the node would keep the node waiting. */
-    int has_layer = call(__NR_fcntl, LAYER, 2, 1, 0, 0) == 0;
+    call(__NR_fcntl, CONTROL, 2, 1, 0, 0);
     int descriptors[2] = {open_path("/", O_PATH | O_DIRECTORY | O_CLOEXEC)};
     if (has_layer)
         descriptors[1] = call(__NR_openat, LAYER, (long)".", O_PATH | O_DIRECTORY | O_CLOEXEC, 0, 0);

@@ -28,9 +28,10 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Where the spawner lies, the agent's content, and where the library of warm Pythons lies."""
+    """Where spawner and agent lie, the agent's content, and where the library of warm Pythons lies."""
 
     spawner: Path
+    agent_path: Path
     agent: bytes
     warm: Path
 
@@ -41,7 +42,8 @@ def build(compilers: Sequence[str] = COMPILERS) -> Programs:
     folder = cache_folder() / f"cells-{_key(compiler)}"
     if not (folder / "agent").exists():
         _compile_into(compiler, folder)
-    return Programs(folder / "spawner", (folder / "agent").read_bytes(), folder / "warm.so")
+    agent = folder / "agent"
+    return Programs(folder / "spawner", agent, agent.read_bytes(), folder / "warm.so")
 
 
 def cache_folder() -> Path:

@@ -71,20 +71,27 @@ enum {
     OPERATION_KEEPER,         /* the following ones in a view of mounts of its own, where layers of cells are kept */
     OPERATION_TAKE_DESCRIPTOR, /* a: slot for the tree that is one of the descriptors; b: which */
     OPERATION_GIVE,            /* path of a folder, of which the node gets a descriptor */
+    OPERATION_EXECUTE = 32,    /* arguments, each with a zero: another runtime's program; a: which descriptor is its stderr */
+    OPERATION_DATA,            /* content; a: the descriptor by which that program reads it */
+    OPERATION_GUARD,           /* stay behind as the guardian of what the child becomes, and end all it leaves */
 };
 
 /* node -> agent; for START followed by folder\0, arguments, environment, with three or four descriptors:
-   stdin, stdout, stderr and the cgroup to be born in. */
+   stdin, stdout, stderr and the cgroup to be born in, or a file of it to write to. */
 struct request {
     uint32_t kind;
     uint32_t identity;
-    uint32_t flags; /* START: has a terminal; SIGNAL: the signal */
+    uint32_t flags; /* START: FLAG_...; SIGNAL: the signal */
     uint32_t num_arguments;
     uint32_t num_variables;
     uint32_t strings_bytes;
 };
 
 enum { REQUEST_START = 1, REQUEST_SIGNAL, REQUEST_KILL_TREE };
+
+/* A program has a terminal; it enters its cgroup by writing to the file that came along; it can signal what it starts
+   and nothing else, the agent least of all: where that is not process 1. */
+enum { FLAG_TERMINAL = 1, FLAG_JOINS = 2, FLAG_APART = 4 };
 
 /* agent -> node; READY comes with the root and, where there is one, the writable layer; FAILED, from before there is an
    agent, says at which operation. */

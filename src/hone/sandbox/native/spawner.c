@@ -26,6 +26,7 @@
 #include <unistd.h>
 
 #include "confine.h"
+#include "guardian.h"
 #include "messages.h"
 #include "protocol.h"
 
@@ -36,6 +37,7 @@
 #define CLONE_INTO_CGROUP 0x200000000ULL
 #endif
 #define MAX_TREES (FIRST_LAYER + MAX_LAYERS)
+#define MAX_ARGUMENTS 1024
 
 static char message[MESSAGE_BYTES];
 static int descriptors[MAX_DESCRIPTORS];
@@ -264,9 +266,51 @@ static int become_agent(void)
     signal(SIGCHLD, SIG_DFL);
     signal(SIGINT, SIG_DFL);
     signal(SIGQUIT, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
+    signal(SIGHUP, SIG_DFL);
     if (dup2(descriptors[0], CONTROL) < 0)
         return -1;
     return syscall(SYS_execveat, agent, "", arguments, variables, AT_EMPTY_PATH);
+}
+
+/* Become the program of another runtime, which starts the agent with the control socket in its place. */
+static int execute(const struct operation *operation, const char *data)
+{
+    size_t size = operation->size;
+    char *arguments[MAX_ARGUMENTS + 1], *variables[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL};
+    size_t count = 0;
+    for (const char *next = data; next < data + size && count < MAX_ARGUMENTS; next = after(next))
+        arguments[count++] = (char *)next;
+    arguments[count] = NULL;
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) || dup2(descriptors[operation->a], 2) < 0 ||
+        dup2(descriptors[0], CONTROL) < 0)
+        return -1;
+    signal(SIGCHLD, SIG_DFL);
+    signal(SIGINT, SIG_DFL);
+    signal(SIGQUIT, SIG_DFL);
+    return execve(arguments[0], arguments, variables);
+}
+
+static int put_data(const struct operation *operation, const char *data)
+{
+    int content = syscall(SYS_memfd_create, "data", 0);
+    if (content < 0 || write_all(content, data, operation->size) || lseek(content, 0, SEEK_SET))
+        return -1;
+    if (dup2(content, operation->a) < 0)
+        return -1;
+    return close(content);
+}
+
+/* The child goes on with the plan; this process stays, and ends what the child leaves behind. */
+static int guard(void)
+{
+    signal(SIGCHLD, SIG_DFL);
+    if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+        return -1;
+    pid_t child = fork();
+    if (child > 0)
+        guard_tree(child);
+    return child;
 }
 
 static int carry_out(const struct operation *operation, const char *data)
@@ -318,6 +362,12 @@ static int carry_out(const struct operation *operation, const char *data)
         return unshare(operation->a);
     case OPERATION_BECOME_AGENT:
         return become_agent();
+    case OPERATION_EXECUTE:
+        return execute(operation, data);
+    case OPERATION_DATA:
+        return put_data(operation, data);
+    case OPERATION_GUARD:
+        return guard();
     default:
         return confine(operation, data);
     }
@@ -415,7 +465,7 @@ static uint32_t copy_layers(pid_t pid, const struct spawn *order, const char *pa
 static int release(pid_t pid, const struct spawn *order, const char *rest, int gate)
 {
     int layers[MAX_LAYERS];
-    if (map_ids(pid, order, rest))
+    if (order->uid_map_bytes && map_ids(pid, order, rest))
         return -1;
     int num_layers = copy_layers(pid, order, rest + order->uid_map_bytes + order->gid_map_bytes, layers);
     int error = errno;
@@ -514,8 +564,10 @@ int main(int count, char **arguments)
             close(descriptor);
     close_range(agent + 1, ~0u, 0);
     signal(SIGCHLD, SIG_IGN); /* the kernel reaps; a pidfd still tells of the end */
-    signal(SIGINT, SIG_IGN);  /* from a terminal they are meant for the node */
+    signal(SIGINT, SIG_IGN);  /* from a terminal, or whoever ends a whole group or service, they are meant for the node */
     signal(SIGQUIT, SIG_IGN);
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
     umask(0);
     struct pollfd watched[2] = {{socket, POLLIN, 0}, {syscall(SYS_pidfd_open, getppid(), 0), POLLIN, 0}};
     for (;;) {
