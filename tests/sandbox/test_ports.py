@@ -9,12 +9,17 @@ import sys
 
 import pytest
 
+from hone.sandbox.addresses import parse_address
 from hone.sandbox.client import Sandbox
+from hone.sandbox.discovery import Fixed
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
+from hone.sandbox.gateway import Gateway
 from hone.sandbox.node import Node
 from hone.sandbox.serve import NodeServer
+from hone.sandbox.tenants import Grant, Scope, Tenants, digest_of
 
 SMALL = {"memory_mb": 128, "disk_mb": 16, "max_processes": 64}
+ME = Tenants({digest_of("mine"): Grant("me", frozenset({Scope.CREATE, Scope.USE}))}, {})
 ECHO = """
 import socket, sys, threading
 family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
@@ -37,10 +42,18 @@ async def node(cells):
         yield node
 
 
-@pytest.fixture(params=["embedded", "unix"])
+@pytest.fixture(params=["embedded", "unix", "gateway"])
 async def box(request, node, tmp_path):
     if request.param == "embedded":
         async with Sandbox(node=node, **SMALL) as box:
+            yield box
+        return
+    if request.param == "gateway":
+        async with (
+            NodeServer(node, "tcp://127.0.0.1:0", tokens={"of it": "gateway"}, gateways={"gateway"}) as server,
+            Gateway([Fixed(parse_address(server.address))], "tcp://127.0.0.1:0", tenants=ME, token="of it") as gateway,
+            Sandbox(node=gateway.address, token="mine", **SMALL) as box,
+        ):
             yield box
         return
     async with NodeServer(node, f"unix:{tmp_path}/socket") as server, Sandbox(node=server.address, **SMALL) as box:

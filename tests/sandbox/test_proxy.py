@@ -402,6 +402,14 @@ async def test_requests_have_a_pace():
         assert loop.time() - begun > 0.4
 
 
+async def test_bytes_have_a_pace():
+    async with serving(echo, ["ok.example+tcp"], max_bytes_per_second=1 << 20) as (_, address):
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        await ask(address, b"CONNECT ok.example:443 HTTP/1.1\r\n\r\n" + bytes(300_000), ends=True)
+        assert loop.time() - begun > 0.4
+
+
 async def test_limits_of_node_and_bytes_are_kept():
     async with serving(echo_head, ["ok.example"], max_connections=0) as (world, address):
         assert b"503" in await ask(address, get("ok.example"))

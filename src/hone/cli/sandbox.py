@@ -129,7 +129,7 @@ def serve(
         ),
     ] = None,
     private_networks: Annotated[
-        bool, typer.Option(help="Let allow-lists name hosts in private networks, and this machine, by +private.")
+        bool, typer.Option(help="Let sandboxes reach private networks and this machine: +private, --network host.")
     ] = False,
     drain_seconds: Annotated[
         float, typer.Option(help="At SIGTERM, how long sandboxes may live on while no new ones are taken.")
@@ -270,6 +270,17 @@ async def _stats(address: str, watch: bool) -> None:
                 before = now
     finally:
         await client.close()
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of nodes (`--folder` of serve), one or more.")],
+    output: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("sandboxes.html"),
+) -> None:
+    """Write a page about the sandboxes that ended: who used what, how many at once, how they ended."""
+    from hone.studio.sandboxes import write_sandboxes_page
+
+    typer.echo(write_sandboxes_page(folders, output))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.ledger import Entry
 from hone.sandbox.placement import order
 from hone.sandbox.quotas import Rate, check_quota
+from hone.sandbox.relay import prefix_of
 from hone.sandbox.wire import failed, framed
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandboxes import Outcome, SandboxSpec
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from hone.sandbox.gateway import Gateway
 
 NO_NODE_SECONDS = 1.0
+MAX_KEY_LENGTH = 512
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +54,12 @@ class Creates:
 
     def ask(self, front: "Front", message: calls.Create, frame: bytes) -> None:
         """A client wants a sandbox."""
-        home = message.snapshot_id[: message.snapshot_id.rfind(".") + 1]
+        if len(message.key) > MAX_KEY_LENGTH:
+            front.fail(
+                message.call, ValueError(f"a key of {len(message.key)} characters; at most {MAX_KEY_LENGTH} will do")
+            )
+            return
+        home = prefix_of(message.snapshot_id)
         creating = Creating(front, message.call, message.spec, message.key, frame, home)
         quota = self._gateway.tenants.quota(front.grant.owner)
         rate = self._rates.setdefault(
@@ -187,8 +194,10 @@ class Creates:
     def _why_not(self, creating: Creating) -> SandboxError:
         if creating.refusals:
             return min(creating.refusals, key=lambda one: one.retry_after_seconds)
-        if creating.home:
-            return SandboxError("the node of the snapshot is gone", Outcome.NODE_LOST)
+        if creating.home and creating.home not in self._gateway.nodes:
+            return SandboxError(
+                f"the node {creating.home[:100].rstrip('.')} of the snapshot is gone", Outcome.NODE_LOST
+            )
         if not self._gateway.nodes:
             return Busy("no node is there", NO_NODE_SECONDS)
         return Busy(f"no node takes a sandbox of {creating.spec.memory_mb} MB now", NO_NODE_SECONDS)

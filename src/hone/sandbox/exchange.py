@@ -63,11 +63,11 @@ class Peer:
 class Meter:
     """The bytes of one request: how many went up to the host and down, and that they move; an async context manager.
 
-    After idle_seconds without any, what runs in it ends with `TimeoutError`. spend: is told of each piece, and raises
-    `Refused` where that is too much. is_answered: whether the client has had a part of its answer already.
+    After idle_seconds without any, what runs in it ends with `TimeoutError`. spend: is told of each piece before it goes;
+    it returns when that may be, and raises `Refused` where it may not. is_answered: whether the client has had a part of its answer already.
     """
 
-    def __init__(self, idle_seconds: float, spend: Callable[[int], None]) -> None:
+    def __init__(self, idle_seconds: float, spend: Callable[[int], Awaitable[None]]) -> None:
         self.num_up = 0
         self.num_down = 0
         self.is_answered = False
@@ -96,7 +96,7 @@ class Meter:
         await self._move(client, data)
 
     async def _move(self, peer: Peer, data: bytes) -> None:
-        self._spend(len(data))
+        await self._spend(len(data))
         if not self._timeout.expired():
             self._timeout.reschedule(asyncio.get_running_loop().time() + self._idle_seconds)
         peer.writer.write(data)

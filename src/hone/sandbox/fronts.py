@@ -11,7 +11,7 @@ import msgspec
 
 from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.node_connection import NodeConnection
-from hone.sandbox.relay import Frames, Head, Route, head_of, routes
+from hone.sandbox.relay import Frames, Head, Route, head_of, prefix_of, routes
 from hone.sandbox.tenants import Grant, Scope
 from hone.sandbox.wire import MAX_FRAME_BYTES, failed
 from hone.schema import sandbox_calls as calls
@@ -28,6 +28,7 @@ STABLE_SECONDS = 1.0  # a connection to a node that broke sooner is not made aga
 MAX_DELAY_SECONDS = 1.0
 MAX_BREAKS = 6  # in a row; a node where it does not get better is lost to this client
 MAX_CALLS = 1 << 16
+MAX_TOLD = 100  # characters of what a client sent
 MAX_QUESTIONS = 64  # of the gateway itself, at once
 ROUTES = routes()
 
@@ -179,12 +180,12 @@ class Front:
         if Scope.USE not in self.grant.scopes and not self._may(head.call, Scope.USE):
             return
         sandbox_id = msgspec.msgpack.decode(head.about, type=str)
-        prefix = sandbox_id[: sandbox_id.rfind(".") + 1]
+        prefix = prefix_of(sandbox_id)
         node = self._nodes.get(prefix) or self.node(prefix)
         if node is None:
             if head.kind == "Destroy":
                 self._gateway.ledger.unwant(prefix, sandbox_id, self.grant.owner)
-            self.fail(head.call, SandboxError(f"{sandbox_id}: its node is gone", Outcome.NODE_LOST))
+            self.fail(head.call, SandboxError(f"{sandbox_id[:MAX_TOLD]}: its node is gone", Outcome.NODE_LOST))
             return
         if len(self.calls) >= MAX_CALLS:
             self.fail(head.call, Busy(f"{MAX_CALLS} calls are under way", 1.0))
@@ -212,7 +213,7 @@ class Front:
             case "Hello":
                 self.frames.close("a second greeting")
             case _:
-                self.fail(head.call, ValueError(f"a call that this gateway does not know: {head.kind}"))
+                self.fail(head.call, ValueError(f"a call that this gateway does not know: {head.kind[:MAX_TOLD]}"))
 
     def _question(self, head: Head, frame: bytes) -> None:
         if not self._may(head.call, Scope.ADMIN if head.kind == "Drain" else Scope.OBSERVE):

@@ -60,9 +60,9 @@ class Layers:
 
         first_id: the outside's id of what root owns in it. `OSError` where the kernel does not let that be.
         """
-        number = await self._number(spawner)
-        own = os.dup(descriptor)
+        own = os.dup(descriptor)  # the cell may end meanwhile
         try:
+            number = await self._number(spawner)
             steps = (
                 Operation(Code.KEEPER),
                 _folder(number),

@@ -36,7 +36,7 @@ from hone.sandbox.python import PythonSession, WarmPython, Zygotes
 from hone.sandbox.records import Records
 from hone.sandbox.report import report_of
 from hone.sandbox.state import Base, Snapshot, Snapshots
-from hone.schema.sandbox_network import NetworkRecord, parse_rules
+from hone.schema.sandbox_network import NetworkRecord
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
     DEFAULT_RUNTIMES,
@@ -179,8 +179,8 @@ class Node:
         """
         if self._is_closing:
             raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
-        if any(rule.is_private for rule in parse_rules(spec.allow)) and not self.gate.policy.is_private_allowed:
-            raise Unsupported(f"the node {self.name} lets no sandbox into private networks: allow {list(spec.allow)}")
+        if refused := self.gate.policy.refuses(spec):
+            raise Unsupported(f"the node {self.name} gives no sandbox {refused}; serve it with --private-networks")
         base = None
         if snapshot_id and not self._lifecycle.knows(key, owner):
             base = self.snapshots.base_for(spec, snapshot_id)
@@ -738,6 +738,9 @@ class NodeSandbox:
             if snapshots.can_hold and await self._is_quiet(cell):
                 taken = await self._exchanged(cell, base)
             taken = taken or await snapshots.copy(cell, base)
+            if self.over.done():
+                await snapshots.release(taken)
+                raise _again(self.over.result())
             return snapshots.add(taken, self.lease.spec, self.lease.owner, ttl_seconds)
 
     async def _is_quiet(self, cell: Cell) -> bool:
@@ -763,14 +766,20 @@ class NodeSandbox:
             self._stay(cell, past)
             raise
         if self.over.done():
-            await snapshots.release(taken)
-            raise _again(self.over.result())
+            return taken
         self._drop()
         self.begin_from(taken)
-        self._node.exchange(self)
+        self._node.begin(self._move())
         if former is not None:
             await snapshots.release(former)
         return taken
+
+    async def _move(self) -> None:
+        """Go into another cell, after those have heard of the snapshot who wait for it."""
+        for _ in range(3):
+            await asyncio.sleep(0)
+        if not self.over.done():
+            self._node.exchange(self)
 
     async def _unwanted(self, taking: "asyncio.Task[Snapshot]") -> None:
         with contextlib.suppress(SandboxError, OSError):

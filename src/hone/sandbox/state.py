@@ -1,11 +1,12 @@
 """Snapshots of sandboxes' files on a node: taken of a cell, held for a time by their owners, and what cells begin from."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import BinaryIO, cast
@@ -207,43 +208,53 @@ class Snapshots:
 
         Layers that are too many are made one with the copy.
         """
-        was_paused = cell.is_paused
-        if cell.can_pause and not was_paused:
+        pauses = cell.can_pause and not cell.is_paused
+        if pauses:
             await cell.pause()
         try:
-            if not self.can_hold:
-                return await self._archived(cell, base)
-            below = base.layers if is_too_deep(base.image, base.layers) else ()
-            layer = await self._copied(cell, base.image, below)
-        finally:
-            if cell.can_pause and not was_paused:
-                await asyncio.shield(cell.resume())
+            taken = await self._copy(cell, base)
+        except BaseException:  # a cancellation too: undo, then pass it on
+            if pauses:
+                with contextlib.suppress(SandboxError):  # it is gone
+                    await cell.resume()
+            raise
+        try:
+            if pauses:
+                await cell.resume()
+        except BaseException:
+            await self.release(taken)
+            raise
+        return taken
+
+    async def _copy(self, cell: Cell, base: Base) -> Base:
+        if not self.can_hold:
+            return await self._archived(cell, base)
+        below = base.layers if is_too_deep(base.image, base.layers) else ()
+        layer = await self._copied(cell, base.image, below)
         rest = () if below else base.layers
         hold(rest)
         return Base(base.image, (layer, *rest))
 
     async def _copied(self, cell: Cell, image: Image, below: tuple[Layer, ...]) -> Layer:
         """One layer of a cell's own and of those below."""
+        cell.require_alive()
         assert cell.spawner is not None
-        sources = [(layer.descriptor, layer.first_id) for layer in reversed(below)]
-        sources.append((cell.layer_descriptor, self._first_id(cell)))
-        room = used(cell.layer_descriptor)
-        for layer in below:
-            room += used(layer.descriptor)
-        made = await self.layers.make(cell.spawner, room)
-
-        def copy() -> None:
-            with open_folders(image.layers) as folders:
-                for source, first_id in sources:
-                    copy_layer(source, made.descriptor, first_id, folders)
-
-        hold(below)  # so that they stay open
+        own = os.dup(cell.layer_descriptor)  # the cell may end meanwhile
+        hold(below)
         try:
-            await self._run(copy)
-        except BaseException:  # a cancellation too: undo, then pass it on
-            await self.layers.release(made)
-            raise
+            room = used(own)
+            for layer in below:
+                room += used(layer.descriptor)
+            made = await self.layers.make(cell.spawner, room)
+            sources = [(layer.descriptor, layer.first_id) for layer in reversed(below)]
+            sources.append((own, self._first_id(cell)))
+            try:
+                await self._run(lambda: _copy_all(sources, made.descriptor, image.layers))
+            except BaseException:  # a cancellation too: undo, then pass it on
+                await self.layers.release(made)
+                raise
         finally:
+            os.close(own)
             for layer in below:
                 await self.layers.release(layer)
         return made
@@ -251,6 +262,7 @@ class Snapshots:
     async def _archived(self, cell: Cell, base: Base) -> Base:
         if base.image.layers:
             raise Unsupported("this kernel cannot show one cell's files below another's; images with layers need that")
+        cell.require_alive()
         file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - it lives as long as its holders
         tree = Tree(cell.layer_descriptor)
         try:
@@ -266,7 +278,13 @@ class Snapshots:
         return Base(base.image, (), archive)
 
     async def _run(self, work: Callable[[], object]) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        """In a thread, which ends what it has begun: its descriptors are needed until then."""
+        running = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            raise
 
     def _first_id(self, cell: Cell) -> int:
         return cell.uid_base if self._host.has_id_ranges else 0
@@ -275,6 +293,13 @@ class Snapshots:
 def _limits(spec: SandboxSpec) -> TreeLimits:
     """Holes count as what they are long: a file with a hole larger than any disk is not copied."""
     return TreeLimits(total_bytes=max(1 << 30, 4 * spec.disk_mb << 20), num_entries=1_000_000, depth=200)
+
+
+def _copy_all(sources: Sequence[tuple[int, int]], target: int, image: Iterable[str]) -> None:
+    """Layers with the ids that own them, the lowest first, into one that will lie over an image."""
+    with open_folders(image) as below:
+        for source, first_id in sources:
+            copy_layer(source, target, first_id, below)
 
 
 class _Reader:
