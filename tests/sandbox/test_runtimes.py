@@ -17,16 +17,22 @@ from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.client import Sandbox
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.files import Tree
-from hone.sandbox.host import Host, look
+from hone.sandbox.host import Host, can_share_layers, look
 from hone.sandbox.node import Node
 from hone.sandbox.plan import Bind, Image
 from hone.sandbox.runtimes.known import features, missing
 from hone.sandbox.runtimes.runtime import Feature
 from hone.schema.sandboxes import RUNTIMES, ExecResult, Outcome, RuntimeName, SandboxSpec
 
-VARIANTS = {"process": "process", "bwrap": "bwrap", "crun": "oci", "runc": "oci", "cell": "cell"}
-"""Runtimes by the name of what is tried; one runtime may have several programs to choose from."""
-NEEDED = {"process": (), "bwrap": ("bwrap",), "crun": ("crun",), "runc": ("runc",), "cell": ()}
+VARIANTS: dict[str, RuntimeName] = {
+    "process": "process",
+    "bwrap": "bwrap",
+    "crun": "oci",
+    "runc": "oci",
+    "cell": "cell",
+}
+"""Runtimes by what makes them: some have several programs to choose from."""
+IN_PYTHON = [pytest.param(f"{name} in Python", marks=pytest.mark.slow) for name in VARIANTS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +55,12 @@ class Place:
         return Tree(cell.root_descriptor, owner, cell.files_folder)
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=[*VARIANTS, *IN_PYTHON])
 async def place(request: pytest.FixtureRequest, leaving_nothing_behind) -> AsyncIterator[Place]:
-    runtime = VARIANTS[request.param]
-    host = with_programs(look(), NEEDED[request.param])
-    async with leaving_nothing_behind(Cells(host=host, runtimes=(runtime,))) as cells:
-        yield Place(runtime, cells)
+    name, _, language = request.param.partition(" in ")
+    host = replace(with_programs(look(), (name,)), can_build=not language)
+    async with leaving_nothing_behind(Cells(host=host, runtimes=(VARIANTS[name],))) as cells:
+        yield Place(VARIANTS[name], cells)
 
 
 @pytest.fixture
@@ -477,3 +483,8 @@ async def test_an_image_of_layers_is_written_to_in_the_sandbox_only(place: Place
     assert "only-bottom only-top" in result.stdout
     assert (tmp_path / "top" / "who").read_text() == "top"
     assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_snapshots_without_programs_in_c_are_copies() -> None:
+    host = replace(look(), can_build=False)
+    assert not can_share_layers(host)

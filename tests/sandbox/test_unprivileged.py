@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
     [
         "test_abuse",
         "test_cells",
+        "test_gateway_cells",
         "test_grading",
         "test_hoards",
         "test_layers",

@@ -41,7 +41,7 @@ from hone.sandbox.plan import (
 from hone.sandbox.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Ending, Process, Tally
 from hone.sandbox.readiness import until_ready
 from hone.sandbox.runtimes.known import OTHERS, features, missing
-from hone.sandbox.runtimes.runtime import Birth, Feature, Launch
+from hone.sandbox.runtimes.runtime import JOINS, Birth, Feature, Launch
 from hone.sandbox.scratch import Scratch
 from hone.sandbox.spawner import Born, Spawner
 from hone.schema.sandboxes import DEFAULT_RUNTIMES, ExecResult, Outcome, RuntimeName, SandboxSpec, SandboxUsage
@@ -161,6 +161,7 @@ class Cells:
 
     async def _bear(self, cell: "Cell", number: int, spawner: "Spawner", binds: Sequence[Bind]) -> None:
         assert cell.cgroup is not None
+        cell.joins_cgroups = cell.is_launched or not spawner.is_native
         theirs = cell.open()
         try:
             with cell.cgroup.entrances() as (unified, tasks):
@@ -180,7 +181,7 @@ class Cells:
     def _launch(self, cell: "Cell", binds: Sequence[Bind], num_tasks: int, agent: Path) -> Launch:
         grants = self._grants(cell, num_tasks)
         if cell.spec.runtime == "cell":
-            return Launch(self._plan(cell, binds, grants), cell.image, program_flags=0)
+            return Launch(self._plan(cell, binds, grants), cell.image, program_flags=JOINS if cell.joins_cgroups else 0)
         folder = self._scratch.path(cell.name)
         birth = Birth(
             name=cell.name,
@@ -232,7 +233,7 @@ class Cells:
             if spawner is not None:
                 await spawner.close()
             prelude = self._prelude(runtime, shares_host_network=shares_host_network)
-            spawner = self._spawners[runtime, shares_host_network] = Spawner(prelude)
+            spawner = self._spawners[runtime, shares_host_network] = Spawner(prelude, is_native=self.host.can_build)
         await spawner.until_started()
         return spawner
 
@@ -292,7 +293,8 @@ class Cell:
 
     root_descriptor: its root folder, for reading and writing files beneath (never by a path without RESOLVE_IN_ROOT).
     files_folder: the working folder as seen from there. layer_descriptor: its writable layer, where it has one. uid_base:
-    the outside's id of its root. operations: the steps of its plan. is_layer_held: whether others go on with its layer, and its cgroup, which counts that, is nobody's after it.
+    the outside's id of its root. operations: the steps of its plan. is_layer_held: whether others go on with its layer, and
+    its cgroup, which counts that, is nobody's after it.
     """
 
     def __init__(
@@ -313,7 +315,8 @@ class Cell:
         self.layer_descriptor = -1
         self.files_folder = image.working_folder
         self.program_flags = 0
-        self.joins_cgroups = spec.runtime != "cell"
+        self.is_launched = spec.runtime != "cell"
+        self.joins_cgroups = self.is_launched
         self.launch: Launch | None = None
         self.cgroup: CellCgroup | None = None
         self.cores: frozenset[int] = frozenset()
@@ -448,7 +451,7 @@ class Cell:
         """Make the agent's control socket and return the agent's end; called once, by `Cells`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        ask_for_sender(ours, is_asked=self.joins_cgroups)
+        ask_for_sender(ours, is_asked=self.is_launched)
         self._control = ours
         self._loop.add_reader(ours.fileno(), self._receive)
         return theirs
@@ -591,7 +594,7 @@ class Cell:
         """The agent is there, with its root and, maybe, its writable layer."""
         assert self._control is not None
         try:
-            if self.joins_cgroups:
+            if self.is_launched:
                 ask_for_sender(self._control, is_asked=False)
                 self._agent = os.pidfd_open(message.pid)
                 self.pid = message.pid
@@ -605,7 +608,7 @@ class Cell:
 
     def _take_root(self, root: int, layer: int = -1) -> None:
         self.root_descriptor, self.layer_descriptor = root, layer
-        if self.launch is None or not self.joins_cgroups:
+        if self.launch is None or not self.is_launched:
             return
         if self.launch.files is not None:
             os.close(root)
@@ -668,7 +671,7 @@ class Cell:
         if self._agent >= 0:
             _send(self._agent, signal.SIGKILL)
         elif self._pidfd >= 0:
-            _send(self._pidfd, signal.SIGTERM if self.joins_cgroups else signal.SIGKILL)
+            _send(self._pidfd, signal.SIGTERM if self.is_launched else signal.SIGKILL)
         if self._pidfd >= 0:
             await _until_over(self._pidfd, self.name)
 

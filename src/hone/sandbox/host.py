@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hone.sandbox.native.build import COMPILERS, cache_folder
+from hone.sandbox.native.build import cache_folder, can_build
 from hone.sandbox.plan import MASKED, Bind, Image
 
 LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
@@ -54,7 +54,7 @@ class Host:
     has_id_ranges: bool
     has_user_namespaces: bool
     has_network_namespaces: bool
-    has_compiler: bool
+    can_build: bool
     has_overlay: bool
     has_seccomp: bool
     landlock: int
@@ -91,7 +91,7 @@ def look() -> Host:
         has_user_namespaces=_allows_user_namespaces(),
         has_network_namespaces=Path("/proc/self/ns/net").exists()
         and _words("/proc/sys/user/max_net_namespaces") != ["0"],
-        has_compiler=any(shutil.which(compiler) for compiler in COMPILERS),
+        can_build=can_build(),
         has_overlay="overlay" in _words("/proc/filesystems"),
         has_seccomp="errno" in _words("/proc/sys/kernel/seccomp/actions_avail"),
         landlock=max(0, _landlock()),
@@ -113,7 +113,12 @@ def examine(host: Host) -> tuple[Finding, ...]:
             host.kernel >= MIN_KERNEL,
             "cells: they need mounts by descriptor and processes born in a cgroup",
         ),
-        Finding("C compiler", host.has_compiler, "cells: their two small programs are compiled on first use"),
+        Finding(
+            "programs in C",
+            host.can_build,
+            "little weight: without a C compiler, and without a wheel that has them compiled, spawner and agents are in "
+            "Python, an interpreter for each sandbox, without kept layers, ports and a warm Python that is ready at once",
+        ),
         Finding("user namespaces", host.has_user_namespaces, "cells; what is left are processes behind Landlock"),
         Finding(
             "network namespaces",
@@ -147,7 +152,9 @@ def examine(host: Host) -> tuple[Finding, ...]:
 
 def can_share_layers(host: Host) -> bool:
     """Whether cells of this machine can lie over what others have written, whose ids are others outside."""
-    return host.has_overlay and (not host.has_id_ranges or host.kernel >= MIN_KERNEL_FOR_SHARED_LAYERS)
+    return (
+        host.can_build and host.has_overlay and (not host.has_id_ranges or host.kernel >= MIN_KERNEL_FOR_SHARED_LAYERS)
+    )
 
 
 def find_cgroups(

@@ -152,7 +152,7 @@ class Process:
             return
         if self._cgroup is not None:
             self._cgroup.kill()
-        elif not self._ended.done():
+        if not self._ended.done() and (self._cgroup is None or self._cell.joins_cgroups):  # it may not be in there yet
             self._channel.send(REQUEST.pack(KILL_TREE, self._identity, 0, 0, 0, 0))
 
     def resize(self, rows: int, columns: int) -> None:

@@ -58,7 +58,9 @@ class Zygotes:
     """
 
     def __init__(self, *, host: Host | None = None) -> None:
-        self._has_ranges = (host or look()).has_id_ranges
+        known = host or look()
+        self._has_ranges = known.has_id_ranges
+        self._can_build = known.can_build
         self._zygotes: dict[tuple[str, ...], _Zygote] = {}
 
     async def __aenter__(self) -> Self:
@@ -81,7 +83,7 @@ class Zygotes:
         The first call for a set of preloads waits for their import; `prepare` does that ahead of time. Importing runs
         these modules outside of any cell: name only what is trusted. Raises `SandboxError`.
         """
-        if cell.spec.runtime != "cell" or not _has_this_python(cell.image):
+        if cell.spec.runtime != "cell" or not self._can_build or not _has_this_python(cell.image):
             return WarmPython(cell, None)
         try:
             return WarmPython(cell, await self.prepare(preloads))
