@@ -21,9 +21,19 @@ class ScriptedNode:
     answer: what any call about a sandbox gets; None leaves it open.
     """
 
-    def __init__(self, name: str, folder: Path, *, start: str = "0", max_sandboxes: int = 100) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        start: str = "0",
+        max_sandboxes: int = 100,
+        address: str = "",
+        certificate: Path | None = None,
+        key: Path | None = None,
+    ) -> None:
         self.prefix = f"{name}.{start}."
-        self.address = f"unix:{folder}/{name}"
+        self.address = address or f"unix:{folder}/{name}"
         self.sandboxes: dict[str, Leased] = {}
         self.max_sandboxes = max_sandboxes
         self.busy: float | None = None
@@ -34,11 +44,14 @@ class ScriptedNode:
         self.heard: list[Any] = []
         self.sessions: list[tuple[str, str]] = []
         self.streams: list[Stream[Any]] = []
-        self._listener = Listener(parse_address(self.address))
+        self._listener = Listener(parse_address(self.address), certificate=certificate, key=key)
         self._num_made = 0
+        self._session_of: dict[Stream[Any], str] = {}
+        self._makers: set[str] = set()
 
     async def __aenter__(self) -> "ScriptedNode":
         await self._listener.open(self._accept)
+        self.address = str(self._listener.address)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -67,7 +80,9 @@ class ScriptedNode:
                     owner = message.owner
                     if owner:
                         self.sessions.append((owner, message.session))
-                    stream.send(calls.Welcome(self.prefix, 10.0))
+                    self._session_of[stream] = message.session
+                    has_sandboxes = message.session in self._makers
+                    stream.send(calls.Welcome(self.prefix, 10.0, has_sandboxes=has_sandboxes))
                 case calls.Ping():
                     stream.send(message)
                 case calls.Received():
@@ -118,6 +133,7 @@ class ScriptedNode:
             stream.send(failed(message.call, SandboxError("no such image")))
             return
         self._num_made += 1
+        self._makers.add(self._session_of[stream])
         sandbox_id = f"{self.prefix}{self._num_made}"
         self.sandboxes[sandbox_id] = Leased(sandbox_id, owner, message.key, message.spec.memory_mb, message.spec.cpus)
         stream.send(calls.Done(message.call, msgspec.Raw(msgspec.msgpack.encode(sandbox_id))))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -159,6 +160,35 @@ async def test_the_sandboxes_of_a_client_that_is_gone_end_and_are_counted_no_mor
         while cluster.gateway.ledger.totals("me").num_sandboxes:
             await asyncio.sleep(0.05)
     assert not any(node.report().sandboxes for node in cluster.nodes)
+
+
+async def test_a_client_that_comes_back_by_another_gateway_keeps_its_sandboxes(cluster, client):
+    for server in cluster.servers:
+        server.grace_seconds = 1.0
+    boxes = [await client.create(SMALL, key=f"k{number}") for number in range(6)]
+    for box in boxes:
+        await box.exec(["touch", "here"])
+    assert {box.sandbox_id[:2] for box in boxes} == {"n0", "n1"}
+    async with Gateway(
+        [Fixed(parse_address(one.address)) for one in cluster.inner],
+        "tcp://127.0.0.1:0",
+        tenants=ME,
+        token="of the gateway",
+    ) as second:
+        fresh = RemoteNode(second.address, "mine")
+        await fresh.connected()
+        cluster.outer._target = int(second.address.rpartition(":")[2])
+        cluster.outer.cut()
+        await until(lambda: client.num_reconnections)
+        await asyncio.sleep(2.5)  # nothing is asked of them meanwhile
+        for box in boxes:
+            assert (await box.exec(["test", "-e", "here"])).is_success
+        # Who has nothing at the nodes is not connected to them.
+        (front,) = [one for one in second._fronts if one.session.name == fresh._session]
+        assert not front._nodes
+        await fresh.close()
+        for box in boxes:
+            await box.close()
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
@@ -351,3 +381,42 @@ async def test_trees_and_snapshots_go_on_over_broken_connections(cluster, client
     assert sum(node.snapshots.count for node in cluster.nodes) == 3  # each was taken once
     for snapshot in snapshots:
         await client.hold_snapshot(snapshot.snapshot_id, 0)
+
+
+@pytest.mark.slow
+async def test_a_gateway_that_is_killed_over_and_over_makes_nothing_twice_and_loses_nothing(processes):
+    await processes.node("a")
+    await processes.node("b")
+    gateway, address = await processes.gateway()
+    port = address.rpartition(":")[2]
+    clients = [RemoteNode(address, TOKEN) for _ in range(3)]
+    for client in clients:
+        await client.connected()
+    is_over = asyncio.Event()
+
+    async def work(index):
+        num_done = 0
+        while not is_over.is_set():
+            num_done += 1
+            key = f"{index}-{num_done}"
+            asked = [clients[(index + other) % 3].create(SMALL, key=key) for other in range(2)]
+            one, two = await asyncio.gather(*asked)
+            assert one.sandbox_id == two.sandbox_id
+            for box, times in ((one, 1), (two, 2)):
+                assert (await box.exec(["sh", "-c", f"echo {key} >> log; cat log"])).stdout == f"{key}\n" * times
+            await one.close()
+        return num_done
+
+    working = [asyncio.create_task(work(index)) for index in range(6)]
+    chance = random.Random(1)
+    for _ in range(5):
+        await asyncio.sleep(chance.uniform(0.5, 1.5))
+        gateway.kill()
+        await asyncio.to_thread(gateway.wait)
+        gateway, _ = await processes.gateway(port)
+    is_over.set()
+    assert sum(await asyncio.gather(*working)) > 6
+    assert all(client.num_reconnections for client in clients)
+    assert await clients[0].sandboxes() == []
+    for client in clients:
+        await client.close()
