@@ -14,7 +14,17 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "module", ["test_cells", "test_abuse", "test_node", "test_network", "test_layers", "test_python", "test_runtimes"]
+    "module",
+    [
+        "test_cells",
+        "test_abuse",
+        "test_hostile_agents",
+        "test_node",
+        "test_network",
+        "test_layers",
+        "test_python",
+        "test_runtimes",
+    ],
 )
 def test_cells_keep_their_promises_for_an_unprivileged_user(module: str, tmp_path: Path) -> None:
     if os.geteuid() != 0:
