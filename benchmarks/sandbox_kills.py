@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
-import json
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import harness
 from sandbox_measures.victim import MARK
 
 from hone.sandbox.cells import FIRST_ID, LAST_ID, Cells
@@ -45,7 +45,7 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # and the kernel reaps it
     with tempfile.TemporaryDirectory() as folder:
         result = asyncio.run(run(arguments, Path(folder)))
-    print(json.dumps({"benchmark": "sandbox_kills", **result}))
+    harness.finish("sandbox_kills", {"claim": "nothing is left", "seed": arguments.seed, **result})
     sys.exit(1 if any(result["left"].values()) or result["complaints"] else 0)
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import harness
 from sandbox_measures.addresses import addresses
 from sandbox_measures.cells import acquisitions, creations, programs
-from sandbox_measures.crowds import burst, crowd, sustained, warm_crowd
+from sandbox_measures.crowds import burst, crowd, storm, sustained, warm_crowd
 from sandbox_measures.peers import peers
 from sandbox_measures.pythons import pythons
 from sandbox_measures.rounds import Floor
+from sandbox_measures.states import states
 
 AT_MOST = {
     "create_f": 1.8,
@@ -33,19 +34,19 @@ AT_MOST = {
     "idle_kb": 400,
     "idle_python_kb": 1200,
 }
-AT_LEAST = {"cells_2000": 2000, "sustained_per_core": 200}
+AT_LEAST = {"cells_2000": 2000, "sustained_per_core": 200, "storm_share": 0.8}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few rounds and small crowds: does it run?")
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--python-rounds", type=int, default=100)
+    parser.add_argument("--python-rounds", type=int, default=200)
     parser.add_argument("--burst", type=int, default=512)
     parser.add_argument("--crowd", type=int, default=2000)
-    parser.add_argument("--warm-crowd", type=int, default=300)
+    parser.add_argument("--warm-crowd", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=5.0, help="of sustained turnover")
-    parser.add_argument("--peer-rounds", type=int, default=30)
+    parser.add_argument("--peer-rounds", type=int, default=50)
     parser.add_argument("--peer-burst", type=int, default=64)
     arguments = parser.parse_args()
     if arguments.quick:
@@ -81,6 +82,7 @@ async def measure(
         python = await pythons(floor, arguments.python_rounds)
         away = await addresses(floor, folder, arguments.rounds)
         acquired = await acquisitions(floor, arguments.rounds)
+        state = await states(floor, arguments.peer_rounds)
         figures = {
             "f_ms": made.milliseconds("f"),
             "create_f": made.ratio("create"),
@@ -90,6 +92,7 @@ async def measure(
             "exec_f": ran.ratio("exec"),
             **{f"{name}_f": away.ratio(name) for name in away.seconds if name != "f"},
             **{f"{name}_ms": ran.milliseconds(name) for name in ("pause", "resume") if name in ran.seconds},
+            **{f"{name}_ms": state.milliseconds(name) for name in state.seconds if name != "f"},
             "session_ms": python.milliseconds("session"),
             "session_first_ms": python.milliseconds("session_first"),
             "snippet_ratio": python.ratio("snippet", "cold"),
@@ -99,6 +102,7 @@ async def measure(
             **await crowd(floor, arguments.crowd, arguments.rounds),
             **await warm_crowd(arguments.warm_crowd),
             **await sustained(arguments.seconds),
+            **await storm(arguments.burst * 2),
         }
         spreads = {
             "create_f": made.spread("create"),

@@ -21,9 +21,19 @@ class ScriptedNode:
     answer: what any call about a sandbox gets; None leaves it open.
     """
 
-    def __init__(self, name: str, folder: Path, *, start: str = "0", max_sandboxes: int = 100) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        start: str = "0",
+        max_sandboxes: int = 100,
+        address: str = "",
+        certificate: Path | None = None,
+        key: Path | None = None,
+    ) -> None:
         self.prefix = f"{name}.{start}."
-        self.address = f"unix:{folder}/{name}"
+        self.address = address or f"unix:{folder}/{name}"
         self.sandboxes: dict[str, Leased] = {}
         self.max_sandboxes = max_sandboxes
         self.busy: float | None = None
@@ -34,11 +44,12 @@ class ScriptedNode:
         self.heard: list[Any] = []
         self.sessions: list[tuple[str, str]] = []
         self.streams: list[Stream[Any]] = []
-        self._listener = Listener(parse_address(self.address))
+        self._listener = Listener(parse_address(self.address), certificate=certificate, key=key)
         self._num_made = 0
 
     async def __aenter__(self) -> "ScriptedNode":
         await self._listener.open(self._accept)
+        self.address = str(self._listener.address)
         return self
 
     async def __aexit__(self, *_: object) -> None:

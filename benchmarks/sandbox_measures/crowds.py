@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.descriptors import PER_CELL, provide
+from hone.sandbox.lifecycle import Limits
+from hone.sandbox.node import Node
 from hone.sandbox.python import Zygotes
 from sandbox_measures.cells import OFF
 from sandbox_measures.rounds import FLOOR, Floor, take_turns, timed
@@ -104,9 +106,32 @@ async def sustained(seconds: float) -> dict[str, float]:
     return {"sustained_per_core": sum(counts) / seconds / cores}
 
 
-async def some_at_once(work: Callable[[Given], Awaitable[Result]], given: Iterable[Given]) -> list[Result]:
+async def storm(number: int) -> dict[str, float]:
+    """Sandboxes of a node that come and go in a second, asked for by ten times as many as there is room for and by few."""
+    room = 8 * len(os.sched_getaffinity(0))
+    async with Node("bench", limits=Limits(max_sandboxes=room)) as node:
+        await _come_and_go(node, room, room)
+        few = await _come_and_go(node, number, room // 2)
+        many = await _come_and_go(node, number, 10 * room)
+    return {"storm_share": many / few}
+
+
+async def _come_and_go(node: Node, number: int, at_once: int) -> float:
+    async def one(_: int) -> None:
+        sandbox = node.create(OFF)
+        await sandbox.ready()
+        await sandbox.close()
+
+    started = time.perf_counter()
+    await some_at_once(one, range(number), at_once)
+    return number / (time.perf_counter() - started)
+
+
+async def some_at_once(
+    work: Callable[[Given], Awaitable[Result]], given: Iterable[Given], at_once: int = AT_ONCE
+) -> list[Result]:
     """Do something for each, a few at a time; the results in order."""
-    places = asyncio.Semaphore(AT_ONCE)
+    places = asyncio.Semaphore(at_once)
 
     async def one(item: Given) -> Result:
         async with places:

@@ -66,6 +66,19 @@ async def cancel(box: Sandbox) -> None:
     await asyncio.wait([running])
 
 
+async def state(box: Sandbox) -> None:
+    """Snapshots of a quiet and of a busy sandbox, others from them, a reset, and one that is left to its time."""
+    await box.write("file", b"x" * 100_000)
+    async with await box.snapshot() as quiet:
+        await box.exec(["sh", "-c", f"setsid sleep {MARK} & echo 1 > file"])
+        await box.snapshot(ttl_seconds=30)
+        for fork in await box.fork(2):
+            await fork.read("file")
+            await fork.close()
+        await box.reset(quiet)
+        await box.read("file")
+
+
 async def one(node: str | None, use: object) -> None:
     async with Sandbox(spec=random.choice((SPEC, NETWORK)), node=node) as box:
         await use(box)
@@ -73,7 +86,7 @@ async def one(node: str | None, use: object) -> None:
 
 async def work(node: str | None) -> None:
     """For ever, or until the node is gone: one sandbox after another, now and then a burst."""
-    uses = (programs, python, files, pause, cancel)
+    uses = (programs, python, files, pause, cancel, state)
     while True:
         for use in random.sample(uses, len(uses)):
             await one(node, use)

@@ -129,3 +129,23 @@ def test_a_metrics_port_that_is_taken_is_told_in_a_line(tmp_path):
     assert done.returncode == 2
     assert "choose another port" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+async def test_a_gateway_shows_its_numbers_too(tmp_path):
+    command = [*SERVE[:-1], "gateway", "--nodes", f"unix:{tmp_path}/socket", "--listen", f"unix:{tmp_path}/gateway"]
+    with serving(tmp_path):
+        gateway = subprocess.Popen([*command, "--metrics-port", "0"], stdout=subprocess.PIPE, text=True)
+        try:
+            url = re.search(r"http://127.0.0.1:\d+/metrics", gateway.stdout.readline())[0]
+            async with Sandbox(node=f"unix:{tmp_path}/gateway", memory_mb=64, disk_mb=16) as box:
+                await box.exec(["true"])
+                assert await asyncio.to_thread(health, url) == 200
+                assert "hone_gateway_nodes 1.0" in (await asyncio.to_thread(fetch, url))[1]
+                shown = [*SERVE[:-1], "stats", "--node", f"unix:{tmp_path}/gateway"]
+                done = await asyncio.to_thread(subprocess.run, shown, capture_output=True, text=True, timeout=60)
+                assert box.sandbox_id in done.stdout
+                assert "gateway/nodes" in done.stdout
+        finally:
+            gateway.terminate()
+            gateway.wait(timeout=20)
+            gateway.stdout.close()

@@ -19,6 +19,10 @@ from prometheus_client.core import Metric
 from typer.core import TyperGroup
 
 from hone.cli.main import app
+from hone.sandbox.addresses import parse_address
+from hone.sandbox.discovery import Fixed
+from hone.sandbox.gateway import Gateway
+from hone.sandbox.gateway_metrics import GatewayCollector
 from hone.sandbox.host import look
 from hone.sandbox.metrics import NodeCollector
 from hone.sandbox.node import Node
@@ -272,7 +276,8 @@ def test_without_tokens_the_job_says_so(tmp_path):
 
 async def names_of_metrics() -> set[str]:
     """Names of samples, with every suffix that one may have."""
-    found: list[Metric] = list(NodeCollector(Node("n")).collect())
+    gateway = Gateway([Fixed(parse_address("tcp://127.0.0.1:1"))], "unix:/nowhere")
+    found: list[Metric] = [*NodeCollector(Node("n")).collect(), *GatewayCollector(gateway).collect()]
     return {f"{metric.name}{suffix}" for metric in found for suffix in ("", *KNOWN_SUFFIXES)}
 
 
@@ -284,7 +289,7 @@ async def test_rules_and_panels_name_metrics_that_there_are():
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert len(expressions) > 20
     for text in (rules, *expressions):
-        for name in re.findall(r"(?<![\w:])hone_sandbox_\w+(?!\w|:)", text):
+        for name in re.findall(r"(?<![\w:])hone_(?:sandbox|gateway)_\w+(?!\w|:)", text):
             assert name in known, f"nobody tells {name}"
         for name in re.findall(r"\binstance(?:_\w+)?:hone_\w+:\w+", text):
             assert name in recorded

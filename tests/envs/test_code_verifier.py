@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 
 import pytest
@@ -14,6 +15,7 @@ from hone.envs.guests.channel import decode, encode
 from hone.envs.local_processes import LocalProcesses
 from hone.envs.verifiers.assertions import prepare
 from hone.envs.verifiers.code import Assertions, Call, Calls, CodeVerifier, InputsOutputs
+from hone.sandbox.languages import LANGUAGES, find_language
 from hone.schema.traces import FailureClass
 
 DOUBLE = "def double(x):\n    return 2 * x"
@@ -178,6 +180,44 @@ async def test_long_outputs_are_compared_whole():
     program = "for n in range(50_000): print(n if n != 25_000 else 'x')"
     assert not (await verify(program, InputsOutputs([("", expected)]))).is_right
     assert (await verify(program.replace("'x'", "n"), InputsOutputs([("", expected)]))).is_right
+
+
+ADDING = {
+    "c": """
+        #include <stdio.h>
+        int main() { int a, b; while (scanf("%d %d", &a, &b) == 2) printf("%d\\n", a + b); }""",
+    "bash": 'while read a b; do echo "$((a + b))"; done',
+}
+
+
+@pytest.mark.parametrize("where", ["here", "processes"])
+@pytest.mark.parametrize("language", sorted(ADDING))
+async def test_programs_of_other_languages_are_judged_alike(language, where):
+    tool = find_language(language).tool
+    if shutil.which(tool) is None:
+        pytest.skip(f"this machine has no {tool}")
+    cases = InputsOutputs([("1 2\n", "3\n"), ("3 4\n5 6\n", "7\n11\n")], language)
+    right = await verify(ADDING[language], cases, sandboxes=where, timeout_seconds=30.0)
+    assert right.is_right, right.problem
+    wrong = await verify(ADDING[language].replace("+ b", "- b"), cases, sandboxes=where, timeout_seconds=30.0)
+    assert (wrong.num_passed, wrong.problem) == (0, "case 0: a wrong output")
+
+
+async def test_what_does_not_compile_passes_nothing_and_says_why():
+    if shutil.which("gcc") is None:
+        pytest.skip("this machine has no gcc")
+    verdict = await verify("int main() { return x; }", InputsOutputs([("", "")], "c"))
+    assert verdict.num_passed == 0
+    assert verdict.problem.startswith("it does not compile: main.c")
+
+
+async def test_a_missing_compiler_is_a_failure_and_no_verdict():
+    missing = [one.name for one in LANGUAGES if shutil.which(one.tool) is None]
+    if not missing:
+        pytest.skip("this machine has the toolchains of all languages")
+    with pytest.raises(RolloutFailure, match="needs the program") as failure:
+        await verify("x", InputsOutputs([("", "")], missing[0]))
+    assert failure.value.failure.kind is FailureClass.SANDBOX
 
 
 # --- tests that cannot be run, sandboxes that do not come ----------------------------------------------------------

@@ -100,7 +100,6 @@ async def test_a_python_session_runs_in_a_cell(provider):
         session = PythonSession(box)
         await session.run("x = 6")
         assert await session.run("x * 7") == "42\n"
-        await session.close()
 
 
 async def test_code_is_verified_in_cells(provider):

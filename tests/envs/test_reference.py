@@ -14,7 +14,17 @@ EVERYTHING = [entry for part in PARTS for entry in entries(part)]
 
 # What authors have no use for: workers, processes and their protocols, the commands' own machinery.
 INTERNAL = {
-    *("attacks", "attempts", "blocking", "fingerprint", "guest_processes", "isolated", "isolation", "leftovers"),
+    *(
+        "attacks",
+        "attempts",
+        "blocking",
+        "fingerprint",
+        "guest_processes",
+        "guest_sessions",
+        "isolated",
+        "isolation",
+        "leftovers",
+    ),
     *(
         "local_files",
         "local_programs",

@@ -23,6 +23,7 @@ from hone.envs import (
     user,
 )
 from hone.envs.local_processes import LocalProcesses
+from hone.envs.providers import sandboxes_at
 from hone.envs.sandbox_tools import SandboxState, SandboxToolUse
 from hone.envs.sandboxes import LazySandbox
 from hone.envs.sessions import PythonSession
@@ -51,9 +52,13 @@ class Slow:
         return self.sandboxes[-1]
 
 
-@pytest.fixture
-async def sandbox():
-    async with LazySandbox(LocalProcesses(), SandboxSpec()) as sandbox:
+@pytest.fixture(params=["processes", "cells"])
+async def sandbox(request):
+    async with LazySandbox(sandboxes_at(request.param), SandboxSpec()) as sandbox:
+        try:
+            await sandbox.exec(["true"])
+        except RolloutFailure as failure:
+            pytest.skip(str(failure))
         yield sandbox
 
 
@@ -98,7 +103,8 @@ async def test_a_late_snippet_is_interrupted_and_the_session_goes_on(sandbox):
 
 
 async def test_a_snippet_that_ignores_the_interrupt_costs_the_session(sandbox, monkeypatch):
-    monkeypatch.setattr("hone.envs.sessions.INTERRUPT_SECONDS", 0.2)
+    monkeypatch.setattr("hone.envs.guest_sessions.INTERRUPT_SECONDS", 0.2)
+    monkeypatch.setattr("hone.sandbox.python.INTERRUPT_SECONDS", 0.2)
     session = PythonSession(sandbox, timeout_seconds=0.3)
     ignore = "import signal\nx = 1\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"
     assert "Killed after 0.3 s. The next call begins a new session" in await session.run(ignore)

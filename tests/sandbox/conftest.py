@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.cgroups import PREFIX
 from hone.sandbox.errors import Unsupported
+from hone.sandbox.host import look
 from hone.schema.sandboxes import SandboxSpec
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -29,9 +31,10 @@ def adopts_orphans() -> Iterator[None]:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-@pytest.fixture
-async def cells(adopts_orphans: None) -> AsyncIterator[Cells]:
-    async with leaving_nothing(Cells()) as cells:
+@pytest.fixture(params=["C", pytest.param("Python", marks=pytest.mark.slow)])
+async def cells(request: pytest.FixtureRequest, adopts_orphans: None) -> AsyncIterator[Cells]:
+    """By the programs in C and, in the slow run, by those in Python, which keep the same promises."""
+    async with leaving_nothing(Cells(host=replace(look(), can_build=request.param == "C"))) as cells:
         yield cells
 
 

@@ -1,15 +1,13 @@
 """Addresses, and TLS at them: who is not who the certificate says is not talked to."""
 
 import asyncio
-import shutil
-import subprocess
-from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from certificates import make_certificate
 from hone.sandbox.addresses import Address, Listener, parse_address
 from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.node import Node
@@ -18,17 +16,6 @@ from hone.sandbox.serve import NodeServer
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import SandboxSpec
-
-
-def make_certificate(folder: Path, name: str = "IP:127.0.0.1") -> tuple[Path, Path]:
-    """One that vouches for itself."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make a certificate with")
-    certificate, key = folder / "cert.pem", folder / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test",
-               "-addext", f"subjectAltName={name}", "-keyout", key, "-out", certificate]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
-    return certificate, key
 
 
 @given(

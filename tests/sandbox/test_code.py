@@ -47,7 +47,8 @@ ECHO = {
 
 @pytest.fixture
 async def box():
-    sandbox = Sandbox(memory_mb=1024, disk_mb=128, max_processes=128)
+    # Where no cgroup counts memory, the limit is one of address space, of which Java takes a lot.
+    sandbox = Sandbox(memory_mb=16384, disk_mb=128, max_processes=128)
     try:
         await sandbox.open()
         await sandbox.ready()

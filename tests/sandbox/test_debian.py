@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hone.sandbox.beneath import BadArchive
@@ -112,6 +112,7 @@ def test_a_source_that_nobody_can_check_is_refused(tmp_path, text):
         sources_of(Stacked([str(base_of(tmp_path, text))]))
 
 
+@settings(database=None, deadline=None)
 @given(st.text(max_size=200), st.sampled_from(["list", "sources"]))
 def test_sources_of_any_text_are_read_or_refused(tmp_path_factory, text, suffix):
     folder = base_of(tmp_path_factory.getbasetemp() / f"any-{suffix}")

@@ -133,6 +133,19 @@ async def test_a_sandbox_too_large_for_every_node_is_refused(nodes, client):
         await client.create(SandboxSpec(memory_mb=200_000), key="k")
 
 
+async def test_what_begins_from_a_snapshot_is_where_the_snapshot_is(nodes, gateway, client):
+    for number in range(10):
+        box = await client.create(SMALL, key=f"k{number}", snapshot_id=f"{nodes[1].prefix}s7")
+        assert node_of(nodes, box) is nodes[1]
+    nodes[1].busy = 2.0
+    with pytest.raises(Busy):
+        await client.create(SMALL, key="k", snapshot_id=f"{nodes[1].prefix}s7")
+    with pytest.raises(SandboxError, match=r"n9\.1 of the snapshot is gone") as error:
+        await client.create(SMALL, key="k", snapshot_id="n9.1.s7")
+    assert error.value.outcome is Outcome.NODE_LOST
+    assert gateway.ledger.totals("local").num_sandboxes == 10
+
+
 async def test_errors_of_a_node_come_through_as_they_are(nodes, gateway, client):
     with pytest.raises(SandboxError, match="no such image"):
         await client.create(SandboxSpec(image="broken"), key="k")
@@ -240,6 +253,17 @@ async def test_one_broken_connection_is_that_sessions_alone(nodes, gateway, clie
         assert sum(isinstance(m, calls.Resume) for m in node.heard) == 1
         assert not their.done()
         their.cancel()
+    assert len(gateway.nodes) == 3
+
+
+async def test_a_node_where_no_connection_lasts_is_lost_to_the_client_in_the_end(nodes, gateway, client):
+    box = await client.create(SMALL, key="k")
+    node = node_of(nodes, box)
+    node.answer = lambda message: node.streams[-1].close()  # as it does with one that breaks its rules
+    await lost(box.read("/x"))
+    assert 1 < node.links() < 10
+    node.answer = lambda message: b"here"
+    assert await box.read("/x") == b"here"
     assert len(gateway.nodes) == 3
 
 
@@ -372,9 +396,32 @@ async def test_a_tenant_has_as_many_clients_as_it_may(guarded):
     async with connected(guarded.address, "token of alone"):
         with pytest.raises(ValueError, match="as many clients"):
             await RemoteNode(guarded.address, "token of alone").connected()
-    await until(lambda: guarded.has_room("alone"))
-    async with connected(guarded.address, "token of alone"):
-        pass
+    await until(lambda: guarded.has_room("alone", ""))
+    async with connected(guarded.address, "token of alone") as client:
+        client._stream._transport.abort()  # who is back is not another one
+        await until(lambda: client.num_reconnections)
+        assert not client.is_lost
+
+
+async def test_what_a_client_names_is_not_kept_or_told_at_any_length(gateway, client):
+    with pytest.raises(ValueError, match="a key of 1000000 characters"):
+        await client.create(SMALL, key="k" * 1_000_000)
+    with pytest.raises(SandboxError) as error:
+        await RemoteSandbox(client, "n" * 1_000_000 + ".0.1").read("/x")
+    assert len(str(error.value)) < 1000
+
+
+async def test_a_flood_of_questions_is_busy_and_harms_nobody(nodes, gateway, client):
+    for one in nodes:
+        one.answer = lambda message: None
+    asked = [asyncio.create_task(client.sandboxes()) for _ in range(200)]
+    await until(lambda: sum(one.done() for one in asked) >= 100)
+    with pytest.raises(Busy, match="questions are under way"):
+        await asyncio.gather(*asked)
+    await client.create(SMALL, key="k")
+    for one in asked:
+        one.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
 
 
 async def test_a_drained_node_gets_nothing_new_and_keeps_what_it_has(guarded, nodes):

@@ -11,9 +11,9 @@ import pytest
 
 from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.host import host_image
+from hone.sandbox.host import can_share_layers, host_image, look
 from hone.sandbox.layer_copy import OPAQUE, copy_layer, open_folders
-from hone.sandbox.layers import Layer, Layers, can_hold, hold, is_too_deep, over
+from hone.sandbox.layers import Layer, Layers, Used, hold, is_too_deep, over, used
 from hone.sandbox.plan import Image
 from hone.schema.sandboxes import SandboxSpec
 
@@ -22,9 +22,9 @@ SPEC = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)
 
 @pytest.fixture
 def layers(cells: Cells) -> Layers:
-    if not can_hold(cells.host):
+    if not can_share_layers(cells.host):
         pytest.skip("this kernel does not show a tmpfs with other ids, or has no overlay")
-    return Layers(cells.host)
+    return Layers()
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ async def taken(layers: Layers, cell: Cell) -> Layer:
 
 async def copied(layers: Layers, cell: Cell) -> Layer:
     assert cell.spawner is not None
-    layer = await layers.make(cell.spawner, 16 << 20)
-    first_id = cell.uid_base if layers._host.has_id_ranges else 0
+    layer = await layers.make(cell.spawner, used(cell.layer_descriptor))
+    first_id = cell.uid_base if look().has_id_ranges else 0
     with open_folders(path for path in cell.image.layers if path.startswith("/")) as below:
         copy_layer(cell.layer_descriptor, layer.descriptor, first_id, below)
     return layer
@@ -121,7 +121,7 @@ async def test_layers_are_made_one(cells, layers, rootfs, tmp_path) -> None:
     expected = await sh(await cells.create(SPEC, over(rootfs, held)), seen)
     assert "data/inner/x\n" in expected
     assert not {"data/inner/deep", "one"} & set(expected.splitlines())
-    merged = await layers.make(held[0].spawner, 64 << 20)
+    merged = await layers.make(held[0].spawner, sum((used(one.descriptor) for one in held), Used(0, 0)))
     with open_folders(rootfs.layers) as below:
         for layer in reversed(held):
             copy_layer(layer.descriptor, merged.descriptor, layer.first_id if cells.host.has_id_ranges else 0, below)
@@ -203,7 +203,7 @@ def test_a_copy_keeps_marks_holes_and_names_and_leaves_sockets_out(tmp_path: Pat
 
 
 def test_sixteen_layers_are_enough() -> None:
-    one = Layer("sys/1", -1, None, 1)  # type: ignore[arg-type]
+    one = Layer("sys/1", -1, None, 1, 0)  # type: ignore[arg-type]
     assert not is_too_deep(Image(), [one] * 15)
     assert is_too_deep(Image(), [one] * 16)
     assert is_too_deep(Image(layers=("/a",) * 60), [one] * 4)

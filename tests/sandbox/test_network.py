@@ -155,6 +155,20 @@ async def test_sandboxes_do_not_meet(node, host):
         assert await third.network_log() == ()
 
 
+async def test_the_network_outlives_an_exchange_of_the_cell(node):
+    """A reset and a snapshot give a sandbox another cell; what begins from a snapshot has a list of its own."""
+    async with Sandbox(node=node, allow=["model.internal"], **SMALL) as box:
+        assert (await python(box, GET, "http://model.internal/1")).startswith("200")
+        async with await box.snapshot() as snapshot:
+            assert (await python(box, GET, "http://model.internal/2")).startswith("200")
+            await box.reset(snapshot)
+            assert (await python(box, GET, "http://model.internal/3")).startswith("200")
+            async with Sandbox(snapshot=snapshot, allow=["b.example"], node=node) as other:
+                assert (await python(other, GET, "http://model.internal/")).startswith("403")
+        assert [record.verdict for record in await box.network_log()] == [Verdict.ALLOWED] * 3
+    assert node.gate.num_connections == 0
+
+
 async def test_a_list_costs_no_warm_cell(node):
     spec = SandboxSpec(network="allow", allow=("model.internal",), **SMALL)
     await node.keep_warm(SandboxSpec(**SMALL), 1)
@@ -183,8 +197,10 @@ async def test_the_machine_itself_is_private(cells, host, tmp_path):
             assert said[0] == "403 a.example leads to a private network; a rule with +private would allow private ones"
             assert said[-1] == "200 you asked: GET / HTTP/1.1"
     async with Node("m", network=NetworkPolicy(is_private_allowed=False)) as node:
-        with pytest.raises(Unsupported, match="lets no sandbox into private networks"):
-            node.create(SandboxSpec(network="allow", allow=("a.example+private",)))
+        with pytest.raises(Unsupported, match=r"gives no sandbox private networks: allow \['b.example\+private'\]"):
+            node.create(SandboxSpec(network="allow", allow=("a.example", "b.example+private")))
+        with pytest.raises(Unsupported, match="gives no sandbox network='host'"):
+            node.create(SandboxSpec(network="host"))
 
 
 async def test_an_end_leaves_no_connection(cells):

@@ -95,6 +95,21 @@ async def test_a_conversation_with_a_program(box):
     await process.close()
 
 
+async def test_a_conversation_with_python_that_did_not_have_to_start(box):
+    code = "import os, sys\nfor line in sys.stdin: print(os.environ['A'], line.strip(), flush=True)\nsys.exit(4)"
+    process = await box.spawn_python(code, env={"A": "got"})
+    for word in (b"one", b"two"):
+        await process.write(word + b"\n")
+        assert await process.read() == b"got " + word + b"\n"
+    process.end_input()
+    assert await process.wait() == 4
+    await process.close()
+    sleeping = await box.spawn_python("import time; time.sleep(60)")
+    sleeping.kill()
+    assert await sleeping.wait() == -9
+    await sleeping.close()
+
+
 async def test_much_output_and_input_flow_with_a_slow_reader(box):
     process = await box.spawn(["cat"])
     sent = os.urandom(1 << 20)
@@ -230,6 +245,21 @@ async def test_a_node_that_is_gone_is_node_lost_for_whoever_waits(node, tmp_path
     with pytest.raises(SandboxError) as error:
         await call
     assert error.value.outcome is Outcome.NODE_LOST
+
+
+async def test_all_who_come_at_once_after_a_node_was_lost_share_one_new_connection(cells, tmp_path):
+    address = f"unix:{tmp_path}/socket"
+    box = Sandbox(spec=SMALL, node=address, reconnect_seconds=0.1)
+    async with Node("one") as node, NodeServer(node, address):
+        await box.open()
+    with pytest.raises(SandboxError):
+        await box.exec(["true"])
+    async with Node("two") as node, NodeServer(node, address):
+        boxes = [Sandbox(spec=SMALL, node=address, reconnect_seconds=0.1) for _ in range(4)]
+        await asyncio.gather(*(one.open() for one in boxes))
+        for one in boxes:
+            assert (await one.exec(["true"])).is_success
+            await one.close()
 
 
 async def test_who_has_no_token_stays_outside(node):
@@ -381,3 +411,12 @@ def test_a_journal_survives_a_torn_line_and_belongs_to_one(tmp_path):
     again = Journal(tmp_path)
     assert again.lost == {"b": "me"}
     again.close()
+
+
+async def test_a_call_of_a_session_that_is_given_up_costs_the_session_and_not_the_next_call(node):
+    async with Sandbox(spec=SMALL, node=node) as box:
+        await box.python("x = 1")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await box.python("import time; time.sleep(60)")
+        assert (await box.python("'x' in globals()")).text == "False\n"

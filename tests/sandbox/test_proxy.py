@@ -5,6 +5,7 @@ import contextlib
 import json
 import socket
 import ssl
+from collections import deque
 
 import pytest
 
@@ -19,6 +20,7 @@ class World:
     """A proxy, the names that it can look up, and a host that answers at every address."""
 
     def __init__(self, folder, host, **policy):
+        self.records: deque[NetworkRecord] = deque()
         self.looked_up: list[str] = []
         self.connected: list[tuple[str, int]] = []
         self.addresses: dict[str, list[list[str]]] = {}
@@ -38,7 +40,7 @@ class World:
 
 @contextlib.asynccontextmanager
 async def serving(handle, allow, folder=None, **policy):
-    """A proxy for this allow-list before a host that answers with `handle`; yields the world, the proxy, its address."""
+    """A proxy for this allow-list before a host that answers with `handle`; yields the world and the proxy's address."""
     answering = set()
 
     async def answer(reader, writer):
@@ -55,11 +57,11 @@ async def serving(handle, allow, folder=None, **policy):
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     address = listener.getsockname()
-    one = Proxy(world.gate, "n.1", "me", tuple(allow), listener)
+    world.proxy = Proxy(world.gate, "n.1", "me", tuple(allow), listener, world.records)
     try:
-        yield world, one, address
+        yield world, address
     finally:
-        await one.close()
+        await world.proxy.close()
         world.gate.close()
         server.close()
         for task in answering:
@@ -107,11 +109,11 @@ def hello(name: str | None) -> bytes:
 
 
 async def test_a_request_to_a_host_on_the_list_is_carried(tmp_path):
-    async with serving(echo_head, ["api.example.org"], tmp_path) as (world, one, address):
+    async with serving(echo_head, ["api.example.org"], tmp_path) as (world, address):
         answer = await ask(address, get("api.example.org", "/secret?token=1", "X: y"))
         assert b"GET /secret?token=1 HTTP/1.1\r\nHost: api.example.org\r\nX: y\r\nConnection: close" in answer
         assert world.connected == [("93.184.216.34", 80)]
-    (record,) = one.records
+    (record,) = world.records
     assert (record.verdict, record.host, record.port, record.method) == (Verdict.ALLOWED, "api.example.org", 80, "GET")
     assert (record.address, record.sandbox_id, record.owner) == ("93.184.216.34", "n.1", "me")
     assert record.bytes_up > 50
@@ -146,12 +148,12 @@ DENIED = [
 
 @pytest.mark.parametrize(("request_", "answer", "verdict"), DENIED)
 async def test_what_is_denied_is_said_and_never_connected(request_, answer, verdict):
-    async with serving(echo_head, ["ok.example", "*.ok.example", "10.0.0.1"]) as (world, one, address):
+    async with serving(echo_head, ["ok.example", "*.ok.example", "10.0.0.1"]) as (world, address):
         said = await ask(address, request_)
         assert answer in said
         assert said.startswith(b"HTTP/1.1 4")
         assert (world.looked_up, world.connected) == ([], [])
-    assert [record.verdict for record in one.records] == [verdict]
+    assert [record.verdict for record in world.records] == [verdict]
     assert world.gate.statistics()["sandbox/network_denied"] == 1
 
 
@@ -171,18 +173,18 @@ SPECIAL += ["::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::"]
 
 @pytest.mark.parametrize("special", SPECIAL)
 async def test_names_that_lead_inside_are_denied(special):
-    async with serving(echo_head, ["ok.example"]) as (world, one, address):
+    async with serving(echo_head, ["ok.example"]) as (world, address):
         world.addresses["ok.example"] = [[special]]
         said = await ask(address, get("ok.example"))
         assert b"403" in said
         assert special.encode() not in said
         assert world.connected == []
-    assert [record.verdict for record in one.records] == [Verdict.BAD_ADDRESS]
+    assert [record.verdict for record in world.records] == [Verdict.BAD_ADDRESS]
 
 
 async def test_a_name_that_changes_its_address_gains_nothing():
     """Rebinding: looked up once for each request, and connected to what was checked."""
-    async with serving(echo_head, ["ok.example"]) as (world, _one, address):
+    async with serving(echo_head, ["ok.example"]) as (world, address):
         world.addresses["ok.example"] = [["93.184.216.34"], ["127.0.0.1"]]
         assert b"200 OK" in await ask(address, get("ok.example"))
         assert b"403" in await ask(address, get("ok.example"))
@@ -194,7 +196,7 @@ async def test_a_name_that_changes_its_address_gains_nothing():
 
 
 async def test_a_rule_may_allow_private_networks():
-    async with serving(echo_head, ["in.example:8080+private", "10.0.0.1+private"]) as (world, _one, address):
+    async with serving(echo_head, ["in.example:8080+private", "10.0.0.1+private"]) as (world, address):
         world.addresses["in.example"] = [["192.168.0.7"]]
         assert b"200 OK" in await ask(address, get("in.example:8080"))
         assert b"200 OK" in await ask(address, get("10.0.0.1"))
@@ -207,7 +209,7 @@ async def test_every_request_of_a_connection_is_checked():
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;x\r\nabc\r\n0\r\nT: r\r\n\r\n")
 
-    async with serving(keep, ["a.example", "b.example"]) as (world, one, address):
+    async with serving(keep, ["a.example", "b.example"]) as (world, address):
         reader, writer = await asyncio.open_connection(*address)
         for host in ("a.example", "b.example"):
             writer.write(f"GET http://{host}/ HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
@@ -217,7 +219,7 @@ async def test_every_request_of_a_connection_is_checked():
         assert b"403 c.example:80" in await reader.read()
         writer.close()
         assert len(world.connected) == 2
-    assert [record.verdict for record in one.records] == [Verdict.ALLOWED, Verdict.ALLOWED, Verdict.NO_RULE]
+    assert [record.verdict for record in world.records] == [Verdict.ALLOWED, Verdict.ALLOWED, Verdict.NO_RULE]
 
 
 async def test_what_follows_a_body_is_a_request_and_never_goes_along():
@@ -237,7 +239,7 @@ async def test_what_follows_a_body_is_a_request_and_never_goes_along():
     hidden = b"GET http://evil.example/ HTTP/1.1\r\nHost: evil.example\r\n\r\n"
     sized = b"POST http://ok.example/ HTTP/1.1\r\nHost: ok.example\r\nContent-Length: 3\r\n\r\nabc"
     chunked = b"POST http://ok.example/ HTTP/1.1\r\nHost: ok.example\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
-    async with serving(host, ["ok.example"]) as (_world, _one, address):
+    async with serving(host, ["ok.example"]) as (_, address):
         for first in (sized, chunked):
             said = await ask(address, first + hidden)
             assert said.startswith(b"HTTP/1.1 200 OK")
@@ -255,13 +257,13 @@ async def test_a_body_that_could_be_cut_in_two_ways_ends_the_connection(body):
         writer.close()
 
     request = b"POST http://ok.example/ HTTP/1.1\r\nHost: ok.example\r\nTransfer-Encoding: chunked\r\n\r\n" + body
-    async with serving(host, ["ok.example"]) as (_, one, address):
+    async with serving(host, ["ok.example"]) as (world, address):
         assert b"400 Bad Request" in await ask(address, request)
-    assert one.records[0].verdict is Verdict.BAD_REQUEST
+    assert world.records[0].verdict is Verdict.BAD_REQUEST
 
 
 async def test_a_tunnel_carries_tls_both_ways():
-    async with serving(echo, ["ok.example"]) as (_world, one, address):
+    async with serving(echo, ["ok.example"]) as (world, address):
         reader, writer = await asyncio.open_connection(*address)
         writer.write(b"CONNECT ok.example:443 HTTP/1.1\r\n\r\n")
         assert b"200" in await reader.readuntil(b"\r\n\r\n")
@@ -272,7 +274,7 @@ async def test_a_tunnel_carries_tls_both_ways():
         writer.write_eof()
         assert await reader.read() == b""
         writer.close()
-    (record,) = one.records
+    (record,) = world.records
     assert (record.verdict, record.bytes_up, record.bytes_down) == (
         Verdict.ALLOWED,
         len(first) + 300_000,
@@ -295,22 +297,22 @@ async def test_a_tunnel_for_another_host_passes_no_byte(first, problem):
     async def host(reader, writer):
         received.append(await reader.read(-1))
 
-    async with serving(host, ["ok.example"]) as (_world, one, address):
+    async with serving(host, ["ok.example"]) as (world, address):
         said = await ask(address, b"CONNECT ok.example:443 HTTP/1.1\r\n\r\n" + first)
         assert said.endswith(bytes([21, 3, 1, 0, 2, 2, 112]))
     assert received == [b""]
-    (record,) = one.records
+    (record,) = world.records
     assert record.verdict is Verdict.BAD_NAME
     assert problem in record.problem
     assert record.bytes_up == 0
 
 
 async def test_a_hello_without_a_name_passes_and_a_rule_may_allow_anything():
-    async with serving(echo, ["ok.example", "db.example:5432+tcp"]) as (_, one, address):
+    async with serving(echo, ["ok.example", "db.example:5432+tcp"]) as (world, address):
         for target, first in ((b"ok.example:443", hello(None)), (b"db.example:5432", b"anything")):
             said = await ask(address, b"CONNECT " + target + b" HTTP/1.1\r\n\r\n" + first, ends=True)
             assert said.endswith(first)
-    assert {record.verdict for record in one.records} == {Verdict.ALLOWED}
+    assert {record.verdict for record in world.records} == {Verdict.ALLOWED}
 
 
 async def test_hosts_that_fail_are_told_apart_from_those_that_are_denied(monkeypatch):
@@ -320,7 +322,7 @@ async def test_hosts_that_fail_are_told_apart_from_those_that_are_denied(monkeyp
             await asyncio.sleep(60)
         writer.write(b"" if b"/mute" in head else b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
 
-    async with serving(rude, ["*.example"], idle_seconds=0.3) as (world, one, address):
+    async with serving(rude, ["*.example"], idle_seconds=0.3) as (world, address):
         assert b"502 Bad Gateway" in await ask(address, get("a.example", "/mute"))
         assert b"502 Bad Gateway" in await ask(address, get("a.example"))
         assert b"504 Gateway Timeout" in await ask(address, get("a.example", "/silent"))
@@ -339,7 +341,7 @@ async def test_hosts_that_fail_are_told_apart_from_those_that_are_denied(monkeyp
         monkeypatch.setattr("hone.sandbox.upstream.CONNECT_SECONDS", 0.1)
         monkeypatch.setattr(world.gate.upstream, "_connect", never)
         assert b"504 Gateway Timeout" in await ask(address, get("a.example"))
-    verdicts = [record.verdict for record in one.records]
+    verdicts = [record.verdict for record in world.records]
     assert verdicts.count(Verdict.TIMEOUT) == 2
     assert verdicts.count(Verdict.UNREACHABLE) == 4
     assert world.gate.statistics()["sandbox/network_denied"] == 0
@@ -348,13 +350,13 @@ async def test_hosts_that_fail_are_told_apart_from_those_that_are_denied(monkeyp
 async def test_slow_and_silent_clients_are_given_up(monkeypatch):
     monkeypatch.setattr(proxy, "HEAD_SECONDS", 0.2)
     monkeypatch.setattr(exchange, "HELLO_SECONDS", 0.2)
-    async with serving(echo, ["ok.example"], idle_seconds=1.0) as (world, one, address):
+    async with serving(echo, ["ok.example"], idle_seconds=1.0) as (world, address):
         assert await ask(address, b"") == b""
         assert b"408" in await ask(address, b"GET http://ok.exa")
         assert b"200" in await ask(address, b"CONNECT ok.example:443 HTTP/1.1\r\n\r\n" + hello("ok.example")[:20])
         assert b"200" in await ask(address, b"CONNECT ok.example:443 HTTP/1.1\r\n\r\n" + hello("ok.example"))
         assert world.gate.num_connections <= 1
-    assert [record.verdict for record in one.records] == [Verdict.BAD_REQUEST, Verdict.BAD_NAME, Verdict.TIMEOUT]
+    assert [record.verdict for record in world.records] == [Verdict.BAD_REQUEST, Verdict.BAD_NAME, Verdict.TIMEOUT]
 
 
 async def test_a_client_that_does_not_read_holds_nobody_up():
@@ -363,21 +365,21 @@ async def test_a_client_that_does_not_read_holds_nobody_up():
             writer.write(bytes(1 << 16))
             await writer.drain()
 
-    async with serving(endless, ["ok.example+tcp"], idle_seconds=0.3) as (_world, one, address):
+    async with serving(endless, ["ok.example+tcp"], idle_seconds=0.3) as (world, address):
         _reader, writer = await asyncio.open_connection(*address, limit=1 << 10)
         writer.transport.pause_reading()
         writer.write(b"CONNECT ok.example:443 HTTP/1.1\r\n\r\n")
         async with asyncio.timeout(10):
-            while not one.records:
+            while not world.records:
                 await asyncio.sleep(0.05)
         writer.close()
-        assert one.records[0].verdict is Verdict.TIMEOUT
-        assert one.records[0].bytes_down < 32 << 20
+        assert world.records[0].verdict is Verdict.TIMEOUT
+        assert world.records[0].bytes_down < 32 << 20
 
 
 async def test_a_flood_of_connections_waits_its_turn():
     """Of thousands some are served at a time; the next one is when they are gone."""
-    async with serving(echo_head, ["ok.example"], max_sandbox_connections=8) as (world, _one, address):
+    async with serving(echo_head, ["ok.example"], max_sandbox_connections=8) as (world, address):
         flood = []
         for _ in range(300):
             connection = socket.socket()
@@ -392,7 +394,7 @@ async def test_a_flood_of_connections_waits_its_turn():
 
 
 async def test_requests_have_a_pace():
-    async with serving(echo_head, ["ok.example"], max_requests_per_second=20) as (_world, _one, address):
+    async with serving(echo_head, ["ok.example"], max_requests_per_second=20) as (_, address):
         loop = asyncio.get_running_loop()
         begun = loop.time()
         for _ in range(30):
@@ -400,15 +402,23 @@ async def test_requests_have_a_pace():
         assert loop.time() - begun > 0.4
 
 
+async def test_bytes_have_a_pace():
+    async with serving(echo, ["ok.example+tcp"], max_bytes_per_second=1 << 20) as (_, address):
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        await ask(address, b"CONNECT ok.example:443 HTTP/1.1\r\n\r\n" + bytes(300_000), ends=True)
+        assert loop.time() - begun > 0.4
+
+
 async def test_limits_of_node_and_bytes_are_kept():
-    async with serving(echo_head, ["ok.example"], max_connections=0) as (world, one, address):
+    async with serving(echo_head, ["ok.example"], max_connections=0) as (world, address):
         assert b"503" in await ask(address, get("ok.example"))
         assert world.connected == []
-    async with serving(echo, ["ok.example+tcp"], max_bytes=100_000) as (world, one, address):
+    async with serving(echo, ["ok.example+tcp"], max_bytes=100_000) as (world, address):
         said = await ask(address, b"CONNECT ok.example:443 HTTP/1.1\r\n\r\n" + bytes(90_000), ends=True)
         assert len(said) < 100_000
         assert b"403" in await ask(address, get("ok.example"))
-    assert [record.verdict for record in one.records] == [Verdict.LIMIT, Verdict.LIMIT]
+    assert [record.verdict for record in world.records] == [Verdict.LIMIT, Verdict.LIMIT]
 
 
 async def test_a_name_may_mean_something_to_the_node_alone(tmp_path):
@@ -418,30 +428,30 @@ async def test_a_name_may_mean_something_to_the_node_alone(tmp_path):
 
     model = await asyncio.start_unix_server(answer, tmp_path / "model")
     maps = {"model.internal": f"unix:{tmp_path}/model", "gone.internal": f"unix:{tmp_path}/gone"}
-    async with serving(echo, ["*.internal"], maps=maps) as (world, one, address):
+    async with serving(echo, ["*.internal"], maps=maps) as (world, address):
         assert b"POST" not in await ask(address, get("model.internal", "/v1/models"))
         said = await ask(address, get("gone.internal"))
         assert b"502" in said
         assert str(tmp_path).encode() not in said
         assert (world.looked_up, world.connected) == ([], [])
-    async with serving(echo, ["ok.example"], maps=maps) as (_, _, address):
+        assert world.records[0].address == "mapped"
+    async with serving(echo, ["ok.example"], maps=maps) as (_, address):
         assert b"403" in await ask(address, get("model.internal"))
-    assert one.records[0].address == "mapped"
     model.close()
 
 
 async def test_closing_hangs_up_on_everybody():
-    async with serving(echo, ["ok.example+tcp"]) as (world, one, address):
+    async with serving(echo, ["ok.example+tcp"]) as (world, address):
         reader, writer = await asyncio.open_connection(*address)
         writer.write(b"CONNECT ok.example:443 HTTP/1.1\r\n\r\n")
         await reader.readuntil(b"\r\n\r\n")
-        await one.close()
+        await world.proxy.close()
         assert await reader.read() == b""
         assert world.gate.num_connections == 0
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection(*address)
         writer.close()
-    assert len(one.records) == 1
+    assert len(world.records) == 1
 
 
 def test_the_log_has_an_end(tmp_path):

@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -15,6 +17,7 @@ from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.files import Files, Tree
 from hone.sandbox.host import host_image
 from hone.sandbox.images import ImageStore
+from hone.sandbox.native.build import BuildError
 from hone.sandbox.python import WarmPython, Zygotes
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
@@ -55,6 +58,23 @@ async def test_a_snippet_does_what_a_program_does(python: WarmPython) -> None:
 async def test_snippets_know_nothing_of_one_another(python: WarmPython) -> None:
     await python.run("x = 1; import builtins; builtins.y = 2")
     assert (await python.run("print('x' in globals(), hasattr(__builtins__, 'y'))")).stdout == "False False\n"
+
+
+async def test_signals_do_what_they_do_in_any_python_also_below_a_node_that_ignores_them(cells: Cells) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        async with Zygotes() as zygotes:
+            python = await zygotes.warm(await cells.create(SandboxSpec()))
+            show = (
+                "import signal; print(*(signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)))"
+            )
+            shown = (await python.run(show)).stdout
+            assert shown == f"{signal.default_int_handler} {signal.SIG_DFL} {signal.SIG_DFL}\n"
+            result = await python.run("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+            assert "KeyboardInterrupt" in result.stderr
+            await python.close()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 async def test_snippets_draw_different_numbers(python: WarmPython) -> None:
@@ -113,6 +133,23 @@ async def test_a_session_keeps_its_variables_through_errors_and_timeouts(python:
     await session.close()
 
 
+async def test_a_cell_full_of_processes_is_its_programs_doing(cells: Cells) -> None:
+    async with Zygotes() as zygotes:
+        cell = await cells.create(SandboxSpec(memory_mb=128, max_processes=16))
+        bomb = "import os, time\ntry:\n  while os.fork(): pass\nexcept OSError: print(1, flush=True)\ntime.sleep(60)"
+        process = await cell.spawn(["python3", "-c", bomb])
+        assert await process.read() == b"1\n"
+        python = await zygotes.warm(cell)
+        session = await python.session()
+        answer = await session.run("1")
+        assert answer.is_over
+        assert "no session" in answer.text
+        await session.close()
+        assert (await python.run("1")).exit_code == 126
+        await process.close()
+        await python.close()
+
+
 async def test_a_session_that_ignores_the_interrupt_is_over(python: WarmPython) -> None:
     session = await python.session()
     code = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"
@@ -133,6 +170,17 @@ async def test_a_fork_of_a_session_goes_on_apart(python: WarmPython) -> None:
     assert [(await one.run("x")).text for one in (session, third)] == ["[1, 2]\n", "[1, 3]\n"]
     for one in (session, third):
         await one.close()
+
+
+async def test_a_fork_of_a_session_outlives_it_however_soon_that_ends(python: WarmPython) -> None:
+    session = await python.session()
+    await session.run("x = 1")
+    for _ in range(30):
+        other = await session.fork()
+        await session.close()
+        session = other
+        assert (await session.run("x")).text == "1\n"
+    await session.close()
 
 
 async def test_preloads_are_there_and_missing_ones_are_told() -> None:
@@ -160,8 +208,31 @@ async def test_in_a_cell_with_another_image_its_own_python_is_warmed_up() -> Non
         assert (await python.run("import sys; print(sys.base_prefix)")).stdout == "/usr\n"
         session = await python.session()
         await session.run("x = 1")
+        raised = await session.run("def f():\n    1 / 0\nf()")
+        assert raised.text.startswith('Traceback (most recent call last):\n  File "<snippet 2>", line 3, in <module>')
+        assert not raised.is_over
         other = await session.fork()
         assert (await other.run("x")).text == "1\n"
+        failed = await python.run("1 / 0")
+        assert failed.stderr == (
+            'Traceback (most recent call last):\n  File "<string>", line 1, in <module>\n'
+            "ZeroDivisionError: division by zero\n"
+        )
+        await python.close()
+
+
+async def test_without_a_compiled_library_the_cells_own_python_is_warmed_up(
+    cell_and_python: tuple[Cell, WarmPython], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> NoReturn:
+        raise BuildError("no C compiler found")
+
+    monkeypatch.setattr("hone.sandbox.python.build", refuse)
+    async with Zygotes() as zygotes:
+        python = await zygotes.warm(cell_and_python[0])
+        assert (await python.run("print(6 * 7)")).stdout == "42\n"
+        with pytest.raises(Unsupported, match="compiled"):
+            await zygotes.warm(cell_and_python[0], ["decimal"])
         await python.close()
 
 
@@ -196,6 +267,16 @@ async def test_many_cells_are_warmed_up_at_once() -> None:
             return result.stdout
 
         assert await asyncio.gather(*map(play, range(24))) == [f"{number}\n" for number in range(24)]
+
+
+async def test_a_cell_can_end_when_its_zygote_is_gone_and_nobody_outside_reaps(cells: Cells) -> None:
+    cell = await cells.create(SandboxSpec())  # this process adopts what outlives its parent, and does not wait for it
+    async with Zygotes() as zygotes:
+        python = await zygotes.warm(cell)
+        session = await python.session()
+    assert (await session.run("1 + 1")).text == "2\n"
+    async with asyncio.timeout(5):
+        await cell.destroy()
 
 
 async def test_a_destroyed_cell_is_told(cell_and_python: tuple[Cell, WarmPython]) -> None:

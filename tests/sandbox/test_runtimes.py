@@ -17,16 +17,22 @@ from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.client import Sandbox
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.files import Tree
-from hone.sandbox.host import Host, look
+from hone.sandbox.host import Host, can_share_layers, look
 from hone.sandbox.node import Node
 from hone.sandbox.plan import Bind, Image
 from hone.sandbox.runtimes.known import features, missing
 from hone.sandbox.runtimes.runtime import Feature
 from hone.schema.sandboxes import RUNTIMES, ExecResult, Outcome, RuntimeName, SandboxSpec
 
-VARIANTS = {"process": "process", "bwrap": "bwrap", "cell": "cell"}
-"""Runtimes by the name of what is tried; one runtime may have several programs to choose from."""
-NEEDED = {"process": (), "bwrap": ("bwrap",), "cell": ()}
+VARIANTS: dict[str, RuntimeName] = {
+    "process": "process",
+    "bwrap": "bwrap",
+    "crun": "oci",
+    "runc": "oci",
+    "cell": "cell",
+}
+"""Runtimes by what makes them: some have several programs to choose from."""
+IN_PYTHON = [pytest.param(f"{name} in Python", marks=pytest.mark.slow) for name in VARIANTS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +55,12 @@ class Place:
         return Tree(cell.root_descriptor, owner, cell.files_folder)
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=[*VARIANTS, *IN_PYTHON])
 async def place(request: pytest.FixtureRequest, leaving_nothing_behind) -> AsyncIterator[Place]:
-    runtime = VARIANTS[request.param]
-    host = with_programs(look(), NEEDED[request.param])
-    async with leaving_nothing_behind(Cells(host=host, runtimes=(runtime,))) as cells:
-        yield Place(runtime, cells)
+    name, _, language = request.param.partition(" in ")
+    host = replace(with_programs(look(), (name,)), can_build=not language)
+    async with leaving_nothing_behind(Cells(host=host, runtimes=(VARIANTS[name],))) as cells:
+        yield Place(VARIANTS[name], cells)
 
 
 @pytest.fixture
@@ -382,9 +388,7 @@ async def test_what_is_not_offered_is_refused_and_named(place: Place) -> None:
 async def test_a_bind_is_seen_where_the_runtime_can_put_it(place: Place, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
-    for path in (shared, *shared.parents):
-        if path.stat().st_uid == os.getuid() and path.name.startswith(("pytest-", "test_", "shared")):
-            path.chmod(0o755)
+    make_reachable(shared)
     (shared / "file").write_text("from outside")
     (shared / "file").chmod(0o644)
     target = "/shared" if Feature.MOVED_BINDS in features(place.runtime) else str(shared)
@@ -417,6 +421,13 @@ def test_what_a_machine_lacks_is_said() -> None:
     assert "is_weak_allowed" in missing("cell", replace(host, has_seccomp=False))
 
 
+def make_reachable(folder: Path) -> None:
+    """Let a sandbox's ids see it: pytest keeps it to this user."""
+    for path in (folder, *folder.parents):
+        if path.stat().st_uid == os.getuid() and path.name.startswith(("pytest-", "test_", "shared")):
+            path.chmod(0o755)
+
+
 def replace_spec(spec: SandboxSpec, **changes: object) -> SandboxSpec:
     return SandboxSpec(**{**{name: getattr(spec, name) for name in spec.__struct_fields__}, **changes})
 
@@ -439,3 +450,41 @@ def test_the_documentation_says_what_each_runtime_can_do() -> None:
     for feature in Feature:
         cells = " | ".join("yes" if feature in features(runtime) else "-" for runtime in RUNTIMES)
         assert f"| {feature} | {cells} |\n" in page
+
+
+async def test_an_image_of_layers_is_written_to_in_the_sandbox_only(place: Place, tmp_path: Path) -> None:
+    if Feature.IMAGES not in features(place.runtime) or not place.cells.host.has_overlay:
+        pytest.skip("no such images")
+    make_reachable(tmp_path)
+    for name in ("top", "bottom"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "who").write_text(name)
+        (tmp_path / name / f"only-{name}").write_text("here")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside").chmod(0o777)
+    (tmp_path / "top" / "planted").symlink_to(tmp_path / "outside")
+    links = tuple((name, f"usr{name}") for name in ("/bin", "/lib", "/lib64") if Path(name).is_symlink())
+    image = Image(
+        layers=(str(tmp_path / "top"), str(tmp_path / "bottom")),
+        binds=(Bind("/usr", "/usr"),),
+        links=links,
+        files=(("/planted/file", b"of the image"),),
+    )
+    try:
+        cell = await place.cells.create(place.spec, image)
+    except SandboxError:  # links that stand where folders should be are refused by some
+        image = replace(image, files=())
+        cell = await place.cells.create(place.spec, image)
+    result = await cell.exec(
+        ["sh", "-c", "cat /who; ls / | tr '\\n' ' '; echo new > /who; cat /who; test -c /dev/null"]
+    )
+    assert result.is_success, result
+    assert result.stdout.startswith("top")
+    assert "only-bottom only-top" in result.stdout
+    assert (tmp_path / "top" / "who").read_text() == "top"
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_snapshots_without_programs_in_c_are_copies() -> None:
+    host = replace(look(), can_build=False)
+    assert not can_share_layers(host)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hone.cli.sandbox_http import HttpListen, WithoutToken, http, http_door
+from hone.cli.sandbox_http import HttpListen, WithoutToken, http, http_door, require_tokens
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,7 +52,7 @@ def run(
         list[str] | None,
         typer.Option(help="A host that it may reach, as pypi.org, *.example.org or example.org:8443; repeat it."),
     ] = None,
-    runtime: Annotated[str, typer.Option(help="How it is isolated: cell, process or bwrap.")] = "cell",
+    runtime: Annotated[str, typer.Option(help="How it is isolated: cell, process, bwrap or oci.")] = "cell",
     ttl_seconds: Annotated[float, typer.Option(help="When it is over in any case.")] = 3600.0,
     node: Address = "",
 ) -> None:
@@ -129,7 +129,7 @@ def serve(
         ),
     ] = None,
     private_networks: Annotated[
-        bool, typer.Option(help="Let allow-lists name hosts in private networks, and this machine, by +private.")
+        bool, typer.Option(help="Let sandboxes reach private networks and this machine: +private, --network host.")
     ] = False,
     drain_seconds: Annotated[
         float, typer.Option(help="At SIGTERM, how long sandboxes may live on while no new ones are taken.")
@@ -153,7 +153,9 @@ def serve(
         return NodeServer(node, address, tokens=known, gateways=gateways, certificate=tls_cert, key=tls_key)
 
     def http_of(node: "Node") -> AbstractAsyncContextManager[str]:
-        return http_door(http, node, known, is_open=without_token) if http else contextlib.nullcontext("")
+        if not http:
+            return contextlib.nullcontext("")
+        return http_door(http, node, require_tokens(http, known, is_open=without_token))
 
     network = NetworkPolicy(maps=_read_maps(maps or []), is_private_allowed=private_networks)
     observation = Observation(metrics_port, metrics_host, spans)
@@ -208,6 +210,35 @@ async def _listed(address: str) -> "Table":
 
 
 @app.command()
+def forward(
+    sandbox_id: Annotated[str, typer.Argument(help="As `hone sandbox ls` shows it.")],
+    port: Annotated[str, typer.Argument(help="PORT, or PORT:LOCAL for another one on this side; 0 is a free one.")],
+    node: Address = "",
+) -> None:
+    """Let a port of this machine's loopback lead to one of a sandbox, until SIGINT or SIGTERM."""
+    inner, colon, local = port.partition(":")
+    if not inner.isdecimal() or (colon and not local.isdecimal()):
+        raise ValueError(f"{port!r} is no port; write PORT or PORT:LOCAL")
+    asyncio.run(_forward(node, sandbox_id, int(inner), int(local or inner)))
+
+
+async def _forward(address: str, sandbox_id: str, port: int, local_port: int) -> None:
+    from hone.sandbox.ports import Forwarding
+    from hone.sandbox.remote import RemoteSandbox
+
+    stopped = until_stopped()
+    client = await connected(address)
+    try:
+        box = RemoteSandbox(client, sandbox_id)
+        await box.ready()
+        async with Forwarding(lambda: box.connect(port, timeout_seconds=0), local_port) as forwarding:
+            typer.echo(f"127.0.0.1:{forwarding.port} leads to port {port} of {sandbox_id}")
+            await stopped.wait()
+    finally:
+        await client.close()
+
+
+@app.command()
 def stats(
     node: Address = "",
     watch: Annotated[bool, typer.Option(help="Show them again every second, until interrupted.")] = False,
@@ -239,6 +270,17 @@ async def _stats(address: str, watch: bool) -> None:
                 before = now
     finally:
         await client.close()
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of nodes (`--folder` of serve), one or more.")],
+    output: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("sandboxes.html"),
+) -> None:
+    """Write a page about the sandboxes that ended: who used what, how many at once, how they ended."""
+    from hone.studio.sandboxes import write_sandboxes_page
+
+    typer.echo(write_sandboxes_page(folders, output))
 
 
 @app.command()

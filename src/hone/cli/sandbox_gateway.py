@@ -1,16 +1,21 @@
 """`hone sandbox gateway` and `drain`: many nodes behind one address, and taking one of them away in peace."""
 
 import asyncio
+import contextlib
 import os
 import secrets
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hone.cli.sandbox import Address, connected, until_stopped
+from hone.cli.sandbox_metrics import metrics_served
 
 if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
     from hone.sandbox.gateway import Gateway
 
 DRAINED_SECONDS = 1.0  # between two looks at what a node has left
@@ -37,6 +42,8 @@ def gateway(
     nodes_ca: Annotated[
         Path | None, typer.Option(help="Authorities for nodes at tls addresses; default: $HONE_SANDBOX_CA.")
     ] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="For Prometheus: /metrics, and /health for probes.")] = None,
+    metrics_host: Annotated[str, typer.Option(help="Who reaches them; 0.0.0.0 is everybody who can.")] = "127.0.0.1",
 ) -> None:
     """Serve many nodes behind one address. What the nodes let it in with is in $HONE_SANDBOX_TOKEN."""
     from hone.sandbox.discovery import parse_source
@@ -53,14 +60,27 @@ def gateway(
         certificate=tls_cert,
         key=tls_key,
     )
-    asyncio.run(_serve(serving))
+    asyncio.run(_serve(serving, metrics_port, metrics_host))
 
 
-async def _serve(gateway: "Gateway") -> None:
+async def _serve(gateway: "Gateway", metrics_port: int | None, metrics_host: str) -> None:
     stopped = until_stopped()
-    async with gateway:
-        typer.echo(f"gateway at {gateway.address}, nodes: {len(gateway.nodes)}")
+    async with gateway, _metrics(gateway, metrics_port, metrics_host) as metrics:
+        typer.echo(f"gateway at {gateway.address}, nodes: {len(gateway.nodes)}{metrics}")
         await stopped.wait()
+
+
+@contextlib.asynccontextmanager
+async def _metrics(gateway: "Gateway", port: int | None, host: str) -> AsyncIterator[str]:
+    def collectors() -> "Sequence[Collector]":
+        from hone.sandbox.gateway_metrics import GatewayCollector  # prometheus_client belongs to an extra
+
+        return [GatewayCollector(gateway)]
+
+    async with metrics_served(
+        port, host, collectors, lambda: "" if gateway.nodes else "none of its nodes is there"
+    ) as where:
+        yield where
 
 
 def drain(

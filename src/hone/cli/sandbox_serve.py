@@ -3,18 +3,23 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
+from hone.cli.sandbox_metrics import metrics_served
 from hone.observability.spans import Spans
 from hone.sandbox.egress import NetworkPolicy
 from hone.sandbox.lifecycle import Limits
 from hone.sandbox.node import Node
 from hone.sandbox.serve import NodeServer
 from hone.schema.sandboxes import RuntimeName
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
 
 ANSWER_SECONDS = 1.0  # for those who have just closed the last sandbox to hear of it
 
@@ -44,7 +49,7 @@ async def serve_node(
     with _spans(observation.spans, name) as spans:
         async with (
             Node(name, folder=folder, limits=limits, network=network, spans=spans, runtimes=runtimes) as node,
-            _metrics(node, observation) as metrics,
+            _node_metrics(node, observation) as metrics,
             server_of(node) as server,
             http_of(node) as url,
         ):
@@ -92,22 +97,14 @@ def _spans(path: Path | None, name: str) -> Iterator[Spans | None]:
 
 
 @contextlib.asynccontextmanager
-async def _metrics(node: Node, observation: Observation) -> AsyncIterator[str]:
-    """Serves them, if they are wanted; says where."""
-    if observation.port is None:
-        yield ""
-        return
-    try:
-        # prometheus_client belongs to an extra; a node without a metrics port does not need it.
-        from hone.observability.exporter import Exporter
-        from hone.sandbox.metrics import NodeCollector
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"metrics need {error.name}: pip install 'hone[metrics]', or leave out --metrics-port"
-        ) from error
+async def _node_metrics(node: Node, observation: Observation) -> AsyncIterator[str]:
+    def collectors() -> "Sequence[Collector]":
+        from hone.sandbox.metrics import NodeCollector  # prometheus_client belongs to an extra
+
+        return [NodeCollector(node)]
 
     def trouble() -> str:
         return "it takes no new sandboxes" if node.is_draining else ""
 
-    async with Exporter([NodeCollector(node)], observation.port, host=observation.host, trouble=trouble) as exporter:
-        yield f", metrics at http://{exporter.host}:{exporter.port}/metrics"
+    async with metrics_served(observation.port, observation.host, collectors, trouble) as where:
+        yield where

@@ -1,8 +1,8 @@
 """Many rollouts, a bounded number at once: what an evaluation, a validation and a synthesis have in common."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 from hone.envs.environment import Environment
 from hone.envs.rollout import Limits, run_group, run_rollout
@@ -10,6 +10,8 @@ from hone.envs.sampler import Sampler
 from hone.schema.sampling import SamplingParameters
 from hone.schema.tasks import Task
 from hone.schema.traces import Trace
+
+T = TypeVar("T")
 
 
 class Assignment(NamedTuple):
@@ -42,19 +44,33 @@ async def run_assignments(
     max_concurrent: most rollouts under way, or one assignment where that has more. What `deliver` raises ends
     everything, as does a cancellation; the rollouts under way are cancelled then.
     """
+
+    async def carry_out(assignment: Assignment) -> None:
+        for trace in await _traces(assignment, sampler_for(assignment), sampling, seed, limits):
+            deliver(trace)
+
+    sizes = [len(assignment.attempts) for assignment in assignments]
+    await share_out(iter(assignments), carry_out, sizes=sizes, max_concurrent=max_concurrent)
+
+
+async def share_out(
+    pieces: Iterable[T], carry_out: Callable[[T], Awaitable[None]], *, sizes: Sequence[int], max_concurrent: int
+) -> None:
+    """Carry out pieces of work in their order, several at once. What one raises, or a cancellation, ends all.
+
+    pieces: asked for one by one, by whoever is free; iterating over it twice goes on. sizes: the rollouts of each piece.
+    max_concurrent: most rollouts under way, or one piece where that has more.
+    """
     if max_concurrent < 1:
         raise ValueError(f"max_concurrent {max_concurrent} must be positive")
-    largest = max((len(assignment.attempts) for assignment in assignments), default=1)
-    waiting = iter(assignments)
 
-    async def work(waiting: Iterator[Assignment]) -> None:
-        for assignment in waiting:
-            for trace in await _traces(assignment, sampler_for(assignment), sampling, seed, limits):
-                deliver(trace)
+    async def work() -> None:
+        for piece in pieces:
+            await carry_out(piece)
 
     async with asyncio.TaskGroup() as workers:
-        for _ in range(max(1, min(max_concurrent // largest, len(assignments)))):
-            workers.create_task(work(waiting))
+        for _ in range(max(1, min(max_concurrent // max(sizes, default=1), len(sizes)))):
+            workers.create_task(work())
 
 
 async def _traces(

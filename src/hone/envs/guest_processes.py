@@ -1,4 +1,4 @@
-"""Our own programs inside a sandbox: the command that starts one, and messages to and from it."""
+"""Our own programs inside a sandbox: the code of one, and messages to and from it."""
 
 import functools
 from pathlib import Path
@@ -8,16 +8,15 @@ from hone.envs.sandboxes import Process
 
 
 @functools.cache
-def guest_command(name: str) -> tuple[str, ...]:
-    """The command that runs a guest of `hone.envs.guests`, with what it imports of ours in the same text."""
+def guest_code(name: str) -> str:
+    """The program that is a guest of `hone.envs.guests`, with what it imports of ours in the same text."""
     module = channel.__name__
-    program = (
+    return (
         "import sys\n"
         f"module = sys.modules[{module!r}] = type(sys)({module!r})\n"
         f"exec({_source('channel')!r}, module.__dict__)\n"
         f"exec({_source(name)!r}, {{'__name__': '__main__'}})"
     )
-    return ("python", "-I", "-c", program)
 
 
 def _source(name: str) -> str:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from hone.envs.failures import deadline, describe
+from hone.envs.guest_sessions import GuestSession
 from hone.envs.local_files import list_folder, parts_of, read_file, write_file
 from hone.envs.local_programs import LocalProcess, sandbox_failure
 from hone.envs.local_spawner import Spawner
-from hone.schema.sandboxes import ExecResult, SandboxSpec
+from hone.schema.sandboxes import ExecResult, PythonResult, SandboxSpec
 
 CREATE_SECONDS = 60.0
 CLOSE_SECONDS = 10.0
@@ -106,6 +107,7 @@ class LocalSandbox:
         self._over: str | None = None
         self._processes: dict[int, LocalProcess] = {}
         self._num_started = 0
+        self._session = GuestSession(self)
 
     async def open(
         self, spawn: Callable[[socket.socket], None], *, use_namespaces: bool = True, use_landlock: bool = True
@@ -146,6 +148,14 @@ class LocalSandbox:
         """As `Sandbox.start`."""
         return self._start(argv, env, cwd, with_stderr=False)
 
+    async def start_python(self, code: str) -> LocalProcess:
+        """As `Sandbox.start_python`."""
+        return await self.start(["python", "-I", "-c", code])
+
+    async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
+        """As `Sandbox.python`."""
+        return await self._session.run(code, timeout_seconds)
+
     async def read(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """As `Sandbox.read`."""
         return await asyncio.to_thread(read_file, self._living_work(), parts_of(path), max_bytes)
@@ -162,6 +172,7 @@ class LocalSandbox:
         """As `Sandbox.close`."""
         self._end("it is closed")
         try:
+            await self._session.close()
             if self._control is not None:
                 with contextlib.suppress(OSError):
                     self._control.shutdown(socket.SHUT_WR)

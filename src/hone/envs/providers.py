@@ -13,7 +13,7 @@ from hone.envs.failures import RolloutFailure, failures_as
 from hone.envs.local_processes import LocalProcesses
 from hone.envs.rollout import underway
 from hone.envs.sandboxes import Process, Sandbox, SandboxProvider
-from hone.schema.sandboxes import MAX_ROLLOUT, ExecResult, SandboxSpec
+from hone.schema.sandboxes import MAX_ROLLOUT, ExecResult, PythonResult, SandboxSpec
 from hone.schema.traces import FailureClass
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 HERE = "here"
 """The default: cells of this process where this machine can have them, otherwise processes, with a warning."""
+SILENCE = "import os; os.dup2(os.open(os.devnull, os.O_WRONLY), 2)\n"
 PROBE = SandboxSpec(memory_mb=64, disk_mb=4, max_processes=16)
 
 logger = logging.getLogger("hone.envs.providers")
@@ -136,6 +137,16 @@ class NodeSandbox:
         silent = ["sh", "-c", 'exec "$@" 2>/dev/null', "sh", *argv]  # its stderr goes nowhere
         with _Boundary("start"):
             return NodeProcess(await self._inner.spawn(silent, env=env, cwd=cwd))
+
+    async def start_python(self, code: str) -> Process:
+        """As `Sandbox.start_python`, in a fork of a warm interpreter."""
+        with _Boundary("start"):
+            return NodeProcess(await self._inner.spawn_python(SILENCE + code))
+
+    async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
+        """As `Sandbox.python`, in a fork of a warm interpreter."""
+        with _Boundary("python"):
+            return await self._inner.python(code, timeout_seconds=timeout_seconds)
 
     async def read(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """As `Sandbox.read`."""

@@ -68,10 +68,7 @@ class SandboxToolUse(ToolUse):
     async def teardown(self, rollout: Rollout) -> None:
         """Close the sandbox."""
         if rollout.state is not None:
-            try:
-                await rollout.state.session.close()
-            finally:
-                await rollout.state.sandbox.close()
+            await rollout.state.sandbox.close()
 
 
 def python_tool(session: Callable[[Rollout], PythonSession]) -> Tool:

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from hone.envs.failures import RolloutFailure, deadline, failures_as
-from hone.schema.sandboxes import ExecResult, SandboxSpec
+from hone.schema.sandboxes import ExecResult, PythonResult, SandboxSpec
 from hone.schema.traces import FailureClass
 
 
@@ -54,6 +54,16 @@ class Sandbox(Protocol):
 
     async def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
         """Start a program to talk with over its stdin and stdout; its stderr goes nowhere."""
+
+    async def start_python(self, code: str) -> Process:
+        """Start what `python -I -c CODE` would, or a fork of a warm interpreter that does the same. As `start`."""
+
+    async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
+        """Run a snippet in the sandbox's Python session, which begins with the first one and keeps its variables.
+
+        One that is late is interrupted, and the session goes on. If it does not heed that, or ends its process, the next
+        one begins a new session.
+        """
 
     async def read(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """A regular file's content; `OSError` when there is none, `ValueError` when it is longer than `max_bytes`."""
@@ -114,6 +124,14 @@ class LazySandbox:
     async def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
         """As `Sandbox.start`."""
         return await (await self._ready()).start(argv, env=env, cwd=cwd)
+
+    async def start_python(self, code: str) -> Process:
+        """As `Sandbox.start_python`."""
+        return await (await self._ready()).start_python(code)
+
+    async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
+        """As `Sandbox.python`."""
+        return await (await self._ready()).python(code, timeout_seconds=timeout_seconds)
 
     async def read(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """As `Sandbox.read`."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from hone.envs.attempts import share_out
 from hone.envs.environment import Environment
 from hone.envs.rollout import Limits, run_group, run_rollout
 from hone.envs.sampler import Sampler
@@ -318,14 +319,18 @@ async def complete(
 
     During an outage of the model nothing more begins: what has not run stays missing, instead of failing one by one.
     """
-    if max_concurrent < 1:
-        raise ValueError(f"max_concurrent {max_concurrent} must be positive")
     work = [(cell, task, attempts) for cell in cells for task, attempts in cell.units(pending)]
-    largest = max((len(attempts) for _, _, attempts in work), default=1)
     remaining = _Remaining(iter(work), max(MIN_OUTAGE, max_concurrent))
-    async with asyncio.TaskGroup() as running:
-        for _ in range(min(max(1, max_concurrent // largest), len(work))):
-            running.create_task(_work(remaining, sampler, progress))
+
+    async def run(unit: tuple[Cell, Task, list[int]]) -> None:
+        cell, task, attempts = unit
+        for outcome in await cell.run(task, attempts, sampler):
+            remaining.note(outcome)
+        if progress is not None:
+            progress(cell)
+
+    sizes = [len(attempts) for _, _, attempts in work]
+    await share_out(remaining, run, sizes=sizes, max_concurrent=max_concurrent)
 
 
 @dataclass(slots=True)
@@ -342,14 +347,6 @@ class _Remaining:
 
     def note(self, outcome: Outcome) -> None:
         self.num_unanswered = self.num_unanswered + 1 if outcome.failure is FailureClass.MODEL else 0
-
-
-async def _work(remaining: _Remaining, sampler: Sampler, progress: Callable[[Cell], None] | None) -> None:
-    for cell, task, attempts in remaining:
-        for outcome in await cell.run(task, attempts, sampler):
-            remaining.note(outcome)
-        if progress is not None:
-            progress(cell)
 
 
 async def evaluate(

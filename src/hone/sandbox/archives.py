@@ -44,6 +44,11 @@ class Limits:
     num_entries: int = 100_000
     depth: int = 100
 
+    @property
+    def archive_bytes(self) -> int:
+        """The longest archive of such a tree."""
+        return self.total_bytes + (self.num_entries + 2) * 4096 + HEADER_BYTES
+
 
 @dataclass(slots=True)
 class Budget:
@@ -161,7 +166,7 @@ class _Bounded:
 
     def __init__(self, source: BinaryIO, limits: Limits) -> None:
         self._source = source
-        self._rest = limits.total_bytes + (limits.num_entries + 2) * 4096 + HEADER_BYTES
+        self._rest = limits.archive_bytes
 
     def read(self, size: int) -> bytes:
         data = self._source.read(size)

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import errno
 import itertools
-import math
 import os
 import random
 import resource
@@ -22,6 +21,7 @@ import msgspec
 
 from hone.sandbox.beneath import open_beneath
 from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, sweep
+from hone.sandbox.cores import Cores
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import FIRST_ID, LANDLOCK_ABSTRACT_SOCKETS, LAST_ID, Host, host_image, look
 from hone.sandbox.images import remove_tree
@@ -41,7 +41,7 @@ from hone.sandbox.plan import (
 from hone.sandbox.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Process, Tally, ending_of
 from hone.sandbox.readiness import until_ready
 from hone.sandbox.runtimes.known import OTHERS, features, missing
-from hone.sandbox.runtimes.runtime import Birth, Feature, Launch
+from hone.sandbox.runtimes.runtime import JOINS, Birth, Feature, Launch
 from hone.sandbox.scratch import Scratch
 from hone.sandbox.spawner import Born, Spawner
 from hone.schema.sandboxes import DEFAULT_RUNTIMES, ExecResult, Outcome, RuntimeName, SandboxSpec, SandboxUsage
@@ -86,6 +86,7 @@ class Cells:
         self._cells: set[Cell] = set()
         self._numbers = itertools.count(1)
         self._ids: set[int] = set()
+        self._cores = Cores(self.host.cores)
         self._plans: dict[tuple[object, ...], _KnownPlan] = {}
         self._nothing = -1
         self.num_swept = 0
@@ -128,6 +129,7 @@ class Cells:
         uid = cgroup.uid if cgroup is not None else self._take_ids()
         cell = Cell(f"cell-{number}", spec, image, uid, self._nothing, self._forget)
         cell.cgroup = cgroup
+        cell.cores = self._cores.take(spec.cpus)
         self._cells.add(cell)
         try:
             async with asyncio.timeout(CREATE_SECONDS):
@@ -159,6 +161,7 @@ class Cells:
 
     async def _bear(self, cell: "Cell", number: int, spawner: "Spawner", binds: Sequence[Bind]) -> None:
         assert cell.cgroup is not None
+        cell.joins_cgroups = cell.is_launched or not spawner.is_native
         theirs = cell.open()
         try:
             with cell.cgroup.entrances() as (unified, tasks):
@@ -178,7 +181,7 @@ class Cells:
     def _launch(self, cell: "Cell", binds: Sequence[Bind], num_tasks: int, agent: Path) -> Launch:
         grants = self._grants(cell, num_tasks)
         if cell.spec.runtime == "cell":
-            return Launch(self._plan(cell, binds, grants), cell.image, program_flags=0)
+            return Launch(self._plan(cell, binds, grants), cell.image, program_flags=JOINS if cell.joins_cgroups else 0)
         folder = self._scratch.path(cell.name)
         birth = Birth(
             name=cell.name,
@@ -209,12 +212,11 @@ class Cells:
         assert self._cgroups is not None
         network = cell.spec.network
         can_share = self.host.landlock >= LANDLOCK_ABSTRACT_SOCKETS
-        cores = sorted(self.host.cores)
         return Grants(
             uid=cell.uid_base,
             gid=cell.uid_base if self.host.has_id_ranges else self.host.gid,
             num_ids=NUM_IDS if self.host.has_id_ranges else 1,
-            cores=frozenset(random.sample(cores, min(len(cores), math.ceil(cell.spec.cpus)))),
+            cores=cell.cores,
             join=tuple(range(1, 1 + num_tasks)),
             has_memory_limit=self._cgroups.has("memory"),
             has_process_limit=self._cgroups.has("pids"),
@@ -231,7 +233,7 @@ class Cells:
             if spawner is not None:
                 await spawner.close()
             prelude = self._prelude(runtime, shares_host_network=shares_host_network)
-            spawner = self._spawners[runtime, shares_host_network] = Spawner(prelude)
+            spawner = self._spawners[runtime, shares_host_network] = Spawner(prelude, is_native=self.host.can_build)
         await spawner.until_started()
         return spawner
 
@@ -259,6 +261,7 @@ class Cells:
         """All of a cell's processes are gone: keep its ids and cgroup for the next, or let go of them."""
         assert self._cgroups is not None
         self._cells.discard(cell)
+        self._cores.give_back(cell.cores)
         if cell.launch is not None and cell.launch.folder is not None and cell.launch.folder.exists():
             await asyncio.to_thread(remove_tree, cell.launch.folder)
         cgroup, cell.cgroup = cell.cgroup, None
@@ -290,7 +293,8 @@ class Cell:
 
     root_descriptor: its root folder, for reading and writing files beneath (never by a path without RESOLVE_IN_ROOT).
     files_folder: the working folder as seen from there. layer_descriptor: its writable layer, where it has one. uid_base:
-    the outside's id of its root. operations: the steps of its plan. is_layer_held: whether others go on with its layer, and its cgroup, which counts that, is nobody's after it.
+    the outside's id of its root. operations: the steps of its plan. is_layer_held: whether others go on with its layer, and
+    its cgroup, which counts that, is nobody's after it.
     """
 
     def __init__(
@@ -311,9 +315,11 @@ class Cell:
         self.layer_descriptor = -1
         self.files_folder = image.working_folder
         self.program_flags = 0
-        self.joins_cgroups = spec.runtime != "cell"
+        self.is_launched = spec.runtime != "cell"
+        self.joins_cgroups = self.is_launched
         self.launch: Launch | None = None
         self.cgroup: CellCgroup | None = None
+        self.cores: frozenset[int] = frozenset()
         self.spawner: Spawner | None = None
         self.is_layer_held = False
         self.operations: tuple[Operation, ...] = ()
@@ -401,6 +407,16 @@ class Cell:
         """As on the wire, the steps of its plan that everything in it has taken."""
         return encode_operations([step for step in self.operations if step.code in CONFINING])
 
+    @property
+    def can_pause(self) -> bool:
+        """Whether the kernel can stop all of it at once."""
+        return self.cgroup is not None and self.cgroup.can_freeze
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether everything in it is stopped."""
+        return self._is_paused
+
     def is_quiet(self) -> bool:
         """Whether nothing runs in it but its agent, so that nothing can write to its files but on our behalf."""
         if self._programs or self._is_paused:
@@ -437,7 +453,7 @@ class Cell:
         """Make the agent's control socket and return the agent's end; called once, by `Cells`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        ask_for_sender(ours, is_asked=self.joins_cgroups)
+        ask_for_sender(ours, is_asked=self.is_launched)
         self._control = ours
         self._loop.add_reader(ours.fileno(), self._receive)
         return theirs
@@ -592,7 +608,7 @@ class Cell:
         """The agent is there, with its root and, maybe, its writable layer."""
         assert self._control is not None
         try:
-            if self.joins_cgroups:
+            if self.is_launched:
                 ask_for_sender(self._control, is_asked=False)
                 self._agent = os.pidfd_open(message.pid)
                 self.pid = message.pid
@@ -606,7 +622,7 @@ class Cell:
 
     def _take_root(self, root: int, layer: int = -1) -> None:
         self.root_descriptor, self.layer_descriptor = root, layer
-        if self.launch is None or not self.joins_cgroups:
+        if self.launch is None or not self.is_launched:
             return
         if self.launch.files is not None:
             os.close(root)
@@ -669,12 +685,12 @@ class Cell:
         if self._agent >= 0:
             _send(self._agent, signal.SIGKILL)
         elif self._pidfd >= 0:
-            _send(self._pidfd, signal.SIGTERM if self.joins_cgroups else signal.SIGKILL)
+            _send(self._pidfd, signal.SIGTERM if self.is_launched else signal.SIGKILL)
         if self._pidfd >= 0:
             await _until_over(self._pidfd, self.name)
 
     async def _freeze(self, frozen: bool) -> None:
-        if self.cgroup is None or not self.cgroup.can_freeze:
+        if self.cgroup is None or not self.can_pause:
             raise Unsupported("a cell can be paused where there is cgroup v2 only")
         self.require_alive()
         self.cgroup.freeze(frozen)

@@ -19,7 +19,12 @@ from hone.schema.sandboxes import SandboxSpec
 
 PREFIX = "hone-cells-"
 PERIOD_MICROSECONDS = 100_000
-RESERVED_PROCESSES = {"cell": 1, "process": 2, "bwrap": 3}  # the agent; its guardian; another runtime's program
+RESERVED_PROCESSES = {
+    "cell": 1,
+    "process": 2,
+    "bwrap": 3,
+    "oci": 3,
+}  # the agent; its guardian; another runtime's program
 DYING_SECONDS = 2.0  # what was killed needs a moment; its folders cannot go before
 MAX_SPARES = 64  # making and removing a cell's folders is a fifth of its creation
 MAX_LOOKED_AT = 4  # folders of ended programs, when the next one needs a folder

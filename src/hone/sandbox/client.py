@@ -5,22 +5,39 @@ import secrets
 import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+import msgspec
+
 from hone.sandbox.beneath import LimitExceeded
-from hone.sandbox.code import CodeResult, ToolchainMissing, run_code
+from hone.sandbox.code import Built, CodeResult, ToolchainMissing, build_code, run_code
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.node import Node
+from hone.sandbox.ports import Forwarding
+from hone.sandbox.python import session_program
 from hone.sandbox.remote import RemoteNode
 from hone.schema.sandbox_network import NetworkRecord, Verdict
-from hone.schema.sandboxes import RUNTIMES, ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxUsage
+from hone.schema.sandboxes import (
+    RUNTIMES,
+    ExecResult,
+    FileEntry,
+    Outcome,
+    PythonResult,
+    SandboxSpec,
+    SandboxUsage,
+    SnapshotStatus,
+    Transfer,
+)
 
 __all__ = [
     "LANGUAGES",
+    "Built",
     "Busy",
     "CodeResult",
+    "Connection",
     "ExecResult",
     "FileEntry",
     "Language",
@@ -33,11 +50,15 @@ __all__ = [
     "SandboxError",
     "SandboxSpec",
     "SandboxUsage",
+    "Snapshot",
     "ToolchainMissing",
+    "Transfer",
     "Unsupported",
     "Verdict",
+    "build_code",
     "embedded_node",
     "run_code",
+    "session_program",
 ]
 
 
@@ -75,6 +96,59 @@ class Process(Protocol):
         """Kill it if it runs, and let go of its streams."""
 
 
+class Connection(Protocol):
+    """A connection to a port of a sandbox. It breaks off with the sandbox."""
+
+    async def write(self, data: bytes) -> None:
+        """Send; `BrokenPipeError` if nobody reads."""
+
+    def end_input(self) -> None:
+        """The other side will read the end."""
+
+    async def read(self) -> bytes:
+        """The next piece; empty at the end, also where the connection broke: `read_error` has then something."""
+
+    async def read_error(self) -> bytes:
+        """What broke it; empty if nothing did, when the other side has ended."""
+
+    async def close(self) -> None:
+        """Hang up."""
+
+
+class Snapshot:
+    """The files of a sandbox as they were, which its node holds; an async context manager. Leaving it lets go of it.
+
+    Begin sandboxes from it with `Sandbox(snapshot=...)`, or take one back to it with `Sandbox.reset`. It is gone when its
+    time is over, and with its node.
+    """
+
+    def __init__(self, node: "Node | RemoteNode", status: SnapshotStatus, spec: SandboxSpec) -> None:
+        self.snapshot_id = status.snapshot_id
+        self.size_bytes = status.size_bytes
+        """What it holds of the node's memory, some of it together with other snapshots."""
+        self.spec = spec
+        """Of the sandbox that it was taken of."""
+        self.node = node
+
+    async def renew(self, seconds: float) -> None:
+        """It is held for so long from now."""
+        if not seconds > 0:
+            raise ValueError(f"{seconds:g} s is no time for a snapshot")
+        await self.node.hold_snapshot(self.snapshot_id, seconds)
+
+    async def close(self) -> None:
+        """Let go of it. Sandboxes that began from it go on. Harmless when repeated."""
+        await self.node.hold_snapshot(self.snapshot_id, 0)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
 class Sandbox:
     """An isolated machine; an async context manager. Leaving it ends everything in it.
 
@@ -89,7 +163,8 @@ class Sandbox:
     `SandboxSpec`; network is "none", or "allow" where there is an `allow`. node: where it shall be. By default inside this process, without a daemon and without root; or the
     address of a node or a gateway, `unix:/path` or `tcp://host:port`, with a `token` where that wants one; or a `Node`.
     key: one of your own makes asking repeatable: while it lives, the same key is the same sandbox. reconnect_seconds: for
-    how long a connection that broke is made anew before all is lost; by default as long as the node waits.
+    how long a connection that broke is made anew before all is lost; by default as long as the node waits. snapshot: what
+    it begins from, on the snapshot's node and with its image.
 
     Relative paths start at the working folder, where programs start, too. What a program does wrong is a result. Trouble of
     the infrastructure is a `SandboxError`, whose `outcome` says which. Files raise `OSError`.
@@ -115,6 +190,7 @@ class Sandbox:
         token: str = "",
         key: str = "",
         reconnect_seconds: float | None = None,
+        snapshot: Snapshot | None = None,
     ) -> None:
         network = network or ("allow" if allow else "none")
         if network not in ("none", "off", "host", "allow"):
@@ -135,11 +211,18 @@ class Sandbox:
             allow=tuple(allow),
             rollout=rollout,
         )
-        self._node = node
+        if snapshot is not None and node not in (None, snapshot.node):
+            raise ValueError("a sandbox from a snapshot is on the snapshot's node; leave node out")
+        self._node: Node | RemoteNode | str | None = node if snapshot is None else snapshot.node
+        self._snapshot_id = ""
+        if snapshot is not None:
+            self._snapshot_id = snapshot.snapshot_id
+            self.spec = msgspec.structs.replace(self.spec, image=snapshot.spec.image)
         self._token = token
         self._reconnect_seconds = reconnect_seconds
         self._key = key or secrets.token_hex(16)
         self._inner: _Inner | None = None
+        self._home: Node | RemoteNode | None = None
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -152,11 +235,16 @@ class Sandbox:
 
     async def open(self) -> None:
         """Ask for the sandbox; returns when the node has taken it on, not when it is ready. Raises `Busy`."""
-        if isinstance(self._node, str):
-            node = await _remote_node(self._node, self._token, self._reconnect_seconds)
-            self._inner = await node.create(self.spec, key=self._key)
+        node = self._node
+        if isinstance(node, str):
+            node = await _remote_node(node, self._token, self._reconnect_seconds)
+        elif node is None:
+            node = await embedded_node()
+        if isinstance(node, RemoteNode):
+            self._inner = await node.create(self.spec, key=self._key, snapshot_id=self._snapshot_id)
         else:
-            self._inner = (self._node or await embedded_node()).create(self.spec, key=self._key)
+            self._inner = node.create(self.spec, key=self._key, snapshot_id=self._snapshot_id)
+        self._home = node
 
     @property
     def sandbox_id(self) -> str:
@@ -200,6 +288,25 @@ class Sandbox:
         """
         return await self._opened.spawn(argv, env=env, cwd=cwd, terminal=terminal)
 
+    async def spawn_python(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
+        """What `python -c CODE` does, to talk with, in a fork of a warm interpreter. As `spawn`."""
+        return await self._opened.spawn_python(code, env=env, cwd=cwd)
+
+    async def connect(self, port: int, *, timeout_seconds: float = 0.0) -> Connection:
+        """A connection to a port of its loopback that a program in it listens at; `Connection.close` it.
+
+        Where nobody listens it is tried for so long, then it is a `ConnectionRefusedError`. No network is needed for it;
+        with network="host" or "off" there is no loopback of its own to connect to.
+        """
+        return await self._opened.connect(port, timeout_seconds=timeout_seconds)
+
+    def forward(self, port: int, local_port: int = 0, *, timeout_seconds: float = 0.0) -> Forwarding:
+        """A port of this machine's loopback that leads to one of the sandbox; an async context manager with a `port`.
+
+        local_port: 0 is a free one. timeout_seconds: as of `connect`, for each connection.
+        """
+        return Forwarding(lambda: self.connect(port, timeout_seconds=timeout_seconds), local_port)
+
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
         return await self._opened.python(code, timeout_seconds=timeout_seconds)
@@ -223,6 +330,54 @@ class Sandbox:
     async def remove(self, path: str, *, is_recursive: bool = False) -> None:
         """Remove a file, or a folder if it is empty or the removal is recursive."""
         await self._opened.remove(path, is_recursive=is_recursive)
+
+    async def stat(self, path: str, *, follows_links: bool = True) -> FileEntry:
+        """What is at a path. follows_links: tell of a link's target rather than of the link."""
+        return await self._opened.stat(path, follows_links=follows_links)
+
+    async def make_folder(self, path: str) -> None:
+        """Make a folder and those above it; harmless where there is one."""
+        await self._opened.make_folder(path)
+
+    async def upload(self, local: str | Path, path: str = ".") -> Transfer:
+        """Copy a local folder's content, or one local file, into a folder of the sandbox, which is made if there is none.
+
+        What is there by the same name is replaced. Links are copied as links; devices, fifos and sockets are left out.
+        """
+        return await self._opened.upload(Path(local), path)
+
+    async def download(self, path: str, local: str | Path) -> Transfer:
+        """Copy a folder's content, or one file, into a local folder, out of which none of what arrives leads."""
+        return await self._opened.download(path, Path(local))
+
+    async def snapshot(self, *, ttl_seconds: float = 600.0) -> Snapshot:
+        """Its files as they are now, held for so long. It goes on as if nothing had happened.
+
+        Memory of programs is not in it. Where nothing runs in the sandbox, nothing is copied; otherwise what it has
+        written is, while everything in it is paused. Raises `Busy` where the node holds too much already.
+        """
+        status = await self._opened.snapshot(ttl_seconds=ttl_seconds)
+        assert self._home is not None
+        return Snapshot(self._home, status, self.spec)
+
+    async def fork(self, count: int) -> tuple["Sandbox", ...]:
+        """So many new sandboxes like this one, with its files as they are now; nothing is copied for each of them.
+
+        They may not be ready yet. Close each.
+        """
+        async with await self.snapshot() as snapshot:
+            forks = tuple(Sandbox(spec=self.spec, snapshot=snapshot) for _ in range(count))
+            try:
+                for fork in forks:
+                    await fork.open()
+            except BaseException:  # a cancellation too: undo, then pass it on
+                await asyncio.shield(asyncio.gather(*(fork.close() for fork in forks)))
+                raise
+        return forks
+
+    async def reset(self, snapshot: Snapshot) -> None:
+        """Begin anew from a snapshot of the same node: what runs in it ends, and what it had written is gone."""
+        await self._opened.reset(snapshot.snapshot_id)
 
     async def network_log(self) -> tuple[NetworkRecord, ...]:
         """What it asked of the network (`allow`), the last thousand requests; those under way are not among them."""
@@ -301,12 +456,19 @@ async def _remote_node(address: str, token: str, reconnect_seconds: float | None
     key = (address, token, reconnect_seconds)
     link = links.get(key)
     if link is None or link.node.is_lost:
-        if link is not None:
-            await link.generator.aclose()
+        lost = link
         node = RemoteNode(address, token, reconnect_seconds=reconnect_seconds)
-        link = links[key] = _Link(node, _connection(node))
+        link = links[key] = _Link(node, _connection(node))  # at once: others come while the lost one is closed
         await anext(link.generator)
-    await link.node.connected()
+        if lost is not None:
+            await lost.generator.aclose()
+    try:
+        await link.node.connected()
+    except (SandboxError, ValueError):
+        if link.node.is_lost and links.get(key) is link:  # or every token that is refused would be remembered
+            del links[key]
+            await link.generator.aclose()
+        raise
     return link.node
 
 
@@ -352,12 +514,21 @@ class _Inner(Protocol):
         cwd: str,
         terminal: tuple[int, int] | None,
     ) -> Process: ...
+    async def spawn_python(self, code: str, *, env: Mapping[str, str] | None, cwd: str) -> Process: ...
+    async def connect(self, port: int, *, timeout_seconds: float) -> Connection: ...
     async def python(self, code: str, *, timeout_seconds: float) -> PythonResult: ...
     async def snippet(self, code: str, *, timeout_seconds: float) -> ExecResult: ...
     async def read(self, path: str, *, max_bytes: int) -> bytes: ...
     async def write(self, path: str, data: bytes, *, mode: int | None) -> None: ...
     async def list(self, path: str) -> tuple[FileEntry, ...]: ...
     async def remove(self, path: str, *, is_recursive: bool) -> None: ...
+    async def stat(self, path: str, *, follows_links: bool) -> FileEntry: ...
+    async def make_folder(self, path: str) -> None: ...
+    async def upload(self, local: Path, path: str) -> Transfer: ...
+    async def download(self, path: str, local: Path) -> Transfer: ...
+    async def snapshot(self, *, ttl_seconds: float) -> SnapshotStatus: ...
+    async def reset(self, snapshot_id: str) -> None: ...
+
     async def network_log(self) -> tuple[NetworkRecord, ...]: ...
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...

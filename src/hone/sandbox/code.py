@@ -55,6 +55,31 @@ class CodeResult:
         return self.ran is not None and self.ran.is_success
 
 
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Code that lies in a sandbox, compiled where its language wants that, to be run as often as one likes."""
+
+    language: Language
+    compiled: ExecResult | None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be run."""
+        return self.compiled is None or self.compiled.is_success
+
+    async def run(
+        self, box: Box, stdin: bytes = b"", *, timeout_seconds: float = 10.0, kept_bytes: int = 64 << 10
+    ) -> ExecResult:
+        """Run it in the sandbox in which it was built."""
+        return await box.exec(
+            self.language.run,
+            stdin=stdin,
+            env=dict(self.language.env),
+            timeout_seconds=timeout_seconds,
+            kept_bytes=kept_bytes,
+        )
+
+
 async def run_code(
     box: Box,
     code: str,
@@ -74,21 +99,36 @@ async def run_code(
     What the code does wrong is in the result. A language that is not known is a `ValueError`, a compiler or interpreter
     that the image lacks is `ToolchainMissing`, and other trouble of the infrastructure another `SandboxError`.
     """
+    built = await build_code(
+        box, code, language=language, files=files, timeout_seconds=compile_timeout_seconds, kept_bytes=kept_bytes
+    )
+    if not built.is_ready:
+        return CodeResult(built.language, built.compiled, None)
+    ran = await built.run(box, stdin, timeout_seconds=run_timeout_seconds, kept_bytes=kept_bytes)
+    return CodeResult(built.language, built.compiled, ran)
+
+
+async def build_code(
+    box: Box,
+    code: str,
+    *,
+    language: str | Language = "python",
+    files: Mapping[str, bytes] | None = None,
+    timeout_seconds: float = 30.0,
+    kept_bytes: int = 64 << 10,
+) -> Built:
+    """The first half of `run_code`: put code into a sandbox and compile it."""
     chosen = find_language(language) if isinstance(language, str) else language
     await _require(box, chosen)
     for path, data in (files or {}).items():
         await box.write(path, data)
     await box.write(chosen.file, code.encode("utf-8", "surrogatepass"))
-    env = dict(chosen.env)
-    compiled = None
-    if chosen.compile:
-        compiled = await box.exec(
-            chosen.compile, env=env, timeout_seconds=compile_timeout_seconds, kept_bytes=kept_bytes
-        )
-        if not compiled.is_success:
-            return CodeResult(chosen, compiled, None)
-    ran = await box.exec(chosen.run, stdin=stdin, env=env, timeout_seconds=run_timeout_seconds, kept_bytes=kept_bytes)
-    return CodeResult(chosen, compiled, ran)
+    if not chosen.compile:
+        return Built(chosen, None)
+    compiled = await box.exec(
+        chosen.compile, env=dict(chosen.env), timeout_seconds=timeout_seconds, kept_bytes=kept_bytes
+    )
+    return Built(chosen, compiled)
 
 
 async def _require(box: Box, language: Language) -> None:

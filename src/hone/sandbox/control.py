@@ -86,21 +86,18 @@ class Control:
     async def run(self) -> None:
         """Until cancelled."""
         backoff = MIN_BACKOFF_SECONDS
-        try:
-            while True:
-                began = time.monotonic()
-                await self._visit()
-                self.tried.set()
-                if self.is_up:  # the connection broke, and the node may well be there
-                    await asyncio.sleep(RETRY_SECONDS if time.monotonic() - began < PATIENCE_SECONDS else 0)
-                    continue
-                if time.monotonic() - began > MAX_BACKOFF_SECONDS:
-                    backoff = MIN_BACKOFF_SECONDS
-                logger.debug("%s: %s; again in %.1f s", self.address, self.problem, backoff)
-                await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
-                backoff = min(MAX_BACKOFF_SECONDS, 2 * backoff)
-        finally:
-            self._leave("it is watched no more")
+        while True:
+            began = time.monotonic()
+            await self._visit()
+            self.tried.set()
+            if self.is_up:  # the connection broke, and the node may well be there
+                await asyncio.sleep(RETRY_SECONDS if time.monotonic() - began < PATIENCE_SECONDS else 0)
+                continue
+            if time.monotonic() - began > MAX_BACKOFF_SECONDS:
+                backoff = MIN_BACKOFF_SECONDS
+            logger.debug("%s: %s; again in %.1f s", self.address, self.problem, backoff)
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+            backoff = min(MAX_BACKOFF_SECONDS, 2 * backoff)
 
     async def call(self, message: Any, kind: type[T]) -> T:
         """Ask the node, and wait for the answer; `SandboxError` (node lost) if there will be none."""

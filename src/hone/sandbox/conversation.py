@@ -1,4 +1,4 @@
-"""A spawned program whose streams go to a client."""
+"""A spawned program, or a connection to a port, whose streams go to a client."""
 
 import asyncio
 import contextlib
@@ -6,6 +6,7 @@ import contextlib
 from hone.sandbox.call_streams import CallStreams
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.flow import CHUNK_BYTES
+from hone.sandbox.ports import Connection
 from hone.sandbox.programs import Process
 from hone.sandbox.wire import failed
 from hone.schema import sandbox_calls as calls
@@ -13,8 +14,8 @@ from hone.schema import sandbox_calls as calls
 DRAIN_SECONDS = 0.2
 
 
-async def converse(call: int, process: Process, streams: CallStreams) -> int:
-    """Carry a program's streams until it has ended and its output is sent; what its children write later is not.
+async def converse(call: int, process: Process | Connection, streams: CallStreams) -> int:
+    """Carry the streams of a program, or of a connection, until it has ended and its output is sent; what its children write later is not.
 
     Returns its exit code. Cancelled, it kills the program.
     """
@@ -41,7 +42,7 @@ async def converse(call: int, process: Process, streams: CallStreams) -> int:
         await process.close()
 
 
-async def _feed(call: int, process: Process, streams: CallStreams) -> None:
+async def _feed(call: int, process: Process | Connection, streams: CallStreams) -> None:
     while data := await streams.read(CHUNK_BYTES):
         try:
             await process.write(data)
@@ -52,14 +53,14 @@ async def _feed(call: int, process: Process, streams: CallStreams) -> None:
     process.end_input()
 
 
-async def _pump(process: Process, streams: CallStreams, number: int) -> None:
+async def _pump(process: Process | Connection, streams: CallStreams, number: int) -> None:
     read = process.read if number == 1 else process.read_error
     while data := await read(min(await streams.outputs[number].until_room(), CHUNK_BYTES)):
         streams.write(number, data)
     streams.end(number)
 
 
-def _signal(process: Process, number: int) -> None:
+def _signal(process: Process | Connection, number: int) -> None:
     with contextlib.suppress(SandboxError):  # its end will be told otherwise
         if number:
             process.signal(number)
@@ -67,6 +68,6 @@ def _signal(process: Process, number: int) -> None:
             process.kill()
 
 
-def _resize(process: Process, rows: int, columns: int) -> None:
+def _resize(process: Process | Connection, rows: int, columns: int) -> None:
     with contextlib.suppress(OSError):
         process.resize(rows, columns)

@@ -11,6 +11,7 @@ from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.ledger import Entry
 from hone.sandbox.placement import order
 from hone.sandbox.quotas import Rate, check_quota
+from hone.sandbox.relay import prefix_of
 from hone.sandbox.wire import failed, framed
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandboxes import Outcome, SandboxSpec
@@ -20,17 +21,22 @@ if TYPE_CHECKING:
     from hone.sandbox.gateway import Gateway
 
 NO_NODE_SECONDS = 1.0
+MAX_KEY_LENGTH = 512
 
 
 @dataclass(slots=True, eq=False)
 class Creating:
-    """A creation under way. left: nodes that were not asked yet. is_repeated: a node has the sandbox, or had."""
+    """A creation under way. home: the only node that has what it begins from; empty if any node will do.
+
+    left: nodes that were not asked yet. is_repeated: a node has the sandbox, or had.
+    """
 
     front: "Front"
     call: int
     spec: SandboxSpec
     key: str
     frame: bytes
+    home: str = ""
     entry: Entry | None = None
     left: list[str] = field(default_factory=list)
     refusals: list[Busy] = field(default_factory=list)
@@ -48,7 +54,13 @@ class Creates:
 
     def ask(self, front: "Front", message: calls.Create, frame: bytes) -> None:
         """A client wants a sandbox."""
-        creating = Creating(front, message.call, message.spec, message.key, frame)
+        if len(message.key) > MAX_KEY_LENGTH:
+            front.fail(
+                message.call, ValueError(f"a key of {len(message.key)} characters; at most {MAX_KEY_LENGTH} will do")
+            )
+            return
+        home = prefix_of(message.snapshot_id)
+        creating = Creating(front, message.call, message.spec, message.key, frame, home)
         quota = self._gateway.tenants.quota(front.grant.owner)
         rate = self._rates.setdefault(
             front.grant.owner, Rate(quota.creates_per_second, quota.creates_at_once, left=quota.creates_at_once)
@@ -150,8 +162,11 @@ class Creates:
                 self._refuse(creating, error)
                 return
             creating.entry = gateway.ledger.begin(owner, creating.key, creating.spec)
-            creating.left = order(gateway.candidates(), creating.spec, f"{owner}\0{creating.key or creating.call}")
+            creating.left = [creating.home] if creating.home else self._candidates(creating, owner)
             self._try_next(creating)
+
+    def _candidates(self, creating: Creating, owner: str) -> list[str]:
+        return order(self._gateway.candidates(), creating.spec, f"{owner}\0{creating.key or creating.call}")
 
     def _check(self, creating: Creating, owner: str) -> None:
         now, ledger = time.monotonic(), self._gateway.ledger
@@ -179,6 +194,10 @@ class Creates:
     def _why_not(self, creating: Creating) -> SandboxError:
         if creating.refusals:
             return min(creating.refusals, key=lambda one: one.retry_after_seconds)
+        if creating.home and creating.home not in self._gateway.nodes:
+            return SandboxError(
+                f"the node {creating.home[:100].rstrip('.')} of the snapshot is gone", Outcome.NODE_LOST
+            )
         if not self._gateway.nodes:
             return Busy("no node is there", NO_NODE_SECONDS)
         return Busy(f"no node takes a sandbox of {creating.spec.memory_mb} MB now", NO_NODE_SECONDS)

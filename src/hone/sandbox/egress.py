@@ -4,7 +4,8 @@ import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hone.schema.sandbox_network import AllowRule, normal_host, split_authority
+from hone.schema.sandbox_network import AllowRule, normal_host, parse_rules, split_authority
+from hone.schema.sandboxes import SandboxSpec
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -44,9 +45,9 @@ class NetworkPolicy:
 
     maps: addresses by name, `unix:/path` or `host:port`, for names that mean something to this node alone, such as
     "model.internal". A sandbox reaches them where its allow-list names them, and their address is not checked.
-    is_private_allowed: whether rules may say `+private`. max_connections: of all sandboxes together;
-    max_sandbox_connections: of one; more wait. max_requests_per_second: of one. max_bytes: that one may have carried, up
-    and down together. idle_seconds: after so long without a byte a connection is ended.
+    is_private_allowed: whether rules may say `+private`, and sandboxes have the host's network. max_connections: of all
+    sandboxes together; max_sandbox_connections: of one; more wait. max_requests_per_second, max_bytes_per_second: of one, so
+    that it leaves the node its time. max_bytes: that one may have carried, up and down together. idle_seconds: after so long without a byte a connection is ended.
     """
 
     maps: Mapping[str, str] = field(default_factory=dict)
@@ -54,15 +55,28 @@ class NetworkPolicy:
     max_connections: int = 1024
     max_sandbox_connections: int = 64
     max_requests_per_second: float = 200.0
+    max_bytes_per_second: float = 64 << 20
     max_bytes: int | None = None
     idle_seconds: float = 300.0
 
     def __post_init__(self) -> None:
+        for name in ("max_requests_per_second", "max_bytes_per_second", "max_sandbox_connections", "idle_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive: nothing would be carried")
         for name, address in self.maps.items():
             if normal_host(name) != name:
                 raise ValueError(f"the map of {name!r} would never be used; write {normal_host(name)!r}")
             if not address.startswith("unix:/") and split_authority(address)[1] is None:
                 raise ValueError(f"{name} is mapped to {address!r}, which is neither unix:/path nor host:port")
+
+    def refuses(self, spec: SandboxSpec) -> str:
+        """What of a sandbox's network is not to be had here, in a clause; empty if nothing."""
+        if self.is_private_allowed:
+            return ""
+        if spec.network == "host":
+            return "network='host', which is a private network"
+        private = [text for text, rule in zip(spec.allow, parse_rules(spec.allow), strict=True) if rule.is_private]
+        return f"private networks: allow {private}" if private else ""
 
 
 def grant(rules: Sequence[AllowRule], host: str, port: int) -> Grant | None:

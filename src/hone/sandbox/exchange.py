@@ -63,11 +63,11 @@ class Peer:
 class Meter:
     """The bytes of one request: how many went up to the host and down, and that they move; an async context manager.
 
-    After idle_seconds without any, what runs in it ends with `TimeoutError`. spend: is told of each piece, and raises
-    `Refused` where that is too much. is_answered: whether the client has had a part of its answer already.
+    After idle_seconds without any, what runs in it ends with `TimeoutError`. spend: is told of each piece before it goes;
+    it returns when that may be, and raises `Refused` where it may not. is_answered: whether the client has had a part of its answer already.
     """
 
-    def __init__(self, idle_seconds: float, spend: Callable[[int], None]) -> None:
+    def __init__(self, idle_seconds: float, spend: Callable[[int], Awaitable[None]]) -> None:
         self.num_up = 0
         self.num_down = 0
         self.is_answered = False
@@ -96,7 +96,7 @@ class Meter:
         await self._move(client, data)
 
     async def _move(self, peer: Peer, data: bytes) -> None:
-        self._spend(len(data))
+        await self._spend(len(data))
         if not self._timeout.expired():
             self._timeout.reschedule(asyncio.get_running_loop().time() + self._idle_seconds)
         peer.writer.write(data)
@@ -113,7 +113,7 @@ async def tunnel(client: Peer, host: Peer, name: str, meter: Meter, *, is_tcp: b
         except Refused:
             client.writer.write(UNRECOGNIZED_NAME)
             raise
-    await _both(_pump(client, host, meter.up), _pump(host, client, meter.down))
+    await both(_pump(client, host, meter.up), _pump(host, client, meter.down))
 
 
 async def exchange(request: Request, client: Peer, host: Peer, meter: Meter) -> bool:
@@ -131,6 +131,17 @@ async def exchange(request: Request, client: Peer, host: Peer, meter: Meter) -> 
         for task in (sending, receiving):
             task.cancel()
         await asyncio.gather(sending, receiving, return_exceptions=True)
+
+
+async def both(first: Awaitable[None], second: Awaitable[None]) -> None:
+    """Until both are done, or one fails."""
+    tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _checked_hello(client: Peer, name: str) -> bytes:
@@ -158,17 +169,6 @@ async def _pump(source: Peer, target: Peer, move: Callable[[Peer, bytes], Awaita
         await move(target, data)
     if target.writer.can_write_eof():
         target.writer.write_eof()
-
-
-async def _both(first: Awaitable[None], second: Awaitable[None]) -> None:
-    """Until both are done, or one fails."""
-    tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _send(request: Request, client: Peer, host: Peer, meter: Meter) -> bool:

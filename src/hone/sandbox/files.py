@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import BinaryIO, ParamSpec, TypeVar
+from typing import BinaryIO, ParamSpec, TypeVar, cast
 
 from hone.sandbox.archives import NUM_NAMED, Budget, Limits, Packing, Unpacking
 from hone.sandbox.beneath import (
@@ -283,27 +283,40 @@ class Files:
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
 
 
-def _copy_in(local: Path, tree: Tree, path: str, limits: Limits) -> Transfer:
+def pack_local(local: Path, into: BinaryIO, limits: Limits = Limits()) -> Transfer:
+    """As `Tree.pack`, of a local folder's content or of one local file. Blocks."""
     is_folder = local.is_dir()
+    with _local_tree(local if is_folder else local.parent) as source:
+        return source.pack("." if is_folder else local.name, into, limits)
+
+
+def unpack_local(source: BinaryIO, local: Path, limits: Limits = Limits()) -> Transfer:
+    """As `Tree.unpack`, into a local folder, out of which none of what arrives leads. Blocks."""
+    local.mkdir(parents=True, exist_ok=True)
+    with _local_tree(local) as target:
+        return target.unpack(".", source, limits, is_confined=True)
+
+
+def joined(packed: Transfer, unpacked: Transfer) -> Transfer:
+    """What a tree that was packed and unpacked had in the end."""
+    left_out = (packed.left_out + unpacked.left_out)[:NUM_NAMED]
+    return Transfer(num_files=unpacked.num_files, num_bytes=unpacked.num_bytes, left_out=left_out)
+
+
+def _copy_in(local: Path, tree: Tree, path: str, limits: Limits) -> Transfer:
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
-        with _local_tree(local if is_folder else local.parent) as source:
-            packed = source.pack("." if is_folder else local.name, spool, limits)  # type: ignore[arg-type]
-        spool.seek(0)
-        return _joined(packed, tree.unpack(path, spool, limits))  # type: ignore[arg-type]
+        archive = cast(BinaryIO, spool)
+        packed = pack_local(local, archive, limits)
+        archive.seek(0)
+        return joined(packed, tree.unpack(path, archive, limits))
 
 
 def _copy_out(tree: Tree, path: str, local: Path, limits: Limits) -> Transfer:
-    local.mkdir(parents=True, exist_ok=True)
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
-        packed = tree.pack(path, spool, limits)  # type: ignore[arg-type]
-        spool.seek(0)
-        with _local_tree(local) as target:
-            return _joined(packed, target.unpack(".", spool, limits, is_confined=True))  # type: ignore[arg-type]
-
-
-def _joined(packed: Transfer, unpacked: Transfer) -> Transfer:
-    left_out = (packed.left_out + unpacked.left_out)[:NUM_NAMED]
-    return Transfer(num_files=unpacked.num_files, num_bytes=unpacked.num_bytes, left_out=left_out)
+        archive = cast(BinaryIO, spool)
+        packed = tree.pack(path, archive, limits)
+        archive.seek(0)
+        return joined(packed, unpack_local(archive, local, limits))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 import asyncio
 from collections import deque
 
+from hone.sandbox.errors import SandboxError
+
 WINDOW_BYTES = 256 << 10
 CHUNK_BYTES = 64 << 10
 
@@ -78,3 +80,48 @@ class Outgoing:
             waiting = self._waiting.popleft()
             if not waiting.done():
                 waiting.set_result(None)
+
+
+class Incoming:
+    """The receiving end of a stream: what has come and was not read yet.
+
+    num_told: how much of what was read the sender knows to be read.
+    """
+
+    def __init__(self) -> None:
+        self.num_received = 0
+        self.num_read = 0
+        self.num_told = 0
+        self._pieces: deque[bytes] = deque()
+        self._is_over = False
+        self._error: SandboxError | None = None
+        self._change = asyncio.Event()
+
+    def add(self, data: bytes) -> None:
+        """A piece has come; an empty one is the end."""
+        if data:
+            self.num_received += len(data)
+            self._pieces.append(data)
+            self._change.set()
+        else:
+            self.end(None)
+
+    def end(self, error: SandboxError | None) -> None:
+        """Nothing more will come; whoever reads is told so, or why."""
+        if not self._is_over:
+            self._is_over = True
+            self._error = error
+            self._change.set()
+
+    async def read(self) -> bytes:
+        """The next piece; empty at the end."""
+        while not self._pieces and not self._is_over:
+            self._change.clear()
+            await self._change.wait()
+        if self._pieces:
+            data = self._pieces.popleft()
+            self.num_read += len(data)
+            return data
+        if self._error is not None:
+            raise SandboxError(str(self._error), self._error.outcome)
+        return b""

@@ -11,7 +11,7 @@ import msgspec
 
 from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.node_connection import NodeConnection
-from hone.sandbox.relay import Frames, Head, Route, head_of, routes
+from hone.sandbox.relay import Frames, Head, Route, head_of, prefix_of, routes
 from hone.sandbox.tenants import Grant, Scope
 from hone.sandbox.wire import MAX_FRAME_BYTES, failed
 from hone.schema import sandbox_calls as calls
@@ -26,7 +26,10 @@ HELLO_SECONDS = 10.0
 MAX_HELLO_BYTES = 4096
 STABLE_SECONDS = 1.0  # a connection to a node that broke sooner is not made again at once
 MAX_DELAY_SECONDS = 1.0
+MAX_BREAKS = 6  # in a row; a node where it does not get better is lost to this client
 MAX_CALLS = 1 << 16
+MAX_TOLD = 100  # characters of what a client sent
+MAX_QUESTIONS = 64  # of the gateway itself, at once
 ROUTES = routes()
 
 logger = logging.getLogger("hone.sandbox.gateway")
@@ -106,8 +109,9 @@ class Front:
         its = [call for call, one in self.calls.items() if one is node]
         for call in its:
             del self.calls[call]
-        if node.is_open and not node.is_dead:
-            self._breaks[node.prefix].count()
+        breaks = self._breaks[node.prefix]
+        breaks.count(was_open=node.is_open)
+        if not node.is_final and breaks.number <= MAX_BREAKS:
             self.frames.say(calls.Interrupted(node.prefix))
             for call in its:
                 if (creating := self.creates.get(call)) is not None:
@@ -147,7 +151,7 @@ class Front:
             )
         elif grant is None:
             problem = "the gateway does not let you in; check the token"
-        elif not self._gateway.has_room(grant.owner):
+        elif not self._gateway.has_room(grant.owner, hello.session):
             problem = f"{grant.owner} has as many clients here as it may have, or all together have"
         elif len(hello.session) < calls.MIN_SESSION_LENGTH:
             problem = f"a session that can be guessed: fewer than {calls.MIN_SESSION_LENGTH} characters"
@@ -160,7 +164,7 @@ class Front:
         self.frames.max_bytes = MAX_FRAME_BYTES
         self.session = self._gateway.join(self, grant, hello.session)
         self.frames.say(calls.Welcome("", GRACE_SECONDS, is_relay=True))
-        for prefix in self.session.prefixes | self._gateway.ledger.prefixes_of(grant.owner):
+        for prefix in self._gateway.places(self.session):
             self.node(prefix)  # what it has there outlives its absence only if it is back there
 
     def _follow(self, head: Head, frame: bytes) -> None:
@@ -176,12 +180,12 @@ class Front:
         if Scope.USE not in self.grant.scopes and not self._may(head.call, Scope.USE):
             return
         sandbox_id = msgspec.msgpack.decode(head.about, type=str)
-        prefix = sandbox_id[: sandbox_id.rfind(".") + 1]
+        prefix = prefix_of(sandbox_id)
         node = self._nodes.get(prefix) or self.node(prefix)
         if node is None:
             if head.kind == "Destroy":
                 self._gateway.ledger.unwant(prefix, sandbox_id, self.grant.owner)
-            self.fail(head.call, SandboxError(f"{sandbox_id}: its node is gone", Outcome.NODE_LOST))
+            self.fail(head.call, SandboxError(f"{sandbox_id[:MAX_TOLD]}: its node is gone", Outcome.NODE_LOST))
             return
         if len(self.calls) >= MAX_CALLS:
             self.fail(head.call, Busy(f"{MAX_CALLS} calls are under way", 1.0))
@@ -198,23 +202,30 @@ class Front:
             case "Create":
                 if head.call in self.creates or head.call in self.calls:
                     self.frames.close(f"call {head.call} is under way already")
+                elif len(self.creates) >= MAX_CALLS:
+                    self.fail(head.call, Busy(f"{MAX_CALLS} creations are under way", 1.0))
                 elif self._may(head.call, Scope.CREATE):
                     self._gateway.creates.ask(
                         self, msgspec.msgpack.decode(memoryview(frame)[4:], type=calls.Create), frame
                     )
-            case "Status":
-                if self._may(head.call, Scope.OBSERVE):
-                    self.begin(self._list(head.call))
-            case "Statistics":
-                if self._may(head.call, Scope.OBSERVE):
-                    self.begin(self._count(head.call))
-            case "Drain":
-                if self._may(head.call, Scope.ADMIN):
-                    self.begin(self._drain(msgspec.msgpack.decode(memoryview(frame)[4:], type=calls.Drain)))
+            case "Status" | "Statistics" | "Drain":
+                self._question(head, frame)
             case "Hello":
                 self.frames.close("a second greeting")
             case _:
-                self.fail(head.call, ValueError(f"a call that this gateway does not know: {head.kind}"))
+                self.fail(head.call, ValueError(f"a call that this gateway does not know: {head.kind[:MAX_TOLD]}"))
+
+    def _question(self, head: Head, frame: bytes) -> None:
+        if not self._may(head.call, Scope.ADMIN if head.kind == "Drain" else Scope.OBSERVE):
+            return
+        if len(self._tasks) >= MAX_QUESTIONS + len(self._nodes):
+            self.fail(head.call, Busy(f"{MAX_QUESTIONS} questions are under way", 1.0))
+        elif head.kind == "Status":
+            self.begin(self._list(head.call))
+        elif head.kind == "Statistics":
+            self.begin(self._count(head.call))
+        else:
+            self.begin(self._drain(msgspec.msgpack.decode(memoryview(frame)[4:], type=calls.Drain)))
 
     async def _list(self, call: int) -> None:
         whose = None if self.grant.allows(Scope.ADMIN) else self.grant.owner
@@ -272,6 +283,7 @@ class _Breaks:
         self.made = time.monotonic() + delay
         return delay
 
-    def count(self) -> None:
+    def count(self, *, was_open: bool) -> None:
         """It broke."""
-        self.number = 0 if time.monotonic() - self.made > STABLE_SECONDS else self.number + 1
+        was_stable = was_open and time.monotonic() - self.made > STABLE_SECONDS
+        self.number = 0 if was_stable else self.number + 1

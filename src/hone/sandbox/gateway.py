@@ -66,6 +66,7 @@ class Gateway:
         self.nodes: dict[str, Control] = {}
         """Those that are there, by the prefix of their sandboxes' ids."""
         self.num_lost = 0
+        self._started = time.monotonic()
         self._sources = list(sources)
         self._token = token
         self._ca_file = ca_file
@@ -112,9 +113,10 @@ class Gateway:
             return Grant("local", frozenset({Scope.ADMIN}))
         return self.tenants.grant(hello.token)
 
-    def has_room(self, owner: str) -> bool:
-        """Whether another client of an owner may come in."""
-        num_clients = sum(front.session is not None and front.grant.owner == owner for front in self._fronts)
+    def has_room(self, owner: str, name: str) -> bool:
+        """Whether another client of an owner may come in; one that is back takes no more room than before."""
+        others = [front.session for front in self._fronts if front.session is not None]
+        num_clients = sum(one.owner == owner and one.name != name for one in others)
         return num_clients < self.tenants.quota(owner).max_clients and len(self._fronts) <= MAX_CLIENTS
 
     def join(self, front: Front, grant: Grant, name: str) -> Session:
@@ -127,6 +129,12 @@ class Gateway:
             former.frames.abort("its client has another connection")
         session.front = front
         return session
+
+    def places(self, session: Session) -> set[str]:
+        """The nodes where a client that comes may have sandboxes: a gateway that was started anew cannot know better."""
+        if time.monotonic() - self._started < 2 * GRACE_SECONDS:
+            return session.prefixes | self.ledger.prefixes_of(session.owner)
+        return set(session.prefixes)
 
     def leave(self, front: Front) -> None:
         """A client's connection is over."""
@@ -178,6 +186,10 @@ class Gateway:
         for told in await self.ask_all(lambda one: calls.Statistics(one.number()), dict[str, float]):
             for name, value in told.items():
                 sums[name] = sums.get(name, 0.0) + value
+        return self.counts() | sums
+
+    def counts(self) -> dict[str, float]:
+        """The gateway's own numbers."""
         return {
             "gateway/nodes": len(self.nodes),
             "gateway/nodes_absent": len(self._controls) - len(self.nodes),
@@ -186,7 +198,6 @@ class Gateway:
             "gateway/clients": len(self._fronts),
             "gateway/calls": sum(len(front.calls) for front in self._fronts),
             "gateway/creates_refused": self.creates.num_refused,
-            **sums,
         }
 
     async def drain(self, name: str, is_draining: bool) -> int:
@@ -223,9 +234,11 @@ class Gateway:
         logger.warning("the node %s is lost: %s", control.prefix.rstrip("."), problem)
         self.nodes.pop(control.prefix, None)
         self.num_lost += 1
+        for session in self._sessions.values():
+            session.prefixes.discard(control.prefix)
         self.ledger.lose(control.prefix, time.monotonic() + NOTICE_SECONDS + control.grace_seconds)
         for connection in list(control.connections):
-            connection.close(problem, is_dead=True)
+            connection.close(problem, is_final=True)
 
     def _accept(self) -> Frames:
         front = Front(self)

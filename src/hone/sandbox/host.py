@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hone.sandbox.native.build import COMPILERS, cache_folder
+from hone.sandbox.native.build import cache_folder, can_build
 from hone.sandbox.plan import MASKED, Bind, Image
 
 LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
 LANDLOCK_ABSTRACT_SOCKETS = 6  # the ABI that can keep programs from other cells' abstract sockets
 CAP_SYS_ADMIN, CAP_SETUID = 21, 7
 MIN_KERNEL = (5, 14)
+MIN_KERNEL_FOR_SHARED_LAYERS = (6, 3)  # the first whose tmpfs can be seen with other ids
 FIRST_ID, LAST_ID = 1 << 20, 1 << 31  # the ids that cells get ranges of
 PROGRAMS = ("bwrap", "crun", "runc", "runsc")
 SYSTEM_LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
@@ -53,7 +54,7 @@ class Host:
     has_id_ranges: bool
     has_user_namespaces: bool
     has_network_namespaces: bool
-    has_compiler: bool
+    can_build: bool
     has_overlay: bool
     has_seccomp: bool
     landlock: int
@@ -90,7 +91,7 @@ def look() -> Host:
         has_user_namespaces=_allows_user_namespaces(),
         has_network_namespaces=Path("/proc/self/ns/net").exists()
         and _words("/proc/sys/user/max_net_namespaces") != ["0"],
-        has_compiler=any(shutil.which(compiler) for compiler in COMPILERS),
+        can_build=can_build(),
         has_overlay="overlay" in _words("/proc/filesystems"),
         has_seccomp="errno" in _words("/proc/sys/kernel/seccomp/actions_avail"),
         landlock=max(0, _landlock()),
@@ -112,7 +113,12 @@ def examine(host: Host) -> tuple[Finding, ...]:
             host.kernel >= MIN_KERNEL,
             "cells: they need mounts by descriptor and processes born in a cgroup",
         ),
-        Finding("C compiler", host.has_compiler, "cells: their two small programs are compiled on first use"),
+        Finding(
+            "programs in C",
+            host.can_build,
+            "little weight: without a C compiler, and without a wheel that has them compiled, spawner and agents are in "
+            "Python, an interpreter for each sandbox, without kept layers, ports and a warm Python that is ready at once",
+        ),
         Finding("user namespaces", host.has_user_namespaces, "cells; what is left are processes behind Landlock"),
         Finding(
             "network namespaces",
@@ -126,6 +132,11 @@ def examine(host: Host) -> tuple[Finding, ...]:
         ),
         Finding("seccomp", host.has_seccomp, "cells: system calls could not be filtered"),
         Finding("overlay", host.has_overlay, "images other than the host's"),
+        Finding(
+            "layers of one cell below another",
+            can_share_layers(host),
+            "snapshots without copies: files are copied into each sandbox that begins from one",
+        ),
         Finding("id ranges", host.has_id_ranges, "ids of their own: a cell's programs have this user's id outside"),
         Finding("cgroup v2", folders.unified is not None, "pause, and the death of daemons at a timeout of their exec"),
         Finding("cgroup memory", "memory" in controllers, "a limit on the sum of memory; each process has its own"),
@@ -136,6 +147,13 @@ def examine(host: Host) -> tuple[Finding, ...]:
             host.landlock >= LANDLOCK_ABSTRACT_SOCKETS,
             'the cheap network="off": such cells get a network namespace each',
         ),
+    )
+
+
+def can_share_layers(host: Host) -> bool:
+    """Whether cells of this machine can lie over what others have written, whose ids are others outside."""
+    return (
+        host.can_build and host.has_overlay and (not host.has_id_ranges or host.kernel >= MIN_KERNEL_FOR_SHARED_LAYERS)
     )
 
 

@@ -25,7 +25,7 @@ SHUTDOWN_SECONDS = 10
 BUSY_SECONDS = 1.0
 BACKLOG = 2048
 T = TypeVar("T")
-OpenBox = Callable[[SandboxSpec], Sandbox]
+OpenBox = Callable[[SandboxSpec, str], Sandbox]
 
 logger = logging.getLogger("hone.sandbox.http")
 
@@ -64,8 +64,8 @@ def code_app(
 ) -> FastAPI:
     """The application: `POST /run_code`, and `GET /v1/ping`.
 
-    open_box: makes the sandbox of a spec, not yet opened. tokens: names of owners by bearer token; None lets everybody
-    in who can reach it. spec: of the sandboxes; a request can change the memory.
+    open_box: makes the sandbox of a spec, not yet opened, for whoever shows a bearer token. tokens: names of owners by
+    token; None leaves it to `open_box` whom to let in. spec: of the sandboxes; a request can change the memory.
     """
     app = FastAPI(title="hone sandboxes", docs_url=None, redoc_url=None, openapi_url=None)
     places = asyncio.Semaphore(limits.max_requests)
@@ -77,12 +77,14 @@ def code_app(
     @app.post("/run_code")
     async def run(request: Request) -> Response:
         try:
-            _require_token(request, tokens)
+            token = _token(request, tokens)
             if places.locked():
                 raise _come_again(f"{limits.max_requests} requests are under way already", BUSY_SECONDS)
             async with places:
                 asked = _decoded(await _body(request, limits.max_body_bytes), limits)
-                reply = await _while_connected(request, _answered(open_box, asked, spec, limits))
+                reply = await _while_connected(
+                    request, _answered(open_box(_spec(asked, spec, limits), token), asked, limits)
+                )
         except Refused as refused:
             content = msgspec.json.encode({"detail": str(refused)})
             return Response(content, refused.code, refused.headers, "application/json")
@@ -108,13 +110,12 @@ async def serving(app: FastAPI, host: str, port: int) -> AsyncIterator[str]:
             await task
 
 
-async def _answered(open_box: OpenBox, asked: RunCodeRequest, spec: SandboxSpec, limits: HttpLimits) -> RunCodeResponse:
+async def _answered(box: Sandbox, asked: RunCodeRequest, limits: HttpLimits) -> RunCodeResponse:
     """Run the code in a sandbox that nobody had before and nobody gets afterwards."""
-    box = open_box(_spec(asked, spec, limits))
     sandbox_id = ""
     try:
         async with asyncio.timeout(READY_SECONDS + asked.compile_timeout + asked.run_timeout + FILES_SECONDS):
-            await box.open()
+            await _opened(box)
             sandbox_id = box.sandbox_id
             result = await run_code(
                 box,
@@ -143,6 +144,13 @@ async def _answered(open_box: OpenBox, asked: RunCodeRequest, spec: SandboxSpec,
             await box.close()
 
 
+async def _opened(box: Sandbox) -> None:
+    try:
+        await box.open()
+    except ValueError as error:  # it does not know the token, or does not give what the spec says
+        raise Refused(403, f"refused where the sandboxes are: {error}") from error
+
+
 async def _fetched(box: Sandbox, paths: list[str], max_bytes: int) -> tuple[dict[str, bytes], list[str]]:
     """The files that there are, and what became of the others."""
     found: dict[str, bytes] = {}
@@ -165,15 +173,17 @@ def _spec(asked: RunCodeRequest, spec: SandboxSpec, limits: HttpLimits) -> Sandb
     return msgspec.structs.replace(spec, memory_mb=memory_mb, ttl_seconds=max(seconds, spec.ttl_seconds))
 
 
-def _require_token(request: Request, tokens: Mapping[str, str] | None) -> None:
+def _token(request: Request, tokens: Mapping[str, str] | None) -> str:
+    """The token that a request shows, if it is one of those that are known, where any are."""
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
     if tokens is None:
-        return
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-    is_known = [hmac.compare_digest(token.encode(), given) for token in tokens]  # all of them: no early answer
+        return given
+    is_known = [hmac.compare_digest(token.encode(), given.encode()) for token in tokens]  # all of them: no early answer
     if not any(is_known):
         raise Refused(
             401, "give a token that this server knows: Authorization: Bearer ...", {"www-authenticate": "Bearer"}
         )
+    return given
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:

@@ -1,7 +1,9 @@
 """What a node means to do, written down before it does it, so that the node after a crash knows what was lost."""
 
+import errno
 import fcntl
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -9,6 +11,8 @@ from hone.sandbox.errors import SandboxError
 
 NAME = "journal.jsonl"
 MAX_BYTES = 4 << 20
+
+logger = logging.getLogger(__name__)
 
 
 class Journal:
@@ -32,18 +36,26 @@ class Journal:
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._open: dict[str, str] = {}
         self._num_bytes = 0
+        self._is_behind = False
 
     def begin(self, sandbox_id: str, owner: str) -> None:
-        """A sandbox is about to be."""
+        """A sandbox is about to be; `SandboxError` where that cannot be written."""
         self._open[sandbox_id] = owner
-        self._write({"begin": sandbox_id, "owner": owner})
+        try:
+            self._write({"begin": sandbox_id, "owner": owner})
+        except OSError as error:
+            del self._open[sandbox_id]
+            raise SandboxError(f"the journal {self._path} cannot be written: {error.strerror}") from error
 
     def end(self, sandbox_id: str) -> None:
-        """Nothing of it is left."""
+        """Nothing of it is left. Where that cannot be written now, it is with the next line that can."""
         self._open.pop(sandbox_id, None)
-        self._write({"end": sandbox_id})
-        if self._num_bytes > MAX_BYTES:
-            self._shorten()
+        try:
+            self._write({"end": sandbox_id})
+            if self._num_bytes > MAX_BYTES:
+                self._shorten()
+        except OSError as error:
+            logger.error("the journal %s cannot be written: %s", self._path, error.strerror)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -51,7 +63,15 @@ class Journal:
         os.close(self._lock)
 
     def _write(self, line: dict[str, str]) -> None:
-        self._num_bytes += os.write(self._file, json.dumps(line).encode() + b"\n")
+        if self._is_behind:
+            self._shorten()
+            return
+        data = json.dumps(line).encode() + b"\n"
+        self._is_behind = True  # until all of it is there
+        if os.write(self._file, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._is_behind = False
+        self._num_bytes += len(data)
 
     def _shorten(self) -> None:
         """Keep what is open only; a crash in between leaves the long file or the short one."""
@@ -62,6 +82,7 @@ class Journal:
         os.close(self._file)
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._num_bytes = 0
+        self._is_behind = False
 
 
 def _unfinished(path: Path) -> dict[str, str]:

@@ -1,14 +1,14 @@
 """Layers of files held for cells to lie over: what other cells wrote, taken over or copied, in a place of the spawner's."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hone.sandbox.host import Host
+from hone.sandbox.errors import SandboxError
 from hone.sandbox.plan import (
     ATTRIBUTE_READ_ONLY,
-    INODES_PER_MB,
     MASK,
     MAX_LAYERS,
     NO_DEVICES,
@@ -20,41 +20,37 @@ from hone.sandbox.plan import (
 )
 from hone.sandbox.spawner import Spawner
 
-MIN_KERNEL_WITH_RANGES = (6, 3)  # the first whose tmpfs can be seen with other ids
 MAX_HELD = 16  # laid over one another; opening a file far below costs, so that more are made one
 NUM_FOLDERS = 1 << 16
+SPARE_BYTES, SPARE_FILES = 1 << 20, 64
 
 
 @dataclass(eq=False, slots=True)
 class Layer:
     """Files that nobody changes any more.
 
-    name: as plans have it. descriptor: of its folder. spawner: whose cells can lie over it. num_holders: who want it kept.
+    name: as plans have it. descriptor: of its folder. spawner: whose cells can lie over it. first_id: what owns in it what
+    root owns. size_bytes: what it takes of the machine's memory. num_holders: who want it kept.
     """
 
     name: str
     descriptor: int
     spawner: Spawner
     number: int
+    size_bytes: int
     first_id: int = 0
     num_holders: int = 1
-
-    @property
-    def size_bytes(self) -> int:
-        """What its files take of the machine's memory."""
-        room = os.fstatvfs(self.descriptor)
-        return (room.f_blocks - room.f_bfree) * room.f_frsize
 
 
 class Layers:
     """Holds layers for the cells of some spawners.
 
     They are mounts in a view that no process works in, so that cells, which copy the mounts there are, do not copy them.
-    The memory of a layer that was taken over is counted where the cell's cgroup was, of a copied one with this process.
+    held: all of them. The memory of a layer that was taken over is counted where the cell's cgroup was, of a copied one with this process.
     """
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self) -> None:
+        self.held: set[Layer] = set()
         self._prepared: set[Spawner] = set()
         self._free: list[int] = []
         self._num_used = 0
@@ -64,9 +60,9 @@ class Layers:
 
         first_id: the outside's id of what root owns in it. `OSError` where the kernel does not let that be.
         """
-        number = await self._number(spawner)
-        own = os.dup(descriptor)
+        own = os.dup(descriptor)  # the cell may end meanwhile
         try:
+            number = await self._number(spawner)
             steps = (
                 Operation(Code.KEEPER),
                 _folder(number),
@@ -77,13 +73,12 @@ class Layers:
         except BaseException:  # a cancellation too: undo, then pass it on
             os.close(own)
             raise
-        return Layer(_name(number), own, spawner, number, first_id)
+        return self._held(Layer(_name(number), own, spawner, number, used(own).size_bytes, first_id))
 
-    async def make(self, spawner: Spawner, size_bytes: int) -> Layer:
+    async def make(self, spawner: Spawner, room: "Used") -> Layer:
         """A new, empty layer for as much, to be filled by its descriptor before a cell lies over it."""
         number = await self._number(spawner)
-        size_mb = (size_bytes >> 20) + 2
-        options = f"size={size_mb}m,nr_inodes={max(4096, size_mb * INODES_PER_MB)},mode=755"
+        options = f"size={room.size_bytes + SPARE_BYTES},nr_inodes={room.num_files + SPARE_FILES},mode=755"
         mount = b"tmpfs\0" + _path(number) + b"\0tmpfs\0" + options.encode() + b"\0"
         steps = (
             Operation(Code.KEEPER),
@@ -91,19 +86,27 @@ class Layers:
             Operation(Code.MOUNT, mount, a=NO_SETUID | NO_DEVICES),
             Operation(Code.GIVE, _path(number) + b"\0"),
         )
-        return Layer(_name(number), await spawner.carry_out(steps), spawner, number)
+        return self._held(Layer(_name(number), await spawner.carry_out(steps), spawner, number, room.size_bytes))
 
     async def release(self, layer: Layer) -> None:
         """One of its holders wants it no longer; with the last one it goes. Living cells over it keep what they have."""
         layer.num_holders -= 1
         if layer.num_holders:
             return
+        self.held.discard(layer)
         os.close(layer.descriptor)
         layer.descriptor = -1
         if layer.spawner.is_lost:  # with all that it held
             return
-        await layer.spawner.carry_out((Operation(Code.KEEPER), Operation(Code.UNMOUNT, _path(layer.number) + b"\0")))
-        self._free.append(layer.number)
+        with contextlib.suppress(SandboxError):  # it is lost now
+            await layer.spawner.carry_out(
+                (Operation(Code.KEEPER), Operation(Code.UNMOUNT, _path(layer.number) + b"\0"))
+            )
+            self._free.append(layer.number)
+
+    def _held(self, layer: Layer) -> Layer:
+        self.held.add(layer)
+        return layer
 
     async def _number(self, spawner: Spawner) -> int:
         if spawner not in self._prepared:
@@ -117,9 +120,21 @@ class Layers:
         return self._num_used
 
 
-def can_hold(host: Host) -> bool:
-    """Whether cells of this machine can lie over the layers of others; otherwise files are copied into each."""
-    return host.has_overlay and (not host.has_id_ranges or host.kernel >= MIN_KERNEL_WITH_RANGES)
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What is in a file system."""
+
+    size_bytes: int
+    num_files: int
+
+    def __add__(self, other: "Used") -> "Used":
+        return Used(self.size_bytes + other.size_bytes, self.num_files + other.num_files)
+
+
+def used(descriptor: int) -> Used:
+    """What is in the file system of a layer, all of which is the layer's."""
+    room = os.fstatvfs(descriptor)
+    return Used((room.f_blocks - room.f_bfree) * room.f_frsize, room.f_files - room.f_ffree)
 
 
 def over(image: Image, layers: Sequence[Layer]) -> Image:

@@ -29,7 +29,8 @@ class Limits:
 
     max_sandboxes: cells at once, warm ones included. max_starting: cells that are being made at once. max_queued:
     sandboxes that wait for that; more are `Busy`. queue_seconds: after so long a wait a sandbox is given up. max_warm:
-    cells that are kept ready, of all kinds together; how many of which kind follows the demand.
+    cells that are kept ready, of all kinds together; how many of which kind follows the demand. max_snapshots,
+    max_snapshot_mb: snapshots at once, and what they and sandboxes that began from them hold of memory, about.
     """
 
     max_sandboxes: int = 4096
@@ -37,6 +38,8 @@ class Limits:
     max_queued: int = 4096
     queue_seconds: float = 60.0
     max_warm: int = 0
+    max_snapshots: int = 1024
+    max_snapshot_mb: int = 4096
 
 
 class Stage(StrEnum):
@@ -61,10 +64,14 @@ class End(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Make:
-    """Make a cell; tell `Lifecycle.made` or `Lifecycle.failed`. Cells are named by the number they get here."""
+    """Make a cell; tell `Lifecycle.made` or `Lifecycle.failed`. Cells are named by the number they get here.
+
+    sandbox_id: whose it will be; empty if whoever comes may have it.
+    """
 
     number: int
     spec: SandboxSpec
+    sandbox_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,10 @@ Command = Make | Give | Destroy | Over
 
 @dataclass(slots=True)
 class Lease:
-    """A sandbox as the node accounts for it. Times are of the caller's clock."""
+    """A sandbox as the node accounts for it. Times are of the caller's clock.
+
+    snapshot_id: what it begins from, if not from its image alone. has_begun: whether it was ready once.
+    """
 
     sandbox_id: str
     spec: SandboxSpec
@@ -111,6 +121,8 @@ class Lease:
     ends: float = math.inf
     used: float = 0.0
     num_uses: int = 0
+    snapshot_id: str = ""
+    has_begun: bool = False
 
     def deadline(self) -> float:
         """When it is over unless it is used until then."""
@@ -171,14 +183,14 @@ class Lifecycle:
         commands, self._commands = self._commands, []
         return commands
 
-    def ask(self, spec: SandboxSpec, now: float, *, key: str = "", owner: str = "") -> Lease:
+    def ask(self, spec: SandboxSpec, now: float, *, key: str = "", owner: str = "", snapshot_id: str = "") -> Lease:
         """A lease on a sandbox that will be there. key: the same key of the same owner is the same sandbox, while it lives.
 
         Raises `Busy` when as many wait as may or none are taken any more, `ValueError` for a key that stands for a sandbox of another kind.
         """
         if key and (known := self._by_key.get((owner, key))) is not None:
             lease = self.leases[known]
-            if lease.spec != spec:
+            if lease.spec != spec or lease.snapshot_id != snapshot_id:
                 raise ValueError(
                     f"the key {key!r} stands for {lease.sandbox_id}, a sandbox of another kind; use another key"
                 )
@@ -186,11 +198,12 @@ class Lifecycle:
         if self.is_draining:
             self.num_busy += 1
             raise Busy("the node takes no new sandboxes", DRAINING_SECONDS)
-        self._pool(spec).ask(now)
+        if not snapshot_id:
+            self._pool(spec).ask(now)
         if len(self._queue) >= self.limits.max_queued:
             self.num_busy += 1
             raise Busy(f"{len(self._queue)} sandboxes wait already", self._wait_seconds())
-        lease = Lease(f"{self._prefix}{next(self._numbers)}", spec, owner, key, asked=now)
+        lease = Lease(f"{self._prefix}{next(self._numbers)}", spec, owner, key, asked=now, snapshot_id=snapshot_id)
         lease.ends = now + self.limits.queue_seconds
         self.leases[lease.sandbox_id] = lease
         if key:
@@ -228,6 +241,10 @@ class Lifecycle:
         self._dying.discard(number)
         self._advance(now)
 
+    def knows(self, key: str, owner: str) -> bool:
+        """Whether a sandbox of this key lives."""
+        return bool(key) and (owner, key) in self._by_key
+
     def find(self, sandbox_id: str) -> Lease:
         """The lease of a sandbox; `SandboxError` that says why there is none."""
         lease = self.leases.get(sandbox_id)
@@ -255,11 +272,20 @@ class Lifecycle:
         """The lease lasts for so long from now."""
         if not seconds > 0:
             raise ValueError(f"{seconds:g} s is no time for a lease")
-        if lease.stage is not Stage.READY:
+        if not lease.has_begun:
             lease.spec = msgspec.structs.replace(lease.spec, ttl_seconds=seconds)
             return
         lease.ends = now + seconds
         self._watch(lease)
+
+    def exchange(self, lease: Lease, now: float) -> None:
+        """Destroy the cell of a sandbox that is ready and make it another one, which is no other's; its lease goes on."""
+        assert lease.cell is not None
+        number, lease.cell = lease.cell, None
+        lease.stage = Stage.STARTING
+        self._num_given -= 1
+        self._destroy(number)
+        self._make(lease.sandbox_id, lease.spec, now)
 
     def end(
         self,
@@ -289,7 +315,7 @@ class Lifecycle:
                 continue
             if lease.deadline() > now:
                 self._watch(lease)
-            elif lease.stage is not Stage.READY:
+            elif not lease.has_begun:
                 self._end(
                     lease, f"it was not ready within {self.limits.queue_seconds:g} s", Outcome.NODE_LOST, End.NOT_READY
                 )
@@ -343,8 +369,8 @@ class Lifecycle:
         room = self.limits.max_sandboxes - self.num_cells
         while self._queue:
             lease = next(iter(self._queue.values()))
-            pool = self._pool(lease.spec)
-            if pool.ready:
+            pool = None if lease.snapshot_id else self._pool(lease.spec)
+            if pool is not None and pool.ready:
                 self._queue.popitem(last=False)
                 self._num_warm -= 1
                 self._give(lease, pool.ready.pop(), now, is_warm=True)
@@ -392,7 +418,9 @@ class Lifecycle:
     def _give(self, lease: Lease, number: int, now: float, *, is_warm: bool = False) -> None:
         lease.stage, lease.cell, lease.used = Stage.READY, number, now
         self._num_given += 1
-        lease.ends = now + lease.spec.ttl_seconds
+        if not lease.has_begun:
+            lease.has_begun = True
+            lease.ends = now + lease.spec.ttl_seconds
         self._watch(lease)
         self._commands.append(Give(lease.sandbox_id, number, is_warm))
 
@@ -412,7 +440,7 @@ class Lifecycle:
         number = next(self._cells)
         self._makings[number] = purpose
         self._begun[number] = now
-        self._commands.append(Make(number, kind_of(spec)))
+        self._commands.append(Make(number, kind_of(spec), purpose if isinstance(purpose, str) else ""))
 
     def _end_making(self, number: int, now: float) -> str | bytes:
         self._making_seconds += 0.1 * (now - self._begun.pop(number) - self._making_seconds)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self, TypeVar
 
 import msgspec
 
@@ -20,19 +20,23 @@ from hone.observability.spans import Spans
 from hone.sandbox.beneath import Owner
 from hone.sandbox.cells import Cell, Cells
 from hone.sandbox.descriptors import provide_for_cells
-from hone.sandbox.egress import PROXY_PORT, NetworkPolicy, proxy_variables
+from hone.sandbox.egress import NetworkPolicy
 from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.files import Files, Tree
 from hone.sandbox.images import ImageStore
 from hone.sandbox.journal import Journal
+from hone.sandbox.layers import is_too_deep
 from hone.sandbox.lifecycle import Command, Destroy, End, Give, Lease, Lifecycle, Limits, Make, Over, Stage
+from hone.sandbox.network import SandboxNetwork
 from hone.sandbox.network_log import NetworkLog
+from hone.sandbox.ports import Connection
 from hone.sandbox.programs import Process
-from hone.sandbox.proxy import MAX_WAITING, Gate, Proxy
+from hone.sandbox.proxy import Gate
 from hone.sandbox.python import PythonSession, WarmPython, Zygotes
 from hone.sandbox.records import Records
 from hone.sandbox.report import report_of
-from hone.schema.sandbox_network import NetworkRecord, parse_rules
+from hone.sandbox.state import Base, Snapshot, Snapshots
+from hone.schema.sandbox_network import NetworkRecord
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
     DEFAULT_RUNTIMES,
@@ -44,11 +48,14 @@ from hone.schema.sandboxes import (
     SandboxSpec,
     SandboxStatus,
     SandboxUsage,
+    SnapshotStatus,
+    Transfer,
 )
 
 TICK_SECONDS = 1.0
 NUM_FILE_THREADS = 4
 MAX_IMAGES_TOLD = 1000
+T = TypeVar("T")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
 logger = logging.getLogger("hone.sandbox.node")
@@ -91,10 +98,11 @@ class Node:
         """The way out for the sandboxes with an allow-list."""
         self._zygotes = Zygotes(host=self._cells.host)
         self._threads = ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="hone-files")
+        self.snapshots = Snapshots(self.prefix, self._cells.host, self._threads, limits)
         self._by_number: dict[int, Cell] = {}
         self._sandboxes: dict[str, NodeSandbox] = {}
         self._holders: dict[int, NodeSandbox] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._makings: set[asyncio.Task[None]] = set()
         self._ticking: asyncio.Task[None] | None = None
         self._used_images: dict[str, None] = {"python": None}
@@ -132,6 +140,7 @@ class Node:
         while self._tasks:  # an end may begin another
             await asyncio.wait(set(self._tasks))
         try:
+            await self.snapshots.let_go_of_all()
             await self._cells.__aexit__(kind, error, trace)
         finally:
             await self._zygotes.__aexit__(kind, error, trace)
@@ -163,21 +172,31 @@ class Node:
         """Whether it takes no new sandboxes."""
         return self._lifecycle.is_draining or self._is_closing
 
-    def create(self, spec: SandboxSpec, *, key: str = "", owner: str = "") -> "NodeSandbox":
+    def create(self, spec: SandboxSpec, *, key: str = "", owner: str = "", snapshot_id: str = "") -> "NodeSandbox":
         """A sandbox that will be ready; returns at once. key: asked twice by one owner, it is the same sandbox.
 
-        Raises `Busy` when as many wait as may.
+        snapshot_id: of what it begins from, instead of the image alone. Raises `Busy` when as many wait as may.
         """
         if self._is_closing:
             raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
-        if any(rule.is_private for rule in parse_rules(spec.allow)) and not self.gate.policy.is_private_allowed:
-            raise Unsupported(f"the node {self.name} lets no sandbox into private networks: allow {list(spec.allow)}")
-        lease = self._lifecycle.ask(spec, time.monotonic(), key=key, owner=owner)
+        if refused := self.gate.policy.refuses(spec):
+            raise Unsupported(f"the node {self.name} gives no sandbox {refused}; serve it with --private-networks")
+        base = None
+        if snapshot_id and not self._lifecycle.knows(key, owner):
+            base = self.snapshots.base_for(spec, snapshot_id)
+        lease = self._lifecycle.ask(spec, time.monotonic(), key=key, owner=owner, snapshot_id=snapshot_id)
         sandbox = self._sandboxes.get(lease.sandbox_id)
         if sandbox is None:
             sandbox = self._sandboxes[lease.sandbox_id] = NodeSandbox(self, lease)
-            if self._journal is not None:
-                self._journal.begin(lease.sandbox_id, owner)
+            if base is not None:
+                sandbox.begin_from(base)
+            try:
+                if self._journal is not None:
+                    self._journal.begin(lease.sandbox_id, owner)
+            except SandboxError as error:
+                self._lifecycle.end(lease.sandbox_id, time.monotonic(), str(error))
+                self._obey()
+                raise
         self._obey()
         return sandbox
 
@@ -229,6 +248,8 @@ class Node:
             "sandbox/max_sandboxes": lifecycle.limits.max_sandboxes,
             "sandbox/memory_bytes": self._cells.memory_bytes() or 0,
             "sandbox/cpu_seconds": self.cpu_seconds,
+            "sandbox/snapshots": self.snapshots.count,
+            "sandbox/snapshot_bytes": self.snapshots.size_bytes,
             **self.gate.statistics(),
         }
 
@@ -276,9 +297,25 @@ class Node:
         """The lease is over; returns when nothing of the sandbox is left."""
         self._lifecycle.end(sandbox.sandbox_id, time.monotonic(), problem, end=end)
         self._obey()
-        if sandbox.cell is not None:
-            await sandbox.cell.destroy()
+        for cell in (sandbox.cell, sandbox.former):
+            if cell is not None:
+                await cell.destroy()
         await sandbox.hang_up()
+
+    async def hold_snapshot(self, snapshot_id: str, seconds: float) -> None:
+        """Hold a snapshot for so long from now; for nothing, let go of it, which does no harm when it is gone."""
+        if seconds > 0:
+            self.snapshots.find(snapshot_id).ends = time.monotonic() + seconds
+            return
+        with contextlib.suppress(SandboxError):
+            await self.snapshots.let_go(self.snapshots.find(snapshot_id))
+
+    def exchange(self, sandbox: "NodeSandbox") -> None:
+        """Give a sandbox that is ready another cell, made from its base, for the one that it has."""
+        assert sandbox.lease.cell is not None
+        del self._holders[sandbox.lease.cell]
+        self._lifecycle.exchange(sandbox.lease, time.monotonic())
+        self._obey()
 
     def renew(self, lease: Lease, seconds: float) -> None:
         """The lease lasts for so long from now."""
@@ -286,9 +323,11 @@ class Node:
 
     def files_of(self, cell: Cell) -> Files:
         """The files of a cell, as its programs own them."""
+        return Files(Tree(cell.root_descriptor, self._owner_of(cell), cell.files_folder), self._threads)
+
+    def _owner_of(self, cell: Cell) -> Owner | None:
         gid = cell.uid_base if self._cells.host.has_id_ranges else self._cells.host.gid
-        owner = Owner(cell.uid_base, gid) if self._cells.host.has_id_ranges else None
-        return Files(Tree(cell.root_descriptor, owner, cell.files_folder), self._threads)
+        return Owner(cell.uid_base, gid) if self._cells.host.has_id_ranges else None
 
     async def python_of(self, cell: Cell) -> WarmPython:
         """The warm Python of a cell."""
@@ -315,10 +354,10 @@ class Node:
                 if (ended := self._sandboxes.pop(sandbox_id, None)) is not None:
                     ended.lose(SandboxError(f"{sandbox_id}: {problem}", outcome), end)
                     if ended.cell is None:
-                        self.records.tallies.not_created[outcome] += 1
+                        self.records.tallies.not_created[outcome] += not ended.lease.has_begun
                         self._settle(ended)
 
-    def begin(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+    def begin(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
         """Have something done that nobody waits for, before the node is left."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -327,10 +366,7 @@ class Node:
 
     async def _make(self, command: Make) -> None:
         try:
-            image = None
-            if command.spec.image != "python":
-                image = await asyncio.to_thread(self._images.find, command.spec.image)
-            cell = await self._cells.create(command.spec, image)
+            cell = await self._cell(command)
         except (SandboxError, ImageError, OSError) as error:
             outcome = error.outcome if isinstance(error, SandboxError) else Outcome.POLICY_DENIED
             self.records.tallies.cells_failed += 1
@@ -342,6 +378,21 @@ class Node:
             self._by_number[command.number] = cell
             self._lifecycle.made(command.number, time.monotonic())
         self._obey()
+
+    async def _cell(self, command: Make) -> Cell:
+        sandbox = self._sandboxes.get(command.sandbox_id)
+        if sandbox is None or sandbox.base is None:
+            image = None
+            if command.spec.image != "python":
+                image = await asyncio.to_thread(self._images.find, command.spec.image)
+            return await self._cells.create(command.spec, image)
+        cell = await self._cells.create(command.spec, self.snapshots.image(sandbox.base))
+        try:
+            await self.snapshots.fill(cell, self._owner_of(cell), sandbox.base)
+        except BaseException:  # a cancellation too: undo, then pass it on
+            await asyncio.shield(cell.destroy())
+            raise
+        return cell
 
     async def _destroy(self, number: int) -> None:
         cell = self._by_number[number]
@@ -375,6 +426,7 @@ class Node:
                     self._lifecycle.end(sandbox.sandbox_id, time.monotonic(), problem)
             self._lifecycle.tick(time.monotonic())
             self._obey()
+            await self.snapshots.let_go_of_old()
 
 
 class NodeSandbox:
@@ -396,7 +448,13 @@ class NodeSandbox:
         self._python: WarmPython | None = None
         self._session: PythonSession | None = None
         self._session_turn = asyncio.Lock()
-        self._proxy: Proxy | None = None
+        self.base: Base | None = None
+        """What its next cell is made from; none: its image."""
+        self.former: Cell | None = None
+        """The cell that it had before."""
+        self._past = SandboxUsage()
+        self._state_turn = asyncio.Lock()
+        self._network = SandboxNetwork(node.gate, lease)
 
     @property
     def sandbox_id(self) -> str:
@@ -444,9 +502,28 @@ class NodeSandbox:
             self._node.begin(self._hold(process))
             return process
 
+    async def spawn_python(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
+        """What `python -c CODE` does, in a fork of a warm interpreter, to talk with. As `spawn`."""
+        async with self._use("spawn") as cell:
+            process = await (await self._warm(cell)).spawn(code, env=self._variables(env), cwd=cwd)
+            self._node.begin(self._hold(process))
+            return process
+
+    async def connect(self, port: int, *, timeout_seconds: float) -> Connection:
+        """A connection to a port of its loopback; while it lasts the sandbox is not idle.
+
+        Where nobody listens it is tried for so long, then it is a `ConnectionRefusedError`.
+        """
+        async with self._use("network") as cell:
+            connection = await self._network.connect(cell, port, timeout_seconds)
+            self._node.begin(self._hold(connection))
+            return connection
+
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         """Run a snippet in the sandbox's session, which begins with the first one and keeps its variables."""
         async with self._use("python") as cell, self._session_turn:
+            if self._session is not None and self._session.is_over:  # with a call that was given up
+                self._session = None
             if self._session is None:
                 self._session = await (await self._warm(cell)).session(env=self._variables(None))
             answer = await self._session.run(code, timeout_seconds)
@@ -484,10 +561,75 @@ class NodeSandbox:
         async with self._use("files") as cell:
             await self._tree(cell).remove(path, is_recursive=is_recursive)
 
+    async def stat(self, path: str, *, follows_links: bool = True) -> FileEntry:
+        """As `Tree.stat`."""
+        async with self._use("files") as cell:
+            return await self._tree(cell).stat(path, follows_links=follows_links)
+
+    async def make_folder(self, path: str) -> None:
+        """As `Tree.make_folder`."""
+        async with self._use("files") as cell:
+            await self._tree(cell).make_folder(path)
+
+    async def pack(self, path: str, into: BinaryIO) -> Transfer:
+        """As `Tree.pack`."""
+        async with self._use("files") as cell:
+            transfer = await self._tree(cell).pack(path, into)
+            self._node.records.tallies.read_bytes += transfer.num_bytes
+            return transfer
+
+    async def unpack(self, path: str, source: BinaryIO) -> Transfer:
+        """As `Tree.unpack`."""
+        async with self._use("files") as cell:
+            transfer = await self._tree(cell).unpack(path, source)
+            self._node.records.tallies.written_bytes += transfer.num_bytes
+            return transfer
+
+    async def upload(self, local: Path, path: str) -> Transfer:
+        """As `Files.upload`."""
+        async with self._use("files") as cell:
+            transfer = await self._tree(cell).upload(local, path)
+            self._node.records.tallies.written_bytes += transfer.num_bytes
+            return transfer
+
+    async def download(self, path: str, local: Path) -> Transfer:
+        """As `Files.download`."""
+        async with self._use("files") as cell:
+            transfer = await self._tree(cell).download(path, local)
+            self._node.records.tallies.read_bytes += transfer.num_bytes
+            return transfer
+
+    async def snapshot(self, *, ttl_seconds: float = 600.0) -> SnapshotStatus:
+        """Its files as they are now. It goes on as if nothing had happened, though maybe in another cell.
+
+        Where nothing runs in it, its files become a layer, and a new cell over that takes its place. Otherwise they are
+        copied, while all in it is paused, and what runs goes on. Raises `Busy` where too much is held already.
+        """
+        if not ttl_seconds > 0:
+            raise ValueError(f"{ttl_seconds:g} s is no time for a snapshot")
+        taking = self._node.begin(self._snapshot(ttl_seconds))
+        try:
+            return (await asyncio.shield(taking)).status()
+        except asyncio.CancelledError:
+            self._node.begin(self._unwanted(taking))
+            raise
+
+    async def reset(self, snapshot_id: str) -> None:
+        """Begin anew from a snapshot: what runs in it ends, and the next call waits for another cell."""
+        async with self._state_turn, self._use("state") as cell:
+            base = self._node.snapshots.base_for(self.lease.spec, snapshot_id)
+            former = self.base
+            self._part(cell)
+            self._drop()
+            self.begin_from(base)
+            self._node.exchange(self)
+            if former is not None:
+                await self._node.snapshots.release(former)
+
     async def network_log(self) -> tuple[NetworkRecord, ...]:
         """What it asked of the network, the last thousand requests; those that are under way are not among them."""
         async with self._use("network"):
-            return tuple(self._proxy.records) if self._proxy is not None else ()
+            return tuple(self._network.records)
 
     async def pause(self) -> None:
         """As `Cell.pause`."""
@@ -529,7 +671,7 @@ class NodeSandbox:
     def used(self) -> SandboxUsage:
         """What `usage` says."""
         used = self.cell.usage() if self.cell is not None else SandboxUsage()
-        return msgspec.structs.replace(used, num_calls=self._num_calls)
+        return msgspec.structs.replace(_both(self._past, used), num_calls=self._num_calls)
 
     def problem(self) -> str | None:
         """Why its cell is of no use any more, if so."""
@@ -541,9 +683,11 @@ class NodeSandbox:
         return None
 
     def receive(self, cell: Cell) -> None:
-        """It is ready; called once, by the node."""
+        """It is ready; called by the node, again where it is given another cell."""
         self.cell = cell
-        if self.lease.spec.network == "allow":
+        if self._network.is_over:  # that of the cell that it had before
+            self._network = SandboxNetwork(self._node.gate, self.lease, self._network.records)
+        if self._network.has_list:
             self._node.begin(self._open_network(cell))
         else:
             self._ready.set_result(cell)
@@ -555,25 +699,108 @@ class NodeSandbox:
         if not self._ready.done():
             self._ready.set_exception(error)
             self._ready.exception()
+        self._drop()
+        if self.base is not None:
+            self._node.begin(self._node.snapshots.release(self.base))
+
+    def begin_from(self, base: Base) -> None:
+        """Its next cell is made from this."""
+        self._node.snapshots.hold(base)
+        self.base = base
+
+    def _drop(self) -> None:
+        """Let go of what belongs to its cell."""
         if self._files is not None:
             self._files.tree.close()
-        if self._python is not None or self._proxy is not None:
-            self._node.begin(self._let_go())
+        self._network.end()
+        if self._python is not None or self._network.has_list:
+            self._node.begin(self._let_go(self._python, self._session, self._network))
+        self._files = self._python = self._session = None
+
+    def _part(self, cell: Cell) -> None:
+        """From here on, calls wait for another cell."""
+        self._past = _both(self._past, cell.usage())
+        self.cell, self.former = None, cell
+        self._ready = asyncio.get_running_loop().create_future()
+
+    def _stay(self, cell: Cell, past: SandboxUsage) -> None:
+        """It keeps its cell after all."""
+        self.cell, self.former, self._past = cell, None, past
+        if not self._ready.done():
+            self._ready.set_result(cell)
+
+    async def _snapshot(self, ttl_seconds: float) -> Snapshot:
+        async with self._state_turn, self._use("state") as cell:
+            snapshots = self._node.snapshots
+            snapshots.admit(self.lease.spec)
+            base = self.base or Base(cell.image)
+            taken = None
+            if snapshots.can_hold and await self._is_quiet(cell):
+                taken = await self._exchanged(cell, base)
+            taken = taken or await snapshots.copy(cell, base)
+            if self.over.done():
+                await snapshots.release(taken)
+                raise _again(self.over.result())
+            return snapshots.add(taken, self.lease.spec, self.lease.owner, ttl_seconds)
+
+    async def _is_quiet(self, cell: Cell) -> bool:
+        """Whether nothing of a program's is under way but its files, and no other call than ours."""
+        if self.lease.num_uses > 1 or self._session is not None:
+            return False
+        if self._python is not None:  # it runs nothing; the next call has another one
+            python, self._python = self._python, None
+            await python.close()
+        return self.lease.num_uses == 1 and self._python is None and cell.is_quiet()
+
+    async def _exchanged(self, cell: Cell, base: Base) -> Base | None:
+        """Make what it has written a layer, and go on above that; None where the kernel does not let that be."""
+        snapshots, former, past = self._node.snapshots, self.base, self._past
+        take = snapshots.copy if is_too_deep(base.image, base.layers) else snapshots.take_over
+        self._part(cell)
+        try:
+            taken = await take(cell, base)
+        except OSError:
+            self._stay(cell, past)
+            return None
+        except BaseException:  # a cancellation too: undo, then pass it on
+            self._stay(cell, past)
+            raise
+        if self.over.done():
+            return taken
+        self._drop()
+        self.begin_from(taken)
+        self._node.begin(self._move())
+        if former is not None:
+            await snapshots.release(former)
+        return taken
+
+    async def _move(self) -> None:
+        """Go into another cell, after those have heard of the snapshot who wait for it."""
+        for _ in range(3):
+            await asyncio.sleep(0)
+        if not self.over.done():
+            self._node.exchange(self)
+
+    async def _unwanted(self, taking: "asyncio.Task[Snapshot]") -> None:
+        with contextlib.suppress(SandboxError, OSError):
+            await self._node.snapshots.let_go(await taking)
 
     async def hang_up(self) -> None:
-        """End its way out; to be called when it is over. Harmless when repeated."""
-        if self._proxy is not None:
-            await self._proxy.close()
+        """End its network; to be called when it is over. Harmless when repeated."""
+        await self._network.close()
 
     async def _living(self) -> Cell:
-        if self.over.done():
-            raise _again(self.over.result())
-        if self._ready.done():
-            return self._ready.result()
-        try:
-            return await asyncio.shield(self._ready)
-        except SandboxError as error:
-            raise _again(error) from error
+        while True:
+            if self.over.done():
+                raise _again(self.over.result())
+            ready = self._ready
+            if ready.done():
+                return ready.result()
+            try:
+                await asyncio.shield(ready)
+            except SandboxError as error:
+                raise _again(error) from error
+            # Whoever waited longer may have exchanged the cell meanwhile: look again.
 
     @contextlib.asynccontextmanager
     async def _use(self, kind: str) -> AsyncIterator[Cell]:
@@ -600,39 +827,35 @@ class NodeSandbox:
 
     async def _open_network(self, cell: Cell) -> None:
         try:
-            listener = await cell.listen_at(PROXY_PORT, MAX_WAITING)
+            await self._network.open(cell)
         except (SandboxError, OSError) as error:
             await self._node.end(self, f"it gets no network: {error}")
             return
-        if self.over.done():
-            listener.close()
-            return
-        lease = self.lease
-        self._proxy = Proxy(self._node.gate, lease.sandbox_id, lease.owner, lease.spec.allow, listener)
-        self._ready.set_result(cell)
+        if not self._ready.done():
+            self._ready.set_result(cell)
 
     def _variables(self, env: Mapping[str, str] | None) -> Mapping[str, str] | None:
-        spec = self.lease.spec
-        if spec.network == "allow":
-            return {**proxy_variables(), **spec.env, **(env or {})}
-        return {**spec.env, **(env or {})} if spec.env else env
+        own = {**self._network.variables(), **self.lease.spec.env}
+        return {**own, **(env or {})} if own else env
 
     def _tree(self, cell: Cell) -> Files:
         if self._files is None:
             self._files = self._node.files_of(cell)
         return self._files
 
-    async def _hold(self, process: Process) -> None:
+    async def _hold(self, process: Process | Connection) -> None:
         with self._node.use(self.lease), contextlib.suppress(SandboxError):
             await process.wait()
+        if isinstance(process, Connection):
+            self._network.forget(process)
 
-    async def _let_go(self) -> None:
-        await self.hang_up()
+    async def _let_go(self, python: WarmPython | None, session: PythonSession | None, network: SandboxNetwork) -> None:
+        await network.close()
         with contextlib.suppress(SandboxError):
-            if self._session is not None:
-                await self._session.close()
-            if self._python is not None:
-                await self._python.close()
+            if session is not None:
+                await session.close()
+            if python is not None:
+                await python.close()
 
     async def _warm(self, cell: Cell) -> WarmPython:
         if self._python is None:
@@ -643,3 +866,13 @@ class NodeSandbox:
 def _again(error: SandboxError) -> SandboxError:
     """A new one for each caller: tracebacks would pile up on one."""
     return SandboxError(str(error), error.outcome)
+
+
+def _both(one: SandboxUsage, other: SandboxUsage) -> SandboxUsage:
+    """Of two cells, one after the other: what adds up is added, what is now is the other's."""
+    return msgspec.structs.replace(
+        other,
+        cpu_seconds=one.cpu_seconds + other.cpu_seconds,
+        peak_memory_bytes=max(one.peak_memory_bytes or 0, other.peak_memory_bytes or 0) or None,
+        output_bytes=one.output_bytes + other.output_bytes,
+    )

@@ -25,8 +25,8 @@ class NodeConnection:
         self.prefix = control.prefix
         self.frames = Frames(self._hear, self._lose, self._press)
         self.is_open = False
-        self.is_dead = False
-        """Whether the node is lost, and not only this connection to it."""
+        self.is_final = False
+        """Whether the node is lost or does not let us in: another connection would be no better."""
         self._front = front
         self._control = control
         self._delay_seconds = delay_seconds
@@ -68,10 +68,10 @@ class NodeConnection:
         if self.is_open and not self.frames.is_full:
             self.frames.say(calls.Ping(0))
 
-    def close(self, problem: str, *, is_dead: bool = False) -> None:
-        """It is over; is_dead: and so is the node, what was written need not get there. Harmless when repeated."""
-        self.is_dead = is_dead
-        if is_dead:
+    def close(self, problem: str, *, is_final: bool = False) -> None:
+        """It is over. is_final: another one would be no better. Harmless when repeated."""
+        self.is_final = is_final
+        if is_final:
             self.frames.abort(problem)
         else:
             self.frames.close(problem)
@@ -88,9 +88,9 @@ class NodeConnection:
 
     def _enter(self, answer: calls.Welcome | calls.Failed) -> None:
         if isinstance(answer, calls.Failed):
-            self.close(answer.message)
+            self.close(answer.message, is_final=True)
         elif answer.prefix != self.prefix:
-            self.close("it was started anew")
+            self.close("it was started anew", is_final=True)
         else:
             self.is_open = True
             for frame in self._backlog:

@@ -154,7 +154,7 @@ class Process:
             return
         if self._cgroup is not None:
             self._cgroup.kill()
-        elif not self._ended.done():
+        if not self._ended.done() and (self._cgroup is None or self._cell.joins_cgroups):  # it may not be in there yet
             self._channel.send(REQUEST.pack(KILL_TREE, self._identity, 0, 0, 0, 0))
 
     def resize(self, rows: int, columns: int) -> None:
@@ -180,7 +180,7 @@ class Process:
         """Feed and read it until it ends or is late; what `Cell.exec` returns."""
         feeding = self._loop.create_task(self._feed(stdin)) if stdin else None
         outputs = [
-            _Output(self._loop, descriptor, kept, self._overflow if kept else None, self._max_output_bytes)
+            _Output(self._loop, descriptor, kept, self._cell.tally, self._overflow, self._max_output_bytes)
             for descriptor, kept in zip((self._stdout, self._stderr), self._kept, strict=True)
         ]
         late = self._loop.call_later(timeout_seconds, self._expire)
@@ -194,7 +194,6 @@ class Process:
             late.cancel()
             for output in outputs:
                 output.close()
-            self._cell.tally.output_bytes += sum(kept.num_bytes for kept in self._kept)
             if feeding is not None:
                 feeding.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -362,7 +361,8 @@ class _Output:
         loop: asyncio.AbstractEventLoop,
         descriptor: int,
         kept: "_Kept",
-        overflow: Callable[[], None] | None,
+        tally: Tally,
+        overflow: Callable[[], None],
         max_bytes: int,
     ) -> None:
         self.is_over = False
@@ -370,6 +370,7 @@ class _Output:
         self._loop = loop
         self._descriptor = descriptor
         self._kept = kept
+        self._tally = tally
         self._overflow = overflow
         self._max_bytes = max_bytes
         loop.add_reader(descriptor, self._read)
@@ -398,7 +399,8 @@ class _Output:
             self.over.set_result(None)
             return False
         self._kept.add(data)
-        if self._kept.num_bytes > self._max_bytes and self._overflow is not None:
+        self._tally.output_bytes += len(data)
+        if self._kept.num_bytes > self._max_bytes:
             self._overflow()
         return True
 

@@ -61,14 +61,20 @@ class Gate:
 class Proxy:
     """The proxy of one sandbox, whose programs connect to the listener; that is the proxy's own from now on.
 
-    allow: rules as in `SandboxSpec`. records: of the last requests. Whoever is at the other end is hostile: every wait for
+    allow: rules as in `SandboxSpec`. records: where its requests are told. Whoever is at the other end is hostile: every wait for
     it has a deadline, and what is kept of it a bound.
     """
 
     def __init__(
-        self, gate: Gate, sandbox_id: str, owner: str, allow: tuple[str, ...], listener: socket.socket
+        self,
+        gate: Gate,
+        sandbox_id: str,
+        owner: str,
+        allow: tuple[str, ...],
+        listener: socket.socket,
+        records: deque[NetworkRecord],
     ) -> None:
-        self.records: deque[NetworkRecord] = deque(maxlen=MAX_RECORDS)
+        self._records = records
         self._gate = gate
         self._sandbox_id = sandbox_id
         self._owner = owner
@@ -76,7 +82,8 @@ class Proxy:
         self._rules = parse_rules(allow)
         self._listener = listener
         self._places = asyncio.Semaphore(gate.policy.max_sandbox_connections)
-        self._pace = _Pace(gate.policy.max_requests_per_second)
+        self._pace = _Pace(gate.policy.max_requests_per_second, ahead_seconds=1)
+        self._byte_pace = _Pace(gate.policy.max_bytes_per_second, ahead_seconds=0.1)
         self._num_bytes = 0
         self._connections: set[asyncio.Task[None]] = set()
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # those of what is accepted, too
@@ -167,7 +174,7 @@ class Proxy:
             raise Refused(Verdict.NO_RULE, 403, self._missing(request))
         if self._gate.num_connections > self._gate.policy.max_connections:
             raise Refused(Verdict.LIMIT, 503, "the node has as many connections as it may; try again later")
-        self._spend(0)
+        await self._spend(0)
         host = await self._gate.upstream.open(request.host, request.port, granted)
         entry.address = host.address
         try:
@@ -190,11 +197,12 @@ class Proxy:
         told = ", ".join(self._allow[:MAX_RULES_TOLD]) + (", ..." if len(self._allow) > MAX_RULES_TOLD else "")
         return f"{host}:{request.port} is not on the allow-list of this sandbox ({told}); it takes the rule {rule}"
 
-    def _spend(self, num_bytes: int) -> None:
+    async def _spend(self, num_bytes: int) -> None:
         self._num_bytes += num_bytes
         limit = self._gate.policy.max_bytes
         if limit is not None and self._num_bytes > limit:
             raise Refused(Verdict.LIMIT, 403, f"this sandbox has used up the {limit} bytes that it may have carried")
+        await self._byte_pace.turn(num_bytes)
 
     def _record(self, entry: "_Entry", seconds: float) -> None:
         record = NetworkRecord(
@@ -211,7 +219,7 @@ class Proxy:
             bytes_down=entry.meter.num_down,
             seconds=seconds,
         )
-        self.records.append(record)
+        self._records.append(record)
         self._gate.log.add(record)
 
 
@@ -229,16 +237,17 @@ class _Entry:
 
 
 class _Pace:
-    """So many turns a second, after a second's worth of them at once."""
+    """So much a second. ahead_seconds: what of it may come at once."""
 
-    def __init__(self, per_second: float) -> None:
-        self._gap = 1 / per_second
+    def __init__(self, per_second: float, *, ahead_seconds: float) -> None:
+        self._per_second = per_second
+        self._ahead_seconds = ahead_seconds
         self._next = 0.0
 
-    async def turn(self) -> None:
-        """Wait for one's turn."""
+    async def turn(self, amount: float = 1) -> None:
+        """Wait until so much may come."""
         now = time.monotonic()
-        self._next = max(self._next, now - 1) + self._gap
+        self._next = max(self._next, now - self._ahead_seconds) + amount / self._per_second
         if self._next > now:
             await asyncio.sleep(self._next - now)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import signal
@@ -33,6 +34,17 @@ MAX_CODE_BYTES = 64 << 20
 ORDER = struct.Struct("=III")  # of native/warm.c
 
 
+def session_program() -> str:
+    """The code of a session that needs no node: what `Session` of guest/warm.py takes and gives, on stdin and stdout."""
+    return f"{_warm('warm')}\nmodule['serve_alone']()"
+
+
+def _warm(name: str) -> str:
+    """Code that runs guest/warm.py as a module of this name, in a file of its own: its frames are not a snippet's."""
+    source = (GUEST / "warm.py").read_text()
+    return f"module = {{'__name__': {name!r}}}\nexec(compile({source!r}, '<warm>', 'exec'), module)"
+
+
 class Zygotes:
     """Warms Python up for cells; an async context manager, to be left after that of the cells.
 
@@ -46,7 +58,9 @@ class Zygotes:
     """
 
     def __init__(self, *, host: Host | None = None) -> None:
-        self._has_ranges = (host or look()).has_id_ranges
+        known = host or look()
+        self._has_ranges = known.has_id_ranges
+        self._can_build = known.can_build
         self._zygotes: dict[tuple[str, ...], _Zygote] = {}
 
     async def __aenter__(self) -> Self:
@@ -69,9 +83,14 @@ class Zygotes:
         The first call for a set of preloads waits for their import; `prepare` does that ahead of time. Importing runs
         these modules outside of any cell: name only what is trusted. Raises `SandboxError`.
         """
-        if cell.spec.runtime != "cell" or not _has_this_python(cell.image):
+        if cell.spec.runtime != "cell" or not self._can_build or not _has_this_python(cell.image):
             return WarmPython(cell, None)
-        return WarmPython(cell, await self.prepare(preloads))
+        try:
+            return WarmPython(cell, await self.prepare(preloads))
+        except Unsupported:  # its library cannot be compiled here; the cell's own Python needs none
+            if preloads:
+                raise
+            return WarmPython(cell, None)
 
     async def prepare(self, preloads: Sequence[str] = ()) -> "_Zygote":
         """Have the zygote of these preloads ready."""
@@ -115,8 +134,21 @@ class WarmPython:
         finally:
             await program.close()
 
+    async def spawn(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> Process:
+        """What `python -c CODE` does, in a fork, to talk with; `Process.close` it."""
+        program = Process(self._cell, next(self._numbers), channel=await self._ready())
+        try:
+            program.start(["snippet", code], env, cwd, has_stdin=True)
+        except BaseException:  # a cancellation too: undo, then pass it on
+            await program.close()
+            raise
+        return program
+
     async def session(self, *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> "PythonSession":
-        """A session of its own; `PythonSession.close` it. It ends with the cell."""
+        """A session of its own; `PythonSession.close` it. It ends with the cell.
+
+        One that the cell's programs keep from beginning, by being as many as may be, is over from the beginning.
+        """
         return await self._begin(["session"], env, cwd)
 
     async def fork(self, session: "PythonSession") -> "PythonSession":
@@ -177,14 +209,25 @@ class PythonSession:
         self._turn = asyncio.Lock()
         self._read = bytearray()
         self._is_over = False
+        self._reason = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its process is gone."""
+        return self._is_over
 
     async def greet(self) -> None:
         """Wait until it is there; called once, by `WarmPython`."""
         try:
             async with asyncio.timeout(START_SECONDS):
                 if await self._receive() is None:
-                    await self._program.wait()  # raises where it is not the programs of the cell that are to blame
-                    raise SandboxError("a session of Python ended before it began")
+                    code = (
+                        await self._program.wait()
+                    )  # raises where it is not the programs of the cell that are to blame
+                    self._is_over = True
+                    self._reason = (
+                        f"no session of Python can begin beside what runs in the sandbox (exit code {code})\n"
+                    )
         except TimeoutError as error:
             raise SandboxError(f"a session of Python is not there within {START_SECONDS:g} s") from error
 
@@ -198,7 +241,7 @@ class PythonSession:
             raise ValueError(f"{len(data)} bytes of code in one snippet; write them to a file")
         async with self._turn:
             if self._is_over:
-                return Answer("", is_fine=False, is_over=True)
+                return Answer(self._reason, is_fine=False, is_over=True)
             try:
                 return await self._exchange(len(data).to_bytes(4, "big") + data, timeout_seconds)
             except BaseException:  # a cancellation too: undo, then pass it on
@@ -286,7 +329,7 @@ class _Line:
             if zygote is not None:
                 await zygote.enter(self._cell, theirs.fileno())
             else:
-                command = ["python3", "-I", "-c", (GUEST / "warm.py").read_text()]
+                command = ["python3", "-I", "-c", _warm("__main__")]
                 self._server = await self._cell.spawn(command, stdin_descriptor=theirs.fileno())
         finally:
             theirs.close()
@@ -335,7 +378,11 @@ class _Line:
         kind, identity, status, error, *usage = REPORT.unpack(message)
         if kind == READY and not self._is_ready:
             self._is_ready = True
-        elif kind == FAILED and not self._is_ready:
+        elif kind == FAILED and error == errno.EAGAIN:  # there are as many processes as may be
+            for waiting in list(self._programs.values()):
+                waiting.end(Ending(0, error, 0.0, 0))
+            self._lose(None)
+        elif kind == FAILED:
             self._lose(f"{self._cell.name}: Python cannot enter it: {os.strerror(error)}")
         elif kind == ENDED and self._num_owed and (ending := ending_of(status, error, usage)) is not None:
             self._num_owed -= 1

@@ -58,6 +58,11 @@ def head_of(frame: bytes) -> Head:
     return _HEADS.decode(memoryview(frame)[4:])
 
 
+def prefix_of(sandbox_id: str) -> str:
+    """The part of a sandbox's or a snapshot's id that is its node's; empty if there is none."""
+    return sandbox_id[: sandbox_id.rfind(".") + 1]
+
+
 class Frames(asyncio.Protocol):
     """One connection. hear: is given each frame, whole. lose: is called once, when the connection is over.
 

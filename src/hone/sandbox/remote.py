@@ -1,22 +1,43 @@
 """A node behind an address and its sandboxes, as its clients have them: one method for each call."""
 
+import asyncio
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, cast
 
 from hone.sandbox.errors import Busy, SandboxError
+from hone.sandbox.files import SPOOL_BYTES, joined, pack_local, unpack_local
 from hone.sandbox.link import Link
 from hone.sandbox.remote_process import RemoteProcess
+from hone.sandbox.remote_transfer import RemoteTransfer
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandbox_network import NetworkRecord
-from hone.schema.sandboxes import ExecResult, FileEntry, Outcome, PythonResult, SandboxSpec, SandboxStatus, SandboxUsage
+from hone.schema.sandboxes import (
+    ExecResult,
+    FileEntry,
+    Outcome,
+    PythonResult,
+    SandboxSpec,
+    SandboxStatus,
+    SandboxUsage,
+    SnapshotStatus,
+    Transfer,
+)
 
 
 class RemoteNode(Link):
     """A node behind an address, and the session with it."""
 
-    async def create(self, spec: SandboxSpec, *, key: str) -> "RemoteSandbox":
+    async def create(self, spec: SandboxSpec, *, key: str, snapshot_id: str = "") -> "RemoteSandbox":
         """As `Node.create`."""
-        sandbox_id = await self.call(calls.Create(self.number(), spec, key), str)
+        sandbox_id = await self.call(calls.Create(self.number(), spec, key, snapshot_id), str)
         return RemoteSandbox(self, sandbox_id)
+
+    async def hold_snapshot(self, snapshot_id: str, seconds: float) -> None:
+        """As `Node.hold_snapshot`. With its node, a snapshot is gone already."""
+        if seconds > 0 or not self.is_lost:
+            await self.call(calls.HoldSnapshot(self.number(), snapshot_id, seconds), type(None))
 
     async def sandboxes(self) -> list[SandboxStatus]:
         """As `Node.sandboxes`."""
@@ -71,13 +92,19 @@ class RemoteSandbox:
     ) -> RemoteProcess:
         size = list(terminal) if terminal is not None else None
         message = calls.Spawn(self._link.number(), self.sandbox_id, list(argv), dict(env or {}), cwd, size)
-        process = RemoteProcess(self._link, message)
+        return await self._started(message)
+
+    async def spawn_python(self, code: str, *, env: Mapping[str, str] | None = None, cwd: str = ".") -> RemoteProcess:
+        return await self._started(calls.SpawnPython(self._link.number(), self.sandbox_id, code, dict(env or {}), cwd))
+
+    async def connect(self, port: int, *, timeout_seconds: float) -> RemoteProcess:
+        connection = RemoteProcess(self._link, calls.Dial(self._link.number(), self.sandbox_id, port, timeout_seconds))
         try:
-            await process.started()
+            await connection.started()
         except BaseException:  # a cancellation too: undo, then pass it on
-            await process.close()
+            await connection.close()
             raise
-        return process
+        return connection
 
     async def python(self, code: str, *, timeout_seconds: float = 60.0) -> PythonResult:
         message = calls.Python(self._link.number(), self.sandbox_id, code, True, timeout_seconds)
@@ -98,6 +125,41 @@ class RemoteSandbox:
 
     async def remove(self, path: str, *, is_recursive: bool = False) -> None:
         await self._link.call(calls.Remove(self._link.number(), self.sandbox_id, path, is_recursive), type(None))
+
+    async def stat(self, path: str, *, follows_links: bool = True) -> FileEntry:
+        return await self._link.call(calls.Stat(self._link.number(), self.sandbox_id, path, follows_links), FileEntry)
+
+    async def make_folder(self, path: str) -> None:
+        await self._link.call(calls.MakeFolder(self._link.number(), self.sandbox_id, path), type(None))
+
+    async def upload(self, local: Path, path: str) -> Transfer:
+        with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
+            archive = cast(BinaryIO, spool)
+            packed = await asyncio.to_thread(pack_local, local, archive)
+            archive.seek(0)
+            message = calls.Upload(self._link.number(), self.sandbox_id, path)
+            return joined(packed, await RemoteTransfer(self._link, message).send(archive))
+
+    async def download(self, path: str, local: Path) -> Transfer:
+        with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
+            archive = cast(BinaryIO, spool)
+            message = calls.Download(self._link.number(), self.sandbox_id, path)
+            packed = await RemoteTransfer(self._link, message).receive(archive)
+            archive.seek(0)
+            return joined(packed, await asyncio.to_thread(unpack_local, archive, local))
+
+    async def snapshot(self, *, ttl_seconds: float) -> SnapshotStatus:
+        message = calls.TakeSnapshot(self._link.number(), self.sandbox_id, ttl_seconds)
+        taking = asyncio.ensure_future(self._link.call(message, SnapshotStatus))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:  # it may be there already, with nobody who would let go of it
+            status = await taking
+            await self._link.call(calls.HoldSnapshot(self._link.number(), status.snapshot_id, 0), type(None))
+            raise
+
+    async def reset(self, snapshot_id: str) -> None:
+        await self._link.call(calls.Reset(self._link.number(), self.sandbox_id, snapshot_id), type(None))
 
     async def network_log(self) -> tuple[NetworkRecord, ...]:
         message = calls.ReadNetworkLog(self._link.number(), self.sandbox_id)
@@ -125,3 +187,12 @@ class RemoteSandbox:
         if self._final is not None:
             return self._final
         return await self._link.call(calls.Usage(self._link.number(), self.sandbox_id), SandboxUsage)
+
+    async def _started(self, message: calls.Spawn | calls.SpawnPython) -> RemoteProcess:
+        process = RemoteProcess(self._link, message)
+        try:
+            await process.started()
+        except BaseException:  # a cancellation too: undo, then pass it on
+            await process.close()
+            raise
+        return process

@@ -1,4 +1,4 @@
-"""A program that was spawned on a node behind an address: its streams at the client's side."""
+"""A program, or a connection to a port, on a node behind an address: its streams at the client's side."""
 
 import asyncio
 import signal
@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any
 
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.flow import CHUNK_BYTES, Outgoing
+from hone.sandbox.flow import CHUNK_BYTES, Incoming, Outgoing
 from hone.sandbox.link import Link
 from hone.schema import sandbox_calls as calls
 
@@ -14,14 +14,14 @@ from hone.schema import sandbox_calls as calls
 class RemoteProcess:
     """As `Process` of a cell, from afar. What nobody reads here is not sent from there."""
 
-    def __init__(self, link: Link, message: calls.Spawn) -> None:
+    def __init__(self, link: Link, message: calls.Spawn | calls.SpawnPython | calls.Dial) -> None:
         self._link = link
         self._call = message.call
         self._input = Outgoing()
         self._is_input_over = False
         self._controls: deque[calls.Signal | calls.Resize] = deque()
         self._num_controls = 0
-        self._outputs = {1: _Output(), 2: _Output()}
+        self._outputs = {1: Incoming(), 2: Incoming()}
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._ended = asyncio.get_running_loop().create_task(link.call(message, int, self))
@@ -144,42 +144,3 @@ class RemoteProcess:
         self._input.fail(error if isinstance(error, SandboxError) else BrokenPipeError("the program has ended"))
         for output in self._outputs.values():
             output.end(error if isinstance(error, SandboxError) else None)
-
-
-class _Output:
-    """What has come of a stream, and was not read yet. num_told: how much of what was read the node knows to be read."""
-
-    def __init__(self) -> None:
-        self.num_received = 0
-        self.num_read = 0
-        self.num_told = 0
-        self._pieces: deque[bytes] = deque()
-        self._is_over = False
-        self._error: SandboxError | None = None
-        self._change = asyncio.Event()
-
-    def add(self, data: bytes) -> None:
-        if data:
-            self.num_received += len(data)
-            self._pieces.append(data)
-            self._change.set()
-        else:
-            self.end(None)
-
-    def end(self, error: SandboxError | None) -> None:
-        if not self._is_over:
-            self._is_over = True
-            self._error = error
-            self._change.set()
-
-    async def read(self) -> bytes:
-        while not self._pieces and not self._is_over:
-            self._change.clear()
-            await self._change.wait()
-        if self._pieces:
-            data = self._pieces.popleft()
-            self.num_read += len(data)
-            return data
-        if self._error is not None:
-            raise SandboxError(str(self._error), self._error.outcome)
-        return b""

@@ -79,6 +79,7 @@ FORBIDDEN = frozenset(
         "quotactl_fd",
         "reboot",
         "request_key",
+        "sched_setattr",
         "security",
         "setdomainname",
         "sethostname",

@@ -3,19 +3,33 @@
 import asyncio
 import collections
 import fcntl
+import hashlib
 import os
 import socket
 import struct
 import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.native.build import BuildError, build
+from hone.sandbox.native.build import BuildError, build, cache_folder
 from hone.sandbox.plan import SPAWN, Code, Operation, encode_operations
 from hone.sandbox.readiness import until_ready
 
+# A shell runs it up to its exec, and for Python it begins with a string.
+LAUNCHER = """#!/bin/sh
+''':'
+for python in {python} /usr/bin/python3 /usr/local/bin/python3; do
+    if [ -x "$python" ]; then exec "$python" -I -S "$0"; fi
+done
+echo "without a C compiler on the node, the image has to have a Python 3 for the agent" >&2
+exit 127
+'''
+"""
+GUEST = Path(__file__).parent / "guest"
 SPAWNED = struct.Struct("=Qii")
 LEAVE_SECONDS = 10.0
 
@@ -31,10 +45,12 @@ class Born:
 class Spawner:
     """The helper process that clones cells, and starts the programs of other runtimes.
 
-    prelude: what it does to itself first.
+    prelude: what it does to itself first. is_native: the programs in C; otherwise those in Python, which do the same but
+    for what `carry_out` is for.
     """
 
-    def __init__(self, prelude: Sequence[Operation]) -> None:
+    def __init__(self, prelude: Sequence[Operation], *, is_native: bool = True) -> None:
+        self.is_native = is_native
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -48,18 +64,18 @@ class Spawner:
     async def _start(self, prelude: Sequence[Operation]) -> None:
         """Start it and let it take its place."""
         try:
-            programs = await asyncio.to_thread(build)
+            program = await asyncio.to_thread(_native if self.is_native else _in_python)
         except BuildError as error:
             raise Unsupported(f"sandboxes need spawner and agent compiled once: {error}") from error
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._socket = ours
-        self._agent = programs.agent_path
-        agent = _sealed("agent", programs.agent)
+        self._agent = program.agent_path
+        agent = _sealed("agent", program.agent)
         try:
             self._process = subprocess.Popen(  # noqa: ASYNC220 - a vfork; all waiting is done elsewhere
-                ["hone-spawner", str(theirs.fileno()), str(agent)],
-                executable=programs.spawner,
+                [*program.command, str(theirs.fileno()), str(agent)],
+                executable=program.executable,
                 pass_fds=[theirs.fileno(), agent],
                 env={},
                 cwd="/",
@@ -100,7 +116,12 @@ class Spawner:
         return born
 
     async def carry_out(self, operations: Sequence[Operation], descriptors: Sequence[int] = ()) -> int:
-        """Have it take steps itself, for all of its cells; what one of them gave, or -1. `OSError` for one that fails."""
+        """Have it take steps itself, for all of its cells; what one of them gave, or -1. `OSError` for one that fails.
+
+        `Unsupported` of one in Python.
+        """
+        if not self.is_native:
+            raise Unsupported("layers and ports need the spawner in C; install a C compiler")
         done = await self._carry_out(operations, descriptors)
         if done.error:
             if done.descriptor >= 0:
@@ -201,6 +222,34 @@ class _Done:
     num_steps: int
     error: int
     descriptor: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """How the spawner is started, the agent that it starts without a file, and a file to start it from."""
+
+    executable: Path
+    command: list[str]
+    agent: bytes
+    agent_path: Path
+
+
+def _native() -> _Program:
+    programs = build()
+    return _Program(programs.spawner, ["hone-spawner"], programs.agent, programs.agent_path)
+
+
+def _in_python() -> _Program:
+    agent = (GUEST / "agent.py").read_bytes()
+    script = LAUNCHER.format(python=Path(sys.executable).resolve()).encode() + agent
+    path = cache_folder() / f"agent-{hashlib.sha256(script).hexdigest()[:24]}"
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as unfinished:
+            unfinished.write(script)
+        Path(unfinished.name).chmod(0o755)
+        Path(unfinished.name).rename(path)
+    command = [sys.executable, "-I", "-S", str(GUEST / "spawner.py")]
+    return _Program(Path(sys.executable), command, agent, path)
 
 
 def _sealed(name: str, content: bytes) -> int:

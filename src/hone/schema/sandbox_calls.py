@@ -38,11 +38,15 @@ class Hello(_Message, frozen=True):
 
 
 class Create(_Message, frozen=True):
-    """Answered with the id at once; the sandbox may not be ready yet. key: asked twice, it is the same sandbox."""
+    """Answered with the id at once; the sandbox may not be ready yet. key: asked twice, it is the same sandbox.
+
+    snapshot_id: of what it begins from, on the node whose prefix this has. Empty: from its image alone.
+    """
 
     call: int
     spec: SandboxSpec
     key: str
+    snapshot_id: str = ""
 
 
 class UntilReady(_Message, frozen=True):
@@ -298,6 +302,63 @@ class Usage(_Message, frozen=True):
     sandbox_id: str
 
 
+class Stat(_Message, frozen=True):
+    """What is at a path."""
+
+    call: int
+    sandbox_id: str
+    path: str
+    follows_links: bool
+
+
+class MakeFolder(_Message, frozen=True):
+    """A folder, with those above it."""
+
+    call: int
+    sandbox_id: str
+    path: str
+
+
+class Upload(_Message, frozen=True):
+    """A tar archive that comes on stream 0, to be unpacked into a folder."""
+
+    call: int
+    sandbox_id: str
+    path: str
+
+
+class Download(_Message, frozen=True):
+    """A folder's content, or one file, as a tar archive on stream 1."""
+
+    call: int
+    sandbox_id: str
+    path: str
+
+
+class TakeSnapshot(_Message, frozen=True):
+    """The files of a sandbox as they are now, held for so long (`SnapshotStatus`)."""
+
+    call: int
+    sandbox_id: str
+    ttl_seconds: float
+
+
+class HoldSnapshot(_Message, frozen=True):
+    """Hold a snapshot for so long from now; zero: let go of it. sandbox_id: the snapshot's, whose node answers."""
+
+    call: int
+    sandbox_id: str
+    seconds: float
+
+
+class Reset(_Message, frozen=True):
+    """A sandbox begins anew from a snapshot."""
+
+    call: int
+    sandbox_id: str
+    snapshot_id: str
+
+
 class ReadNetworkLog(_Message, frozen=True):
     """What a sandbox asked of the network."""
 
@@ -305,7 +366,29 @@ class ReadNetworkLog(_Message, frozen=True):
     sandbox_id: str
 
 
-Streamed = Spawn
+class SpawnPython(_Message, frozen=True):
+    """As `Spawn`, of code in a fork of the warm interpreter."""
+
+    call: int
+    sandbox_id: str
+    code: str
+    env: dict[str, str]
+    cwd: str
+
+
+class Dial(_Message, frozen=True):
+    """A connection to a port of a sandbox. It has the streams of a program: its errors say what broke the connection.
+
+    timeout_seconds: for so long it is tried while nobody listens.
+    """
+
+    call: int
+    sandbox_id: str
+    port: int
+    timeout_seconds: float
+
+
+Streamed = Spawn | SpawnPython | Upload | Download | Dial
 """The calls that have streams (a union)."""
 
 
@@ -341,6 +424,15 @@ ToNode = (
     | Report
     | Drain
     | Usage
+    | Stat
+    | MakeFolder
+    | Upload
+    | Download
+    | TakeSnapshot
+    | HoldSnapshot
+    | Reset
     | ReadNetworkLog
+    | SpawnPython
+    | Dial
 )
 ToClient = Welcome | Done | Failed | Data | Credit | Ping | Resumed | Interrupted

@@ -7,7 +7,7 @@ import msgspec
 
 from hone.schema.sandbox_network import parse_rules
 
-RuntimeName = Literal["process", "bwrap", "cell"]
+RuntimeName = Literal["process", "bwrap", "oci", "cell"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 """How sandboxes may be isolated, the weakest first."""
 DEFAULT_RUNTIMES: tuple[RuntimeName, ...] = ("cell",)
@@ -133,6 +133,15 @@ class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_files: int
     num_bytes: int
     left_out: tuple[str, ...]
+
+
+class SnapshotStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A snapshot as its node holds it. image: of the sandbox that it was taken of. size_bytes: what it holds of memory."""
+
+    snapshot_id: str
+    image: str
+    size_bytes: int
+    seconds_left: float
 
 
 class PythonResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

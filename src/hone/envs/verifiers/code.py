@@ -17,18 +17,22 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hone.envs.failures import RolloutFailure, deadline
-from hone.envs.guest_processes import MessageStream, guest_command
+from hone.envs.guest_processes import MessageStream, guest_code
 from hone.envs.guests.channel import ERROR, GONE, VALUE, VERDICT, decode, encode
 from hone.envs.providers import HERE, provider_of
-from hone.envs.sandboxes import LazySandbox, SandboxProvider
+from hone.envs.sandboxes import LazySandbox, Sandbox, SandboxProvider
 from hone.envs.verifiers.assertions import prepare
-from hone.schema.sandboxes import Outcome, SandboxSpec
+from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec
 from hone.schema.traces import FailureClass
 
+if TYPE_CHECKING:
+    from hone.sandbox.client import Built
+
 START_SECONDS = 60.0
+COMPILE_SECONDS = 60.0
 CHECK_SECONDS = 30.0
 """For the tests' own work between two questions; only a program's answer, such as a huge range, makes it take long."""
 
@@ -80,9 +84,11 @@ class InputsOutputs:
     """Texts that a program reads from stdin, and what it shall write to stdout for each.
 
     White space at the ends of lines and empty lines at the end do not count. The program must exit with code 0.
+    language: of the program, as `hone.sandbox.languages` names it; its compiler or interpreter is the sandbox's.
     """
 
     cases: Sequence[tuple[str, str]]
+    language: str = "python"
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -136,7 +142,7 @@ class CodeVerifier:
         self._timeout_seconds = timeout_seconds
 
     async def verify(self, program: str, tests: Assertions | Calls | InputsOutputs) -> CodeVerdict:
-        """Run the tests against a Python program."""
+        """Run the tests against a program, in Python unless the tests say otherwise."""
         if not len(tests):
             raise ValueError("no tests; every program would pass")
         if isinstance(tests, InputsOutputs):
@@ -151,7 +157,7 @@ class CodeVerifier:
             LazySandbox(self._sandboxes, self._spec) as around_candidate,
             contextlib.AsyncExitStack() as stack,
         ):
-            checker = MessageStream(await around_checker.start(guest_command("checker")))
+            checker = MessageStream(await around_checker.start_python(guest_code("checker")))
             stack.push_async_callback(checker.process.close)
             candidate = _Candidate(around_candidate, self._timeout_seconds)
             stack.push_async_callback(candidate.close)
@@ -161,24 +167,37 @@ class CodeVerifier:
     async def _feed(self, program: str, tests: InputsOutputs) -> CodeVerdict:
         if not program.strip():
             return CodeVerdict(0, len(tests), EMPTY)
-        num_passed, problem = 0, ""
         async with LazySandbox(self._sandboxes, self._spec) as sandbox:
-            await sandbox.write("main.py", program.encode(errors="replace"))
-            for number, (given, expected) in enumerate(tests.cases):
-                result = await sandbox.exec(
-                    ["python", "-I", "main.py"],
-                    stdin=given.encode(),
-                    timeout_seconds=self._timeout_seconds,
-                    kept_bytes=2 * len(expected.encode()) + (64 << 10),
-                )
-                if result.is_success and _lines(result.stdout) == _lines(expected):
-                    num_passed += 1
-                elif not problem:
-                    wrong = "a wrong output" if result.is_success else f"{result.outcome} with code {result.exit_code}"
-                    problem = f"case {number}: {wrong}"
-                if result.outcome is Outcome.TIMEOUT:  # the others would take as long
-                    break
-        return CodeVerdict(num_passed, len(tests.cases), problem)
+            built = await _built(sandbox, program, tests.language)
+            if not built.is_ready:
+                return CodeVerdict(0, len(tests), f"it does not compile: {_first_line(built.compiled)}")
+            return await _fed(sandbox, built, tests.cases, self._timeout_seconds)
+
+
+async def _built(sandbox: Sandbox, program: str, language: str) -> "Built":
+    from hone.sandbox.client import SandboxError, build_code  # `import hone.envs` stays light
+
+    try:
+        return await build_code(sandbox, program, language=language, timeout_seconds=COMPILE_SECONDS)
+    except SandboxError as error:
+        raise RolloutFailure(FailureClass.SANDBOX, "code verifier", str(error)) from error
+
+
+async def _fed(
+    sandbox: Sandbox, built: "Built", cases: Sequence[tuple[str, str]], timeout_seconds: float
+) -> CodeVerdict:
+    num_passed, problem = 0, ""
+    for number, (given, expected) in enumerate(cases):
+        kept_bytes = 2 * len(expected.encode()) + (64 << 10)
+        result = await built.run(sandbox, given.encode(), timeout_seconds=timeout_seconds, kept_bytes=kept_bytes)
+        if result.is_success and _lines(result.stdout) == _lines(expected):
+            num_passed += 1
+        elif not problem:
+            wrong = "a wrong output" if result.is_success else f"{result.outcome} with code {result.exit_code}"
+            problem = f"case {number}: {wrong}"
+        if result.outcome is Outcome.TIMEOUT:  # the others would take as long
+            break
+    return CodeVerdict(num_passed, len(cases), problem)
 
 
 async def _relay(candidate: "_Candidate", checker: MessageStream, job: Mapping[str, Any]) -> CodeVerdict:
@@ -226,7 +245,7 @@ class _Candidate:
 
     async def load(self, program: str) -> None:
         """Start the process, and run the program on the module's level."""
-        self._stream = MessageStream(await self._sandbox.start(guest_command("candidate")))
+        self._stream = MessageStream(await self._sandbox.start_python(guest_code("candidate")))
         await _first(self._stream)
         answer = await self.ask(program.encode("utf-8", "surrogatepass"))
         if answer[:1] == ERROR:
@@ -280,6 +299,12 @@ _prepared = functools.lru_cache(maxsize=256)(prepare)  # a group's rollouts run 
 
 def _refuse(value: Any) -> int:
     raise ValueError(f"a {type(value).__name__} in tests; calls take and return JSON-like data")
+
+
+def _first_line(result: ExecResult | None) -> str:
+    if result is None or result.outcome is Outcome.TIMEOUT:
+        return f"the compiler took longer than {COMPILE_SECONDS:g} s"
+    return next(iter(result.stderr.splitlines()), f"{result.outcome} with code {result.exit_code}")
 
 
 def _lines(text: str) -> list[str]:

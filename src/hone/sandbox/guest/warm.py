@@ -30,6 +30,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 KEPT_BYTES = 64 << 10
 SESSION, SNIPPET, FORK = "session", "snippet", "fork"
 FINE, RAISED = b"o", b"e"
+KNOWN = b"known"  # what a fork of a session hears before it says that it is there
 LINE = 3  # where a session finds its socket to the process that forked it
 
 OWN_FILE = sys._getframe().f_code.co_filename  # as tracebacks name it; there is no __file__ behind -c
@@ -190,6 +191,7 @@ class Server:
             raise OSError(number, os.strerror(number))
         ours.settimeout(10)
         self.sessions[start.identity] = ours
+        ours.send(KNOWN)
         return pid
 
     def reap(self) -> None:
@@ -449,6 +451,8 @@ class Session:
             os.close(descriptor)
         self.take_streams()
         reseed()
+        if self.line.recv(16) != KNOWN:  # the session that forked this one ended before it could tell of it
+            os._exit(1)
         self.send(FINE)
 
 
@@ -504,6 +508,13 @@ def main(control: socket.socket) -> None:
     gc.freeze()  # what the collector would write to is shared with the children
     Server(control).serve()
     os._exit(0)
+
+
+def serve_alone() -> None:
+    """Be a session that nobody asks to fork, until its end of stdin."""
+    sys.path.insert(0, "")
+    ours, _theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    Session(ours.detach()).serve()
 
 
 if __name__ == "__main__":

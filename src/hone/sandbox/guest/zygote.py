@@ -38,6 +38,7 @@ def main(control: socket.socket, library: str, modules: list[str]) -> None:
     for option, value in ((PR_SET_PDEATHSIG, signal.SIGKILL), (PR_SET_DUMPABLE, 0), (PR_SET_CHILD_SUBREAPER, 1)):
         if warm.libc.prctl(option, int(value), 0, 0, 0):
             raise OSError(ctypes.get_errno(), f"prctl {option}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also below a node that ignores it
     for module in modules:
         importlib.import_module(module)
     serve = ctypes.PyDLL(library).serve  # keeps the interpreter's lock: its forks must not lose it

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -13,6 +14,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
+PREBUILT = "built"
+"""The folder beside the sources in which a wheel has them compiled."""
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_SECONDS = 60
 FLAGS = ("-O2", "-std=gnu11", "-s", "-static")
@@ -37,13 +40,40 @@ class Programs:
 
 
 def build(compilers: Sequence[str] = COMPILERS) -> Programs:
-    """All of them, compiled now if this machine has not compiled these sources before; raises `BuildError`."""
-    compiler = _find(compilers)
-    folder = cache_folder() / f"cells-{_key(compiler)}"
-    if not (folder / "agent").exists():
-        _compile_into(compiler, folder)
+    """All of them: those that came with the package, or compiled now if this machine has not compiled these sources before.
+
+    Raises `BuildError`.
+    """
+    if (folder := prebuilt_folder()) is None:
+        compiler = _find(compilers)
+        folder = cache_folder() / f"cells-{_key(compiler)}"
+        if not (folder / "agent").exists():
+            _compile_into(compiler, folder)
     agent = folder / "agent"
     return Programs(folder / "spawner", agent, agent.read_bytes(), folder / "warm.so")
+
+
+def prebuilt_folder() -> Path | None:
+    """Where those lie that came with the package, if they are of these very sources and this kind of machine."""
+    folder = SOURCES / PREBUILT
+    try:
+        is_fitting = (folder / "key").read_text() == _content_key()
+    except OSError:
+        return None
+    return folder if is_fitting and os.access(folder / "spawner", os.X_OK) else None
+
+
+def can_build() -> bool:
+    """Whether they are there, or there is a compiler."""
+    return prebuilt_folder() is not None or any(shutil.which(compiler) for compiler in COMPILERS)
+
+
+def compile_for_wheel(parent: Path) -> Path:
+    """Compile all of them into a new folder in `parent`, with what says of which sources they are. Raises `BuildError`."""
+    folder = parent / PREBUILT
+    _compile_into(_find(COMPILERS), folder)
+    (folder / "key").write_text(_content_key())
+    return folder
 
 
 def cache_folder() -> Path:
@@ -71,11 +101,17 @@ def _find(compilers: Sequence[str]) -> Path:
 
 def _key(compiler: Path) -> str:
     """Changes with the sources, the flags and the compiler."""
+    status = compiler.stat()
+    compiled_by = repr((str(compiler), status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(f"{_content_key()} {compiled_by}".encode()).hexdigest()[:24]
+
+
+def _content_key() -> str:
+    """Changes with the sources, the flags and the kind of machine."""
     digest = hashlib.sha256()
     for source in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    status = compiler.stat()
-    digest.update(repr((FLAGS, AGENT_FLAGS, LIBRARY_FLAGS, str(compiler), status.st_size, status.st_mtime_ns)).encode())
+    digest.update(repr((FLAGS, AGENT_FLAGS, LIBRARY_FLAGS, platform.machine())).encode())
     return digest.hexdigest()[:24]
 
 

@@ -65,6 +65,25 @@ static pid_t fork_into(int cgroup)
     return syscall(SYS_clone3, &arguments, sizeof arguments);
 }
 
+/* A fork whose parent is gone at once, which makes the first process of its namespace its parent. That one reaps it, and
+   the namespace can end whatever becomes of the zygote. */
+static pid_t fork_and_leave(int cgroup)
+{
+    volatile pid_t pid = -1;
+    volatile int error = 0;
+    pid_t between = vfork();
+    if (between == 0) {
+        pid = fork_into(cgroup);
+        if (pid == 0)
+            return 0;
+        error = errno;
+        _exit(0);
+    }
+    if (between > 0)
+        errno = error;
+    return between < 0 ? -1 : pid;
+}
+
 static int report(int control, uint32_t kind, uint32_t identity, int status, int error, const struct rusage *usage)
 {
     struct report told = {.kind = kind, .identity = identity, .status = status, .error = error};
@@ -114,7 +133,7 @@ static pid_t enter(const struct order *order, const char *end, int own_pids)
     if (order->has_ranges) { /* root may have its children born in the cell's process namespace, which saves a fork */
         if (setns(pidfd, CLONE_NEWPID))
             return -1;
-        pid = fork_into(cgroup);
+        pid = fork_and_leave(cgroup);
         int error = errno;
         if (pid && setns(own_pids, CLONE_NEWPID))
             _exit(1);
@@ -130,7 +149,7 @@ static pid_t enter(const struct order *order, const char *end, int own_pids)
         if (write(tasks[i], "0", 1) != 1)
             result = -1;
     result = result || setns(pidfd, others | (order->has_ranges ? 0 : CLONE_NEWPID));
-    if (!result && !order->has_ranges && (pid = fork_into(cgroup)))
+    if (!result && !order->has_ranges && (pid = fork_and_leave(cgroup)))
         result = pid < 0;
     if (pid > 0)
         _exit(0);
@@ -205,13 +224,14 @@ static pid_t fork_session(int session, int line)
 static int start(const struct request *request, const char *end, struct program *program)
 {
     const char *folder = message + sizeof *request, *what = folder + strnlen(folder, end - folder) + 1;
-    int ends[2] = {-1, -1};
+    int ends[2] = {-1, -1}, is_fork = 0;
     pid_t pid = -1;
     errno = EINVAL;
     if (num_programs == MAX_PROGRAMS)
         errno = EAGAIN;
     else if (num_descriptors >= 3 && num_descriptors <= 4 && what < end && !end[-1]) {
-        int is_fork = !strcmp(what, "fork"), has_line = is_fork || !strcmp(what, "session");
+        is_fork = !strcmp(what, "fork");
+        int has_line = is_fork || !strcmp(what, "session");
         if (!has_line || !open_line(ends)) {
             if (is_fork)
                 pid = fork_session(what + 5 < end ? find(strtoul(what + 5, NULL, 10)) : -1, ends[1]);
@@ -236,6 +256,8 @@ static int start(const struct request *request, const char *end, struct program 
     programs[num_programs].identity = request->identity;
     programs[num_programs].pid = pid;
     programs[num_programs++].line = ends[0];
+    if (is_fork)
+        send(ends[0], "known", 5, MSG_NOSIGNAL);
     return 0;
 }
 

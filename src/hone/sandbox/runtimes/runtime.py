@@ -100,6 +100,7 @@ def launch_plan(
     namespaces: int = 0,
     maps: tuple[bytes, bytes] = (b"", b""),
     layers: Sequence[str] = (),
+    maps_layers: bool = False,
 ) -> Plan:
     """A plan of these steps, by default in the namespaces of the spawner."""
     return Plan(
@@ -107,7 +108,7 @@ def launch_plan(
         uid_map=maps[0],
         gid_map=maps[1],
         layers=tuple(layers),
-        maps_layers=bool(maps[0]),
+        maps_layers=maps_layers,
         operations=tuple(operations),
         steps=encode_operations(operations),
     )
