@@ -58,7 +58,7 @@ class CountingNode:
     keys: dict[str, str] = field(default_factory=dict)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def create(self, spec: SandboxSpec, *, key: str, owner: str) -> "CountingSandbox":
+    def create(self, spec: SandboxSpec, *, key: str, owner: str, snapshot_id: str = "") -> "CountingSandbox":
         if key not in self.keys:
             self.effects.append("create")
             box = CountingSandbox(self, f"{self.prefix}{len(self.boxes)}", Lease(owner))

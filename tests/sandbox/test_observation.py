@@ -148,6 +148,22 @@ def test_full_accounts_are_put_aside(tmp_path, monkeypatch):
     assert all((tmp_path / name).stat().st_size < 1500 for name in ("sandboxes.jsonl.1", "sandboxes.jsonl"))
 
 
+async def test_a_full_disk_loses_lines_and_no_calls(cells, tmp_path):
+    (tmp_path / "node").mkdir()
+    (tmp_path / "node" / "sandboxes.jsonl").symlink_to("/dev/full")
+    spans = Spans(Path("/dev/full"), "node-n")
+    async with Node("n", folder=tmp_path / "node", spans=spans) as node:
+        async with Sandbox(spec=SMALL, node=node) as box:
+            assert (await box.exec(["echo", "fine"])).stdout == "fine\n"
+        async with asyncio.timeout(10):
+            while (lost := metrics_of(node)["hone_sandbox_unwritten_lines_total",]) < 4:
+                await asyncio.sleep(0.01)
+        assert lost == 4  # spans of creation, call and whole life; an account
+        async with Sandbox(spec=SMALL, node=node) as box:
+            await box.exec(["true"])
+    spans.close()
+
+
 async def test_metrics_count_what_was_done(node):
     async with Sandbox(spec=SMALL, node=node) as box:
         await box.exec(["true"])

@@ -223,19 +223,34 @@ def forward(
 
 
 async def _forward(address: str, sandbox_id: str, port: int, local_port: int) -> None:
+    from hone.sandbox.client import Busy, Connection, SandboxError
     from hone.sandbox.ports import Forwarding
     from hone.sandbox.remote import RemoteSandbox
 
     stopped = until_stopped()
     client = await connected(address)
+    problems: list[SandboxError] = []
+
+    async def connect() -> Connection:
+        try:
+            return await box.connect(port, timeout_seconds=0)
+        except Busy:
+            raise
+        except SandboxError as error:  # the sandbox, or its node, is gone: there will be no other connection
+            problems.append(error)
+            stopped.set()
+            raise
+
     try:
         box = RemoteSandbox(client, sandbox_id)
         await box.ready()
-        async with Forwarding(lambda: box.connect(port, timeout_seconds=0), local_port) as forwarding:
+        async with Forwarding(connect, local_port) as forwarding:
             typer.echo(f"127.0.0.1:{forwarding.port} leads to port {port} of {sandbox_id}")
             await stopped.wait()
     finally:
         await client.close()
+    if problems:
+        raise problems[0]
 
 
 @app.command()
