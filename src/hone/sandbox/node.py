@@ -336,7 +336,8 @@ class Node:
             case Give(sandbox_id, number, is_warm):
                 sandbox = self._holders[number] = self._sandboxes[sandbox_id]
                 sandbox.receive(self._by_number[number])
-                sandbox.ready_seconds = self.records.ready(sandbox.lease, is_warm=is_warm)
+                if sandbox.ready_seconds is None:  # another cell for one that began anew is no creation
+                    sandbox.ready_seconds = self.records.ready(sandbox.lease, is_warm=is_warm)
             case Destroy(number):
                 self.begin(self._destroy(number))
             case Over(sandbox_id, problem, outcome, end):

@@ -214,12 +214,13 @@ class Welcome(_Message, frozen=True):
     """The answer to `Hello`. prefix: of the ids of the node's sandboxes; another one means that the node was restarted.
 
     grace_seconds: how long the session lives without a connection. is_relay: nodes are behind it, which live on while it
-    does not.
+    does not. has_sandboxes: whether the node has some that end with the session.
     """
 
     prefix: str
     grace_seconds: float
     is_relay: bool = False
+    has_sandboxes: bool = False
 
 
 class Done(_Message, frozen=True):
