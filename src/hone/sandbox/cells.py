@@ -25,7 +25,7 @@ from hone.sandbox.cores import Cores
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import FIRST_ID, LANDLOCK_ABSTRACT_SOCKETS, LAST_ID, Host, host_image, look
 from hone.sandbox.images import remove_tree
-from hone.sandbox.messages import Message, ask_for_sender, close_all, receive
+from hone.sandbox.messages import MAX_DESCRIPTORS, Message, ask_for_sender, close_all, receive
 from hone.sandbox.plan import (
     CONFINING,
     Bind,
@@ -38,7 +38,7 @@ from hone.sandbox.plan import (
     plan_cell,
     plan_spawner,
 )
-from hone.sandbox.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Ending, Process, Tally
+from hone.sandbox.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Process, Tally, ending_of
 from hone.sandbox.readiness import until_ready
 from hone.sandbox.runtimes.known import OTHERS, features, missing
 from hone.sandbox.runtimes.runtime import JOINS, Birth, Feature, Launch
@@ -339,6 +339,8 @@ class Cell:
         self._failure: tuple[int, int] | None = None
         self._over: str | None = None
         self._programs: dict[int, Process] = {}
+        self._num_owed = 0
+        """How many programs were started of whose end the agent has not told: it cannot tell of more."""
         self._numbers = itertools.count(1)
         self._counters = Counters()
         self._hits: dict[Outcome, float] = {}
@@ -579,10 +581,15 @@ class Cell:
     def register(self, identity: int, program: "Process") -> None:
         """A program is about to be started."""
         self._programs[identity] = program
+        self._num_owed += 1
 
     def unregister(self, identity: int) -> None:
         """Nobody waits for this program any more."""
         self._programs.pop(identity, None)
+
+    def give_up(self, reason: str) -> None:
+        """It is of no use any more."""
+        self._lose(reason)
 
     def limits_hit_since(self, when: float) -> frozenset[Outcome]:
         """Which limits were hit after a moment of `time.perf_counter`, or after the last time somebody asked."""
@@ -617,16 +624,24 @@ class Cell:
                 return
 
     def _hear(self, report: tuple[int, ...], message: Message) -> None:
-        kind, identity, status, error, user, system, peak = report
-        if kind == ENDED and (program := self._programs.get(identity)) is not None:
-            program.end(Ending(status, error, (user + system) / 1e6, peak << 10))
-        elif kind == READY and not self._ready.done() and (message.descriptors or self._has_called):
+        kind, identity, status, error, *usage = report
+        num_expected = range(1) if self._has_called else range(1, MAX_DESCRIPTORS + 1)
+        if kind == READY and not self._ready.done() and len(message.descriptors) in num_expected:
             self._meet(message)
             return
-        elif kind == FAILED:
+        close_all(message.descriptors)
+        if kind == FAILED:
             self._failure = (identity, error)
             self._lose("its first process failed")
-        close_all(message.descriptors)
+        elif kind != ENDED or not self._num_owed or not self._hear_end(identity, status, error, usage):
+            self._lose("its agent talks nonsense")
+
+    def _hear_end(self, identity: int, status: int, error: int, usage: Sequence[int]) -> bool:
+        self._num_owed -= 1
+        ending = ending_of(status, error, usage)
+        if ending is not None and (program := self._programs.get(identity)) is not None:
+            program.end(ending)
+        return ending is not None
 
     def _meet(self, message: Message) -> None:
         """The agent is there, with its root and, maybe, its writable layer."""
