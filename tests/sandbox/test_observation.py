@@ -194,6 +194,21 @@ async def test_metrics_count_what_was_done(node):
     assert found["hone_sandbox_leases", "ready"] == 0
 
 
+async def test_a_sandbox_that_begins_anew_was_created_once_and_keeps_its_account(node):
+    async with Sandbox(spec=SMALL, node=node) as box:
+        await box.exec(["sh", "-c", f"{BUSY}; echo words"])
+        snapshot = await box.snapshot()
+        before = await box.usage()
+        await box.reset(snapshot)
+        await box.exec(["echo", "words"])
+        after = await box.usage()
+        assert (after.num_calls, after.output_bytes) == (4, 12)
+        assert after.cpu_seconds >= before.cpu_seconds
+        assert node.num_unmatched == 0
+    assert metrics_of(node)["hone_sandbox_created_total", "cold", "host"] == 1
+    assert metrics_of(node)["hone_sandbox_ready_seconds_count", "cold"] == 1
+
+
 async def test_a_warm_cell_is_counted_as_warm(node):
     await node.keep_warm(SMALL, 1)
     async with asyncio.timeout(10):

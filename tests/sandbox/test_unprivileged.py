@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
         "test_gateway_cells",
         "test_grading",
         "test_hoards",
+        "test_hostile_agents",
         "test_http",
         "test_layers",
         "test_network",
