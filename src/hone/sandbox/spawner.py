@@ -23,7 +23,7 @@ from hone.sandbox.readiness import until_ready
 LAUNCHER = """#!/bin/sh
 ''':'
 for python in {python} /usr/bin/python3 /usr/local/bin/python3; do
-    if [ -x "$python" ]; then exec "$python" -I -S "$0"; fi
+    if [ -x "$python" ]; then exec "$python" -I -S "$0" "$@"; fi
 done
 echo "without a C compiler on the node, the image has to have a Python 3 for the agent" >&2
 exit 127
