@@ -71,6 +71,30 @@ async def test_what_runs_in_a_sandbox_goes_on_while_its_files_are_copied(box):
             assert "NameError" in (await fork.python("x")).text
 
 
+async def test_what_hides_among_the_children_of_the_warm_python_is_not_overlooked(box):
+    """A child that a snippet makes a sibling of its own is no child of the cell's first process."""
+    hiding = """
+import ctypes, signal, time
+CLONE_PARENT, CLONE = 0x8000, {"x86_64": 56, "aarch64": 220}[__import__("os").uname().machine]
+if ctypes.CDLL(None).syscall(CLONE, CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0) == 0:
+    for descriptor in range(3):
+        __import__("os").close(descriptor)
+    while True:
+        open("a", "w").write(str(time.time()))
+        time.sleep(0.001)
+"""
+    assert (await box.snippet(hiding)).is_success
+    await box.stat("a")
+    async with await box.snapshot() as snapshot, Sandbox(spec=SMALL, snapshot=snapshot) as fork:
+        before = await fork.read("a")
+        await asyncio.sleep(0.05)
+        assert await fork.read("a") == before
+        async with Sandbox(spec=SMALL, snapshot=snapshot) as later:
+            assert await later.read("a") == before
+    seen = await box.read("a")
+    assert seen != before
+
+
 async def test_forks_are_apart(box):
     await box.write("a", b"1")
     forks = await box.fork(3)

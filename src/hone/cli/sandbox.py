@@ -52,7 +52,7 @@ def run(
         list[str] | None,
         typer.Option(help="A host that it may reach, as pypi.org, *.example.org or example.org:8443; repeat it."),
     ] = None,
-    runtime: Annotated[str, typer.Option(help="How it is isolated: cell, process, bwrap or oci.")] = "cell",
+    runtime: Annotated[str, typer.Option(help="How it is isolated: cell, process, bwrap, oci or gvisor.")] = "cell",
     ttl_seconds: Annotated[float, typer.Option(help="When it is over in any case.")] = 3600.0,
     node: Address = "",
 ) -> None:
@@ -332,9 +332,12 @@ async def _try_all(host: "Host") -> dict[str, str]:
 
 async def _try(runtime: "RuntimeName") -> str:
     from hone.sandbox.client import Sandbox, SandboxError
+    from hone.sandbox.runtimes.known import features
+    from hone.sandbox.runtimes.runtime import Feature
 
     try:
-        async with Sandbox(memory_mb=64, disk_mb=16, network="off", runtime=runtime) as box:
+        network = "none" if Feature.LOOPBACK in features(runtime) else "off"
+        async with Sandbox(memory_mb=64, disk_mb=16, network=network, runtime=runtime) as box:
             result = await box.exec(["echo", "works"])
             return "" if result.stdout == "works\n" else f"a sandbox is made, but echo does not work in it: {result}"
     except SandboxError as error:

@@ -110,6 +110,9 @@ class Process:
 
     def _can_enter(self) -> bool:
         """Whether who starts it can have it enter a cgroup: by writing to a file, only agents do."""
+        launch = self._cell.launch
+        if launch is not None and not launch.has_program_cgroups:
+            return False
         return self._channel is self._cell or not self._cell.joins_cgroups
 
     async def write(self, data: bytes) -> None:

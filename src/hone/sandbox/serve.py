@@ -15,7 +15,8 @@ from hone.sandbox.answers import Caller, answer
 from hone.sandbox.call_streams import CallStreams
 from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.lifecycle import End
-from hone.sandbox.node import Node, NodeSandbox
+from hone.sandbox.node import Node
+from hone.sandbox.node_sandbox import NodeSandbox
 from hone.sandbox.session import Session, SessionLimits
 from hone.sandbox.wire import MAX_FRAME_BYTES, Stream, failed
 from hone.schema import sandbox_calls as calls
