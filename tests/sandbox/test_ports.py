@@ -161,10 +161,19 @@ async def test_connections_have_a_limit(node, monkeypatch):
         with pytest.raises(Busy, match="3 connections"):
             await box.connect(8000)
         await held[0].close()
-        await asyncio.sleep(0.05)
-        await (await box.connect(8000)).close()
+        async with asyncio.timeout(10):
+            while not await _connects(box):
+                await asyncio.sleep(0.01)
         for one in held:
             await one.close()
+
+
+async def _connects(box):
+    try:
+        await (await box.connect(8000)).close()
+    except Busy:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("network", ["off", "host"])
@@ -239,7 +248,7 @@ async def test_the_command_says_that_the_sandbox_is_gone(command):
 
 async def test_a_full_queue_of_a_server_is_waited_for_and_given_up(node, monkeypatch):
     """A server that listens and never accepts, with a queue that is full: the connection is late, not refused."""
-    monkeypatch.setattr("hone.sandbox.cells.CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr("hone.sandbox.cells.CONNECT_SECONDS", 1.0)
     deaf = "import socket,time; s=socket.socket(); s.bind(('127.0.0.1',8000)); s.listen(0); print('up',flush=True); time.sleep(60)"
     async with Sandbox(node=node, **SMALL) as box:
         process = await box.spawn(["python3", "-c", deaf])

@@ -358,7 +358,7 @@ async def test_hosts_that_fail_are_told_apart_from_those_that_are_denied(monkeyp
             await asyncio.sleep(60)
         writer.write(b"" if b"/mute" in head else b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
 
-    async with serving(rude, ["*.example"], idle_seconds=0.3) as (world, address):
+    async with serving(rude, ["*.example"], idle_seconds=1.0) as (world, address):
         assert b"502 Bad Gateway" in await ask(address, get("a.example", "/mute"))
         assert b"502 Bad Gateway" in await ask(address, get("a.example"))
         assert b"504 Gateway Timeout" in await ask(address, get("a.example", "/silent"))
@@ -443,7 +443,10 @@ async def test_a_flood_of_connections_waits_its_turn():
             connection.setblocking(False)
             connection.connect_ex(address)
             flood.append(connection)
-        await asyncio.sleep(0.3)
+        async with asyncio.timeout(10):
+            while world.gate.num_connections < 8:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
         assert world.gate.num_connections == 8
         for connection in flood:
             connection.close()

@@ -19,7 +19,7 @@ from typing import Self
 
 import msgspec
 
-from hone.sandbox.beneath import open_beneath
+from hone.sandbox.beneath import FOLDER, PROC, closing, file_system, open_beneath
 from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, sweep
 from hone.sandbox.cores import Cores
 from hone.sandbox.errors import SandboxError, Unsupported
@@ -428,9 +428,12 @@ class Cell:
         """Whether nothing runs in it but its agent, so that nothing can write to its files but on our behalf."""
         if self._programs or self._is_paused:
             return False
-        try:
-            return not Path(f"/proc/{self.pid}/task/{self.pid}/children").read_bytes()
-        except OSError:  # the kernel does not tell
+        try:  # its own /proc names all that are in its namespace, whoever their parents are
+            with closing(open_beneath(self.root_descriptor, "/proc", FOLDER)) as folder:
+                with os.scandir(folder) as entries:
+                    names = [entry.name for entry in entries if entry.name.isdigit()]
+                return file_system(folder) == PROC and names == ["1"]
+        except OSError:
             return False
 
     @property

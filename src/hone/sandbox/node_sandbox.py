@@ -33,6 +33,8 @@ from hone.schema.sandboxes import (
 if TYPE_CHECKING:
     from hone.sandbox.node import Node
 
+DYING_LOOKS = 100  # at what is left of a warm Python; then, whatever it is, it is taken for something that runs
+
 
 class NodeSandbox:
     """A sandbox of a node. Every call waits until it is ready; after its end, every call raises why it ended."""
@@ -355,6 +357,10 @@ class NodeSandbox:
         if self._python is not None:  # it runs nothing; the next call has another one
             python, self._python = self._python, None
             await python.close()
+            for _ in range(DYING_LOOKS):
+                if cell.is_quiet():
+                    break
+                await asyncio.sleep(0.0005)
         return self.lease.num_uses == 1 and self._python is None and cell.is_quiet()
 
     async def _exchanged(self, cell: Cell, base: Base) -> Base | None:

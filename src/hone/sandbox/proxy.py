@@ -12,6 +12,7 @@ from hone.sandbox.egress import NetworkPolicy, grant
 from hone.sandbox.exchange import END_OF_HEAD, Meter, Peer, Refused, exchange, tunnel
 from hone.sandbox.http1 import MAX_HEAD_BYTES, BadMessage, Request, parse_request, refusal
 from hone.sandbox.network_log import NetworkLog
+from hone.sandbox.readiness import until_ready
 from hone.sandbox.upstream import Connector, Resolver, Upstream
 from hone.schema.sandbox_network import DEFAULT_PORTS, DENIALS, NetworkRecord, Verdict, parse_rules
 
@@ -108,12 +109,14 @@ class Proxy:
         loop = asyncio.get_running_loop()
         while True:
             await self._places.acquire()
+            await until_ready(self._listener.fileno(), loop.add_reader, loop.remove_reader)
             try:
-                connection, _ = await loop.sock_accept(self._listener)
+                connection, _ = self._listener.accept()
             except OSError:  # it hung up already, or this process has no descriptors left
                 self._places.release()
                 await asyncio.sleep(0.05)
                 continue
+            connection.setblocking(False)
             serving = loop.create_task(self._serve(connection))
             self._connections.add(serving)
             serving.add_done_callback(self._over)
