@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import random
 
 import msgspec
 import pytest
@@ -393,20 +394,28 @@ async def test_a_relay_that_refuses_connections_is_waited_for_and_its_nodes_told
     await client.close()
 
 
+@pytest.mark.parametrize("num_breaks", [1, 2, 3])
 @in_no_time
-async def test_what_was_on_its_way_when_a_relay_lost_its_node_is_not_counted_twice():
+async def test_what_was_on_its_way_when_a_relay_lost_its_node_is_not_counted_twice(num_breaks):
     async with flaky.network() as network:
         client, box = await opened(network)
-        process = await box.spawn(["tee", "5"])
-        writing = asyncio.create_task(process.write(b"0123456789" * 20))
+        process = await box.spawn(["tee", "50000"])
+        sent = random.Random(1).randbytes(1_000_000)
+        writing = asyncio.create_task(process.write(sent))
+        errors = asyncio.create_task(drained(process))
         received = b""
-        for number in range(40):
+        while len(received) < len(sent):
+            await asyncio.sleep(0.003 * (len(received) % 7))
             received += await process.read()
-            await process.read_error()
-            if number % 7 == 0:
-                for _ in range(1 + number % 2):
-                    client._hear_call(calls.Interrupted("n.1."))
-                    await asyncio.sleep(0.001 * (number % 5))
+            for _ in range(num_breaks):  # the second, before the answer to the first has come
+                client._hear_call(calls.Interrupted("n.1."))
+                await asyncio.sleep(0.001)
         await writing
-        assert received == b"0123456789" * 20
+        assert received == sent
+        errors.cancel()
         await client.close()
+
+
+async def drained(process) -> None:
+    while await process.read_error():
+        pass
