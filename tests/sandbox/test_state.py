@@ -224,12 +224,17 @@ async def test_a_cancelled_snapshot_leaves_nothing_behind(box, node):
         assert await sh(box, "echo here") == "here\n"
 
 
-async def test_a_lease_that_ends_while_files_are_copied_is_over(node):
+@pytest.mark.parametrize("seconds", [0.0, 0.0005, 0.002, 0.005])
+@pytest.mark.parametrize("is_busy", [True, False])
+async def test_a_sandbox_that_ends_during_its_snapshot_leaves_nothing(node, seconds, is_busy):
     box = Sandbox(spec=SMALL, node=node)
     await box.open()
-    await sh(box, "setsid sleep 60 > /dev/null 2>&1 & for i in $(seq 300); do echo $i > f$i; done")
+    first = await box.snapshot()
+    daemon = "setsid sleep 60 > /dev/null 2>&1 &" if is_busy else ""
+    await sh(box, f"{daemon} for i in $(seq 300); do echo $i > f$i; done")
+    await first.close()
     taking = asyncio.create_task(box.snapshot())
-    await asyncio.sleep(0.001)
+    await asyncio.sleep(seconds)
     await box.close()
     with contextlib.suppress(SandboxError, OSError):
         await (await taking).close()
