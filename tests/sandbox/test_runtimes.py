@@ -176,9 +176,14 @@ async def test_a_fork_bomb_stops_at_its_limit(place: Place, cell: Cell) -> None:
     if Feature.PROCESSES not in features(place.runtime):
         pytest.skip("this runtime counts the threads of its own kernel")
     result = await python(cell, bomb)
-    assert 40 <= int(result.stderr.split()[0]) <= 64, result
     folders = place.cells.host.cgroups
-    if "pids" in folders.v1 or "pids" in folders.unified_controllers:
+    is_counted = "pids" in folders.v1 or "pids" in folders.unified_controllers
+    num_children = int(result.stderr.split()[0])
+    if place.runtime == "process" and not is_counted:  # this user's other processes come and go
+        assert num_children < 1000
+    else:
+        assert 40 <= num_children <= 64, result
+    if is_counted:
         assert result.outcome is Outcome.PIDS_LIMIT
     other = await place.create()
     await assert_well(other)
