@@ -168,6 +168,8 @@ class Node:
         """
         if self._is_closing:
             raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
+        if spec.network == "allow" and Feature.PORTS not in features(spec.runtime):
+            raise Unsupported(f"runtime {spec.runtime!r} has no allow-lists of hosts; take runtime='cell'")
         if refused := self.gate.policy.refuses(spec):
             raise Unsupported(f"the node {self.name} gives no sandbox {refused}; serve it with --private-networks")
         base = None
