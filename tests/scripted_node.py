@@ -89,7 +89,7 @@ class ScriptedNode:
                     pass
                 case calls.Resume(call):
                     self.heard.append(message)
-                    stream.send(calls.Resumed(call, False, 0, 0, 0))
+                    stream.send(calls.Resumed(call, False, 0, 0, 0, message.attempt))
                 case calls.Report(call):
                     done(call, self.report())
                 case calls.Create():

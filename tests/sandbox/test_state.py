@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from hone.sandbox.client import Busy, Sandbox, SandboxError, SandboxSpec
+from hone.sandbox.client import Busy, Outcome, Sandbox, SandboxError, SandboxSpec
 from hone.sandbox.discovery import parse_source
 from hone.sandbox.gateway import Gateway
 from hone.sandbox.lifecycle import Limits
@@ -190,6 +190,8 @@ async def test_what_a_snapshot_cannot_be_is_said(box, node):
             await Sandbox(spec=SandboxSpec(network="host"), snapshot=snapshot).open()
         with pytest.raises(ValueError, match="leave node out"):
             Sandbox(snapshot=snapshot, node="unix:/elsewhere")
+    with pytest.raises(ValueError, match="at least"):
+        await box.fork(0)
 
 
 async def test_a_sandbox_from_a_snapshot_is_not_from_a_pool(box, node):
@@ -222,12 +224,17 @@ async def test_a_cancelled_snapshot_leaves_nothing_behind(box, node):
         assert await sh(box, "echo here") == "here\n"
 
 
-async def test_a_lease_that_ends_while_files_are_copied_is_over(node):
+@pytest.mark.parametrize("seconds", [0.0, 0.0005, 0.002, 0.005])
+@pytest.mark.parametrize("is_busy", [True, False])
+async def test_a_sandbox_that_ends_during_its_snapshot_leaves_nothing(node, seconds, is_busy):
     box = Sandbox(spec=SMALL, node=node)
     await box.open()
-    await sh(box, "setsid sleep 60 > /dev/null 2>&1 & for i in $(seq 300); do echo $i > f$i; done")
+    first = await box.snapshot()
+    daemon = "setsid sleep 60 > /dev/null 2>&1 &" if is_busy else ""
+    await sh(box, f"{daemon} for i in $(seq 300); do echo $i > f$i; done")
+    await first.close()
     taking = asyncio.create_task(box.snapshot())
-    await asyncio.sleep(0.001)
+    await asyncio.sleep(seconds)
     await box.close()
     with contextlib.suppress(SandboxError, OSError):
         await (await taking).close()
@@ -275,6 +282,18 @@ async def test_grading_in_a_sandbox_from_a_snapshot_sees_nothing_of_what_happene
         await grader.write("solution.py", b"def f(): return 1")
         assert (await grader.exec(["sh", "-c", command])).stdout == "passed\n"
     await snapshot.close()
+
+
+async def test_runtimes_without_a_root_of_their_own_have_no_snapshots(cells):
+    spec = SandboxSpec(runtime="process", network="host")
+    async with Node("n", runtimes=("process",)) as node, Sandbox(spec=spec, node=node) as box:
+        try:
+            await box.exec(["true"])
+        except SandboxError as error:
+            pytest.skip(str(error))
+        with pytest.raises(SandboxError, match="no snapshots of the whole root") as caught:
+            await box.snapshot()
+        assert caught.value.outcome is Outcome.POLICY_DENIED
 
 
 async def test_without_layers_files_are_copied_into_each(cells, tmp_path):

@@ -477,6 +477,7 @@ class Cell:
 
     def expect(self, listener: socket.socket) -> None:
         """The agent will connect there, and nobody else can; called once, by `Cells`."""
+        ask_for_sender(listener, is_asked=True)  # which its connections inherit: the first message may be there at once
         self._listener = listener
         self._loop.add_reader(listener.fileno(), self._answer)
 
@@ -494,7 +495,6 @@ class Cell:
         self._loop.remove_reader(self._control.fileno())
         self._control.close()
         called.setblocking(False)
-        ask_for_sender(called, is_asked=True)
         self._control, self._has_called = called, True
         self._loop.add_reader(called.fileno(), self._receive)
 

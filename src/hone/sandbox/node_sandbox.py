@@ -341,10 +341,14 @@ class NodeSandbox:
             snapshots = self._node.snapshots
             snapshots.admit(self.lease.spec)
             base = self.base or Base(cell.image)
-            taken = None
-            if snapshots.can_hold and await self._is_quiet(cell):
-                taken = await self._exchanged(cell, base)
-            taken = taken or await snapshots.copy(cell, base)
+            snapshots.hold(base)  # the sandbox may end meanwhile
+            try:
+                taken = None
+                if snapshots.can_hold and await self._is_quiet(cell):
+                    taken = await self._exchanged(cell, base)
+                taken = taken or await snapshots.copy(cell, base)
+            finally:
+                await snapshots.release(base)
             if self.over.done():
                 await snapshots.release(taken)
                 raise _again(self.over.result())

@@ -279,8 +279,8 @@ class Process:
             self._kill_or_lose()
 
     def _overflow(self) -> None:
-        if not self._ended.done():
-            self._outcome = self._outcome or Outcome.OUTPUT_LIMIT
+        if not self._ended.done() and self._outcome is None:  # once: it writes on until it is dead
+            self._outcome = Outcome.OUTPUT_LIMIT
             self._kill_or_lose()
 
     def _kill_or_lose(self) -> None:
