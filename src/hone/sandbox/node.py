@@ -30,6 +30,8 @@ from hone.sandbox.proxy import Gate
 from hone.sandbox.python import WarmPython, Zygotes
 from hone.sandbox.records import Records
 from hone.sandbox.report import report_of
+from hone.sandbox.runtimes.known import features
+from hone.sandbox.runtimes.runtime import Feature
 from hone.sandbox.state import Snapshots
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
