@@ -46,6 +46,8 @@ class ScriptedNode:
         self.streams: list[Stream[Any]] = []
         self._listener = Listener(parse_address(self.address), certificate=certificate, key=key)
         self._num_made = 0
+        self._session_of: dict[Stream[Any], str] = {}
+        self._makers: set[str] = set()
 
     async def __aenter__(self) -> "ScriptedNode":
         await self._listener.open(self._accept)
@@ -78,14 +80,16 @@ class ScriptedNode:
                     owner = message.owner
                     if owner:
                         self.sessions.append((owner, message.session))
-                    stream.send(calls.Welcome(self.prefix, 10.0))
+                    self._session_of[stream] = message.session
+                    has_sandboxes = message.session in self._makers
+                    stream.send(calls.Welcome(self.prefix, 10.0, has_sandboxes=has_sandboxes))
                 case calls.Ping():
                     stream.send(message)
                 case calls.Received():
                     pass
                 case calls.Resume(call):
                     self.heard.append(message)
-                    stream.send(calls.Resumed(call, False, 0, 0, 0))
+                    stream.send(calls.Resumed(call, False, 0, 0, 0, message.attempt))
                 case calls.Report(call):
                     done(call, self.report())
                 case calls.Create():
@@ -129,6 +133,7 @@ class ScriptedNode:
             stream.send(failed(message.call, SandboxError("no such image")))
             return
         self._num_made += 1
+        self._makers.add(self._session_of[stream])
         sandbox_id = f"{self.prefix}{self._num_made}"
         self.sandboxes[sandbox_id] = Leased(sandbox_id, owner, message.key, message.spec.memory_mb, message.spec.cpus)
         stream.send(calls.Done(message.call, msgspec.Raw(msgspec.msgpack.encode(sandbox_id))))

@@ -28,7 +28,7 @@ async def silent(rollout, endpoint):
 
 
 class Duel(MultiAgent):
-    async def play(self, rollout, seats):
+    async def play(self, rollout):
         return None
 
 

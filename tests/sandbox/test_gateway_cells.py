@@ -162,6 +162,35 @@ async def test_the_sandboxes_of_a_client_that_is_gone_end_and_are_counted_no_mor
     assert not any(node.report().sandboxes for node in cluster.nodes)
 
 
+async def test_a_client_that_comes_back_by_another_gateway_keeps_its_sandboxes(cluster, client):
+    for server in cluster.servers:
+        server.grace_seconds = 1.0
+    boxes = [await client.create(SMALL, key=f"k{number}") for number in range(6)]
+    for box in boxes:
+        await box.exec(["touch", "here"])
+    assert {box.sandbox_id[:2] for box in boxes} == {"n0", "n1"}
+    async with Gateway(
+        [Fixed(parse_address(one.address)) for one in cluster.inner],
+        "tcp://127.0.0.1:0",
+        tenants=ME,
+        token="of the gateway",
+    ) as second:
+        fresh = RemoteNode(second.address, "mine")
+        await fresh.connected()
+        cluster.outer._target = int(second.address.rpartition(":")[2])
+        cluster.outer.cut()
+        await until(lambda: client.num_reconnections)
+        await asyncio.sleep(2.5)  # nothing is asked of them meanwhile
+        for box in boxes:
+            assert (await box.exec(["test", "-e", "here"])).is_success
+        # Who has nothing at the nodes is not connected to them.
+        (front,) = [one for one in second._fronts if one.session.name == fresh._session]
+        assert not front._nodes
+        await fresh.close()
+        for box in boxes:
+            await box.close()
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 HONE = [sys.executable, "-m", "hone.cli.main", "sandbox"]

@@ -175,14 +175,12 @@ async def test_an_agent_that_floods_the_node_costs_nobody_else(cells: Cells, cel
     with liar.open() as theirs:
         theirs.setblocking(False)
         for number in range(200):
-            with suppress(BlockingIOError):
+            with suppress(OSError):  # full, and soon nobody listens
                 while True:
                     socket.send_fds(theirs, [lie], [0, 1, 2, 0, 1, 2])
             await asyncio.sleep(0)
             if number % 50 == 0:
                 await assert_well(cell)
-        theirs.setblocking(True)
-        theirs.send(lie * 3)
         with pytest.raises(SandboxError, match="nonsense"):
             await liar.until_ready([])
     await liar.destroy()

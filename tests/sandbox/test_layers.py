@@ -23,7 +23,7 @@ SPEC = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)
 @pytest.fixture
 def layers(cells: Cells) -> Layers:
     if not can_share_layers(cells.host):
-        pytest.skip("this kernel does not show a tmpfs with other ids, or has no overlay")
+        pytest.skip("no cell can lie over another's files here: no compiler, no overlay, or root with Linux before 6.3")
     return Layers()
 
 

@@ -151,22 +151,54 @@ def test_ids_of_other_nodes_and_of_earlier_starts_are_lost():
     assert error.value.outcome is Outcome.NODE_LOST
 
 
+def test_what_begins_from_a_snapshot_is_not_from_a_pool():
+    lifecycle = Lifecycle("n.1.", Limits(max_warm=2))
+    lifecycle.keep_warm(SPEC, 1, 0.0)
+    (warm,) = of(Make, lifecycle.take())
+    lifecycle.made(warm.number, 0.0)
+    lease = lifecycle.ask(SPEC, 1.0, snapshot_id="n.1.s1")
+    (make,) = of(Make, lifecycle.take())
+    assert (make.sandbox_id, warm.sandbox_id) == (lease.sandbox_id, "")
+    lifecycle.ask(SPEC, 1.0, key="k")
+    with pytest.raises(ValueError, match="another kind"):
+        lifecycle.ask(SPEC, 1.0, key="k", snapshot_id="n.1.s1")
+
+
+def test_an_exchange_of_cells_is_the_same_lease():
+    lifecycle = Lifecycle("n.1.", Limits(max_sandboxes=1))
+    lease, number = ready(lifecycle)
+    waiting = lifecycle.ask(SPEC, 1.0)
+    lifecycle.exchange(lease, 50.0)
+    assert lifecycle.take() == [Destroy(number)]  # there is no room for two
+    lifecycle.gone(number, 51.0)
+    (make,) = of(Make, lifecycle.take())
+    assert make.sandbox_id == lease.sandbox_id
+    lifecycle.made(make.number, 52.0)
+    assert lifecycle.take() == [Give(lease.sandbox_id, make.number)]
+    assert lease.deadline() == 100.0
+    lifecycle.exchange(lease, 99.0)
+    lifecycle.tick(100.5)
+    ended = {over.sandbox_id: over.problem for over in of(Over, lifecycle.take())}
+    assert ended == {lease.sandbox_id: "its lease is over", waiting.sandbox_id: ended[waiting.sandbox_id]}
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_cells_and_leases_agree_whatever_happens(seed):
     """The books against a machine that makes, loses and destroys cells in random order."""
     chance = random.Random(seed)
     limits = Limits(max_sandboxes=12, max_starting=3, max_queued=6, queue_seconds=20, max_warm=4)
     lifecycle = Lifecycle("n.1.", limits)
-    making, alive, dying, given = set(), set(), set(), {}
+    making, alive, dying, given, made_for = set(), set(), set(), {}, {}
     now = 0.0
     for _ in range(600):
         now += chance.random()
-        match chance.randrange(6):
+        match chance.randrange(8):
             case 0 | 1:
                 try:
-                    lifecycle.ask(SandboxSpec(memory_mb=chance.choice((1, 2)), ttl_seconds=30, idle_seconds=9), now)
+                    spec = SandboxSpec(memory_mb=chance.choice((1, 2)), ttl_seconds=30, idle_seconds=9)
+                    lifecycle.ask(spec, now, snapshot_id=chance.choice(("", "n.1.s1")))
                 except Busy:
-                    assert lifecycle.num_in(Stage.QUEUED) == limits.max_queued
+                    assert lifecycle.num_in(Stage.QUEUED) >= limits.max_queued
             case 2 if making:
                 number = chance.choice(sorted(making))
                 making.discard(number)
@@ -182,15 +214,24 @@ def test_cells_and_leases_agree_whatever_happens(seed):
                 lifecycle.gone(number, now)
             case 5 if lifecycle.leases:
                 lifecycle.end(chance.choice(sorted(lifecycle.leases)), now, "closed")
+            case 6 if ready_ones := [one for one in lifecycle.leases.values() if one.stage is Stage.READY]:
+                lease = chance.choice(ready_ones)
+                del given[lease.sandbox_id]
+                ends = lease.ends
+                lifecycle.exchange(lease, now)
+                assert lease.ends == ends
             case _:
                 lifecycle.tick(now)
         for command in lifecycle.take():
             match command:
-                case Make(number):
+                case Make(number, _, sandbox_id):
                     making.add(number)
+                    made_for[number] = sandbox_id
                 case Give(sandbox_id, number):
                     assert number in alive
                     assert number not in given.values(), "a cell was given twice"
+                    if lifecycle.leases[sandbox_id].needs_own:
+                        assert made_for[number] == sandbox_id
                     given[sandbox_id] = number
                 case Destroy(number):
                     alive.remove(number)

@@ -148,6 +148,22 @@ def test_full_accounts_are_put_aside(tmp_path, monkeypatch):
     assert all((tmp_path / name).stat().st_size < 1500 for name in ("sandboxes.jsonl.1", "sandboxes.jsonl"))
 
 
+async def test_a_full_disk_loses_lines_and_no_calls(cells, tmp_path):
+    (tmp_path / "node").mkdir()
+    (tmp_path / "node" / "sandboxes.jsonl").symlink_to("/dev/full")
+    spans = Spans(Path("/dev/full"), "node-n")
+    async with Node("n", folder=tmp_path / "node", spans=spans) as node:
+        async with Sandbox(spec=SMALL, node=node) as box:
+            assert (await box.exec(["echo", "fine"])).stdout == "fine\n"
+        async with asyncio.timeout(10):
+            while (lost := metrics_of(node)["hone_sandbox_unwritten_lines_total",]) < 4:
+                await asyncio.sleep(0.01)
+        assert lost == 4  # spans of creation, call and whole life; an account
+        async with Sandbox(spec=SMALL, node=node) as box:
+            await box.exec(["true"])
+    spans.close()
+
+
 async def test_metrics_count_what_was_done(node):
     async with Sandbox(spec=SMALL, node=node) as box:
         await box.exec(["true"])
@@ -176,6 +192,21 @@ async def test_metrics_count_what_was_done(node):
     assert found["hone_sandbox_ready_seconds_count", "cold"] == 1
     assert found["hone_sandbox_cpu_seconds_total",] > 0
     assert found["hone_sandbox_leases", "ready"] == 0
+
+
+async def test_a_sandbox_that_begins_anew_was_created_once_and_keeps_its_account(node):
+    async with Sandbox(spec=SMALL, node=node) as box:
+        await box.exec(["sh", "-c", f"{BUSY}; echo words"])
+        snapshot = await box.snapshot()
+        before = await box.usage()
+        await box.reset(snapshot)
+        await box.exec(["echo", "words"])
+        after = await box.usage()
+        assert (after.num_calls, after.output_bytes) == (4, 12)
+        assert after.cpu_seconds >= before.cpu_seconds
+        assert node.num_unmatched == 0
+    assert metrics_of(node)["hone_sandbox_created_total", "cold", "host"] == 1
+    assert metrics_of(node)["hone_sandbox_ready_seconds_count", "cold"] == 1
 
 
 async def test_a_warm_cell_is_counted_as_warm(node):

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
 import sys
 
 import pytest
@@ -162,10 +161,19 @@ async def test_connections_have_a_limit(node, monkeypatch):
         with pytest.raises(Busy, match="3 connections"):
             await box.connect(8000)
         await held[0].close()
-        await asyncio.sleep(0.05)
-        await (await box.connect(8000)).close()
+        async with asyncio.timeout(10):
+            while not await _connects(box):
+                await asyncio.sleep(0.01)
         for one in held:
             await one.close()
+
+
+async def _connects(box):
+    try:
+        await (await box.connect(8000)).close()
+    except Busy:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("network", ["off", "host"])
@@ -199,36 +207,48 @@ async def _ends(reader):
         return True
 
 
-async def test_the_command_forwards_until_it_is_stopped(node, tmp_path):
-    async with (
-        NodeServer(node, f"unix:{tmp_path}/socket") as server,
-        Sandbox(node=server.address, **SMALL) as box,
-    ):
-        process = await started(box)
-        command = [sys.executable, "-m", "hone.cli.main", "sandbox", "forward", box.sandbox_id, "8000:0"]
-        forwarding = await asyncio.create_subprocess_exec(
-            *command, "--node", server.address, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+@pytest.fixture
+async def command(node, tmp_path):
+    """`hone sandbox forward` to a sandbox; the process, its port, and the sandbox."""
+    async with NodeServer(node, f"unix:{tmp_path}/socket") as server, Sandbox(node=server.address, **SMALL) as box:
+        await started(box)
+        words = ["-m", "hone.cli.main", "sandbox", "forward", box.sandbox_id, "8000:0", "--node", server.address]
+        pipe = asyncio.subprocess.PIPE
+        forwarding = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=pipe, stderr=pipe)
         try:
             line = (await forwarding.stdout.readline()).decode()
             assert f"leads to port 8000 of {box.sandbox_id}" in line, (await forwarding.stderr.read()).decode()
-            reader, writer = await asyncio.open_connection("127.0.0.1", int(line.split()[0].partition(":")[2]))
-            writer.write(b"cli")
-            writer.write_eof()
-            assert await reader.read() == b"cliover"
-            writer.close()
-            forwarding.send_signal(signal.SIGTERM)
-            assert await asyncio.wait_for(forwarding.wait(), 20) == 0
+            yield forwarding, int(line.split()[0].partition(":")[2]), box
         finally:
             if forwarding.returncode is None:
                 forwarding.kill()
             await forwarding.communicate()
-        await process.close()
+
+
+async def test_the_command_forwards_until_it_is_stopped(command):
+    forwarding, port, _ = command
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"cli")
+    writer.write_eof()
+    assert await reader.read() == b"cliover"
+    writer.close()
+    forwarding.send_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(forwarding.wait(), 20) == 0
+
+
+async def test_the_command_says_that_the_sandbox_is_gone(command):
+    forwarding, port, box = command
+    await box.close()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    assert await _ends(reader)
+    writer.close()
+    assert await asyncio.wait_for(forwarding.wait(), 20) != 0
+    assert "it is closed" in (await forwarding.stderr.read()).decode()
 
 
 async def test_a_full_queue_of_a_server_is_waited_for_and_given_up(node, monkeypatch):
     """A server that listens and never accepts, with a queue that is full: the connection is late, not refused."""
-    monkeypatch.setattr("hone.sandbox.cells.CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr("hone.sandbox.cells.CONNECT_SECONDS", 1.0)
     deaf = "import socket,time; s=socket.socket(); s.bind(('127.0.0.1',8000)); s.listen(0); print('up',flush=True); time.sleep(60)"
     async with Sandbox(node=node, **SMALL) as box:
         process = await box.spawn(["python3", "-c", deaf])

@@ -8,9 +8,13 @@ import ssl
 from collections import deque
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hone.sandbox import exchange, proxy
 from hone.sandbox.egress import NetworkPolicy
+from hone.sandbox.exchange import Peer
+from hone.sandbox.http1 import BadMessage, Body
 from hone.sandbox.network_log import NetworkLog
 from hone.sandbox.proxy import Gate, Proxy
 from hone.schema.sandbox_network import NetworkRecord, Verdict
@@ -262,6 +266,38 @@ async def test_a_body_that_could_be_cut_in_two_ways_ends_the_connection(body):
     assert world.records[0].verdict is Verdict.BAD_REQUEST
 
 
+@given(st.lists(st.binary(max_size=300), max_size=5), st.binary(max_size=40), st.integers(1, 50))
+def test_a_chunked_body_is_its_content_and_nothing_behind_it(pieces, behind, size):
+    """However it is cut, and whatever follows: that is the next request."""
+
+    async def read():
+        reader = asyncio.StreamReader(limit=1 << 10)
+        chunks = b"".join(exchange._framed(piece) for piece in pieces if piece)
+        data = chunks + b"0\r\n\r\n" + behind
+        for begin in range(0, len(data), size):
+            reader.feed_data(data[begin : begin + size])
+        reader.feed_eof()
+        content = [piece async for piece in exchange._pieces(Peer(reader, None), Body(None, is_chunked=True))]
+        assert content[-1] == b""
+        assert b"".join(content) == b"".join(pieces)
+        assert await reader.read() == behind
+
+    asyncio.run(read())
+
+
+@given(st.binary(max_size=200))
+def test_bytes_are_a_chunked_body_or_bad(data):
+    async def read():
+        reader = asyncio.StreamReader(limit=1 << 10)
+        reader.feed_data(data)
+        reader.feed_eof()
+        with contextlib.suppress(BadMessage):
+            async for _ in exchange._pieces(Peer(reader, None), Body(None, is_chunked=True)):
+                pass
+
+    asyncio.run(read())
+
+
 async def test_a_tunnel_carries_tls_both_ways():
     async with serving(echo, ["ok.example"]) as (world, address):
         reader, writer = await asyncio.open_connection(*address)
@@ -322,7 +358,7 @@ async def test_hosts_that_fail_are_told_apart_from_those_that_are_denied(monkeyp
             await asyncio.sleep(60)
         writer.write(b"" if b"/mute" in head else b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
 
-    async with serving(rude, ["*.example"], idle_seconds=0.3) as (world, address):
+    async with serving(rude, ["*.example"], idle_seconds=1.0) as (world, address):
         assert b"502 Bad Gateway" in await ask(address, get("a.example", "/mute"))
         assert b"502 Bad Gateway" in await ask(address, get("a.example"))
         assert b"504 Gateway Timeout" in await ask(address, get("a.example", "/silent"))
@@ -345,6 +381,27 @@ async def test_hosts_that_fail_are_told_apart_from_those_that_are_denied(monkeyp
     assert verdicts.count(Verdict.TIMEOUT) == 2
     assert verdicts.count(Verdict.UNREACHABLE) == 4
     assert world.gate.statistics()["sandbox/network_denied"] == 0
+
+
+async def test_slow_look_ups_are_one_sandboxes_trouble(monkeypatch):
+    """A few at a time of one sandbox, whoever has the name server."""
+    monkeypatch.setattr("hone.sandbox.upstream.RESOLVE_SECONDS", 0.5)
+    under_way = [0, 0]
+
+    async def slow(_):
+        under_way[0] += 1
+        under_way[1] = max(under_way)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            under_way[0] -= 1
+
+    async with serving(echo_head, ["*.example"]) as (world, address):
+        world.gate.upstream._resolve = slow
+        said = await asyncio.gather(*(ask(address, get(f"a{number}.example")) for number in range(20)))
+        assert all(b"504" in answer for answer in said)
+        assert under_way == [0, proxy.MAX_LOOKUPS]
+        assert world.connected == []
 
 
 async def test_slow_and_silent_clients_are_given_up(monkeypatch):
@@ -386,7 +443,10 @@ async def test_a_flood_of_connections_waits_its_turn():
             connection.setblocking(False)
             connection.connect_ex(address)
             flood.append(connection)
-        await asyncio.sleep(0.3)
+        async with asyncio.timeout(10):
+            while world.gate.num_connections < 8:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
         assert world.gate.num_connections == 8
         for connection in flood:
             connection.close()

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hone.sandbox.accounts import Accounts, EndedSandbox
@@ -67,6 +67,7 @@ def test_reasons_are_told_of_ends_that_nobody_asked_for():
 
 
 @settings(deadline=None)
+@example([(1.0, 0.0, None)])
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e3) | st.none()), min_size=1))
 def test_curves_stay_in_their_picture(times):
     accounts = [ended(asked=asked, lived=lived, ready=ready) for asked, lived, ready in times]

@@ -52,7 +52,7 @@ def run(
         list[str] | None,
         typer.Option(help="A host that it may reach, as pypi.org, *.example.org or example.org:8443; repeat it."),
     ] = None,
-    runtime: Annotated[str, typer.Option(help="How it is isolated: cell, process, bwrap or oci.")] = "cell",
+    runtime: Annotated[str, typer.Option(help="How it is isolated: cell, process, bwrap, oci or gvisor.")] = "cell",
     ttl_seconds: Annotated[float, typer.Option(help="When it is over in any case.")] = 3600.0,
     node: Address = "",
 ) -> None:
@@ -223,19 +223,34 @@ def forward(
 
 
 async def _forward(address: str, sandbox_id: str, port: int, local_port: int) -> None:
+    from hone.sandbox.client import Busy, Connection, SandboxError
     from hone.sandbox.ports import Forwarding
     from hone.sandbox.remote import RemoteSandbox
 
     stopped = until_stopped()
     client = await connected(address)
+    problems: list[SandboxError] = []
+
+    async def connect() -> Connection:
+        try:
+            return await box.connect(port, timeout_seconds=0)
+        except Busy:
+            raise
+        except SandboxError as error:  # the sandbox, or its node, is gone: there will be no other connection
+            problems.append(error)
+            stopped.set()
+            raise
+
     try:
         box = RemoteSandbox(client, sandbox_id)
         await box.ready()
-        async with Forwarding(lambda: box.connect(port, timeout_seconds=0), local_port) as forwarding:
+        async with Forwarding(connect, local_port) as forwarding:
             typer.echo(f"127.0.0.1:{forwarding.port} leads to port {port} of {sandbox_id}")
             await stopped.wait()
     finally:
         await client.close()
+    if problems:
+        raise problems[0]
 
 
 @app.command()
@@ -317,9 +332,12 @@ async def _try_all(host: "Host") -> dict[str, str]:
 
 async def _try(runtime: "RuntimeName") -> str:
     from hone.sandbox.client import Sandbox, SandboxError
+    from hone.sandbox.runtimes.known import features
+    from hone.sandbox.runtimes.runtime import Feature
 
     try:
-        async with Sandbox(memory_mb=64, disk_mb=16, network="off", runtime=runtime) as box:
+        network = "none" if Feature.LOOPBACK in features(runtime) else "off"
+        async with Sandbox(memory_mb=64, disk_mb=16, network=network, runtime=runtime) as box:
             result = await box.exec(["echo", "works"])
             return "" if result.stdout == "works\n" else f"a sandbox is made, but echo does not work in it: {result}"
     except SandboxError as error:

@@ -42,7 +42,7 @@ class Accounts:
         self._remembered: collections.OrderedDict[str, EndedSandbox] = collections.OrderedDict()
 
     def add(self, ended: EndedSandbox) -> None:
-        """A sandbox is over, and nothing of it is left."""
+        """A sandbox is over, and nothing of it is left. `OSError` where the disk takes no more."""
         self._remembered[ended.sandbox_id] = ended
         if len(self._remembered) > MAX_REMEMBERED:
             self._remembered.popitem(last=False)

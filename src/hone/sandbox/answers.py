@@ -7,7 +7,8 @@ from typing import Any
 from hone.sandbox.call_streams import CallStreams
 from hone.sandbox.conversation import converse
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.node import Node, NodeSandbox
+from hone.sandbox.node import Node
+from hone.sandbox.node_sandbox import NodeSandbox
 from hone.sandbox.transfers import give_tree, take_tree
 from hone.schema import sandbox_calls as calls
 

@@ -15,9 +15,10 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 OPENAT2 = 437  # the number is the same on every architecture
 NO_MAGIC_LINKS, NO_SYMBOLIC_LINKS, IN_ROOT = 0x02, 0x04, 0x10  # RESOLVE_...
 MAX_RETRIES = 128
+PROC = 0x9FA0
 # Files of these are the kernel's: reading may block, or answer with what concerns the reader.
 KERNEL_FILE_SYSTEMS = {
-    0x9FA0,  # proc
+    PROC,
     0x62656572,  # sysfs
     0x27E0EB,  # cgroup
     0x63677270,  # cgroup2
@@ -191,6 +192,7 @@ _KINDS = {
 
 
 def file_system(descriptor: int) -> int:
+    """Which kind of file system it is of, as statfs(2) numbers them."""
     room = ctypes.create_string_buffer(256)  # struct statfs; its first word is the type
     if _libc.fstatfs(descriptor, room) < 0:
         number = ctypes.get_errno()

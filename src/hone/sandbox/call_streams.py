@@ -73,14 +73,14 @@ class CallStreams:
             case _:
                 raise ValueError(f"{type(message).__name__} for a stream that the client has no part in")
 
-    def resumed(self, received: list[int], taken: list[int]) -> list[Any]:
+    def resumed(self, message: calls.Resume) -> list[Any]:
         """What a client is told when it comes back, whom so much of the streams has reached."""
-        if len(received) != 2 or len(taken) != 2:
+        if len(message.received) != 2 or len(message.taken) != 2:
             raise ValueError("a call has two streams to resume")
-        again: list[Any] = [
-            calls.Resumed(self._call, True, self._num_received, self._num_taken, self._num_controls),
-        ]
-        for (stream, output), num_received, num_taken in zip(self.outputs.items(), received, taken, strict=True):
+        here = (self._num_received, self._num_taken, self._num_controls)
+        again: list[Any] = [calls.Resumed(self._call, True, *here, message.attempt)]
+        there = zip(self.outputs.items(), message.received, message.taken, strict=True)
+        for (stream, output), num_received, num_taken in there:
             again += [calls.Data(self._call, stream, data) for data in output.resume(num_received, num_taken)]
         return again + self._told
 

@@ -19,13 +19,13 @@ from typing import Self
 
 import msgspec
 
-from hone.sandbox.beneath import open_beneath
+from hone.sandbox.beneath import FOLDER, PROC, closing, file_system, open_beneath
 from hone.sandbox.cgroups import CellCgroup, Cgroups, Counters, sweep
 from hone.sandbox.cores import Cores
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import FIRST_ID, LANDLOCK_ABSTRACT_SOCKETS, LAST_ID, Host, host_image, look
 from hone.sandbox.images import remove_tree
-from hone.sandbox.messages import Message, ask_for_sender, close_all, receive
+from hone.sandbox.messages import MAX_DESCRIPTORS, Message, ask_for_sender, close_all, receive
 from hone.sandbox.plan import (
     CONFINING,
     Bind,
@@ -38,7 +38,7 @@ from hone.sandbox.plan import (
     plan_cell,
     plan_spawner,
 )
-from hone.sandbox.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Ending, Process, Tally
+from hone.sandbox.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Process, Tally, ending_of
 from hone.sandbox.readiness import until_ready
 from hone.sandbox.runtimes.known import OTHERS, features, missing
 from hone.sandbox.runtimes.runtime import JOINS, Birth, Feature, Launch
@@ -171,6 +171,8 @@ class Cells:
                 cell.launch = launch = self._launch(cell, binds, num_tasks=len(tasks), agent=spawner.agent)
                 plan, cell.operations, cell.image = launch.plan, launch.plan.operations, launch.image
                 cell.program_flags = launch.program_flags
+                if launch.listener is not None:
+                    cell.expect(launch.listener)
                 order = plan.encode(number, cgroup=-1 if unified is None else len(descriptors) - 1)
                 born = await spawner.order(number, order, descriptors)
         finally:
@@ -328,12 +330,17 @@ class Cell:
         self._nothing = nothing
         self._forget = forget
         self._control: socket.socket | None = None
+        self._listener: socket.socket | None = None
+        self._has_called = False
+        self._first_pid = 0
         self._pidfd = self._agent = self._disk = self._said = -1
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._failure: tuple[int, int] | None = None
         self._over: str | None = None
         self._programs: dict[int, Process] = {}
+        self._num_owed = 0
+        """How many programs were started of whose end the agent has not told: it cannot tell of more."""
         self._numbers = itertools.count(1)
         self._counters = Counters()
         self._hits: dict[Outcome, float] = {}
@@ -379,6 +386,8 @@ class Cell:
 
         terminal: rows and columns of one for it to have. stdin_descriptor: instead of a pipe; the caller's to close.
         """
+        if terminal is not None and Feature.TERMINAL not in features(self.spec.runtime):
+            raise Unsupported(f"runtime {self.spec.runtime!r} has no terminals; start the program without one")
         program = Process(self, next(self._numbers))
         try:
             program.start(argv, env, cwd, has_stdin=True, terminal=terminal, stdin_descriptor=stdin_descriptor)
@@ -419,9 +428,12 @@ class Cell:
         """Whether nothing runs in it but its agent, so that nothing can write to its files but on our behalf."""
         if self._programs or self._is_paused:
             return False
-        try:
-            return not Path(f"/proc/{self.pid}/task/{self.pid}/children").read_bytes()
-        except OSError:  # the kernel does not tell
+        try:  # its own /proc names all that are in its namespace, whoever their parents are
+            with closing(open_beneath(self.root_descriptor, "/proc", FOLDER)) as folder:
+                with os.scandir(folder) as entries:
+                    names = [entry.name for entry in entries if entry.name.isdigit()]
+                return file_system(folder) == PROC and names == ["1"]
+        except OSError:
             return False
 
     @property
@@ -463,8 +475,38 @@ class Cell:
         self._said = os.memfd_create("said", os.MFD_CLOEXEC)
         return [self._said]
 
+    def expect(self, listener: socket.socket) -> None:
+        """The agent will connect there, and nobody else can; called once, by `Cells`."""
+        ask_for_sender(listener, is_asked=True)  # which its connections inherit: the first message may be there at once
+        self._listener = listener
+        self._loop.add_reader(listener.fileno(), self._answer)
+
+    def _answer(self) -> None:
+        """The agent calls: from here on its connection is the control socket."""
+        assert self._listener is not None
+        try:
+            called, _ = self._listener.accept()
+        except OSError:
+            return
+        self._stop_listening()
+        if self._control is None:
+            called.close()
+            return
+        self._loop.remove_reader(self._control.fileno())
+        self._control.close()
+        called.setblocking(False)
+        self._control, self._has_called = called, True
+        self._loop.add_reader(called.fileno(), self._receive)
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+
     def adopt(self, born: Born, spawner: Spawner) -> None:
         """It has a first process; called once, by `Cells`."""
+        self._first_pid = born.pid
         self.spawner = spawner
         if self.cgroup is not None:
             self._counters = self.cgroup.before
@@ -476,6 +518,7 @@ class Cell:
         """Wait for the agent; called once, by `Cells`, with the plan's steps to name the one that failed."""
         try:
             await self._ready
+            self._open_inner_files()
         except SandboxError as error:
             if self._failure is None:
                 said = os.pread(self._said, SAID_BYTES, 0).decode(errors="replace").strip() if self._said >= 0 else ""
@@ -541,10 +584,15 @@ class Cell:
     def register(self, identity: int, program: "Process") -> None:
         """A program is about to be started."""
         self._programs[identity] = program
+        self._num_owed += 1
 
     def unregister(self, identity: int) -> None:
         """Nobody waits for this program any more."""
         self._programs.pop(identity, None)
+
+    def give_up(self, reason: str) -> None:
+        """It is of no use any more."""
+        self._lose(reason)
 
     def limits_hit_since(self, when: float) -> frozenset[Outcome]:
         """Which limits were hit after a moment of `time.perf_counter`, or after the last time somebody asked."""
@@ -579,16 +627,24 @@ class Cell:
                 return
 
     def _hear(self, report: tuple[int, ...], message: Message) -> None:
-        kind, identity, status, error, user, system, peak = report
-        if kind == ENDED and (program := self._programs.get(identity)) is not None:
-            program.end(Ending(status, error, (user + system) / 1e6, peak << 10))
-        elif kind == READY and not self._ready.done() and message.descriptors:
+        kind, identity, status, error, *usage = report
+        num_expected = range(1) if self._has_called else range(1, MAX_DESCRIPTORS + 1)
+        if kind == READY and not self._ready.done() and len(message.descriptors) in num_expected:
             self._meet(message)
             return
-        elif kind == FAILED:
+        close_all(message.descriptors)
+        if kind == FAILED:
             self._failure = (identity, error)
             self._lose("its first process failed")
-        close_all(message.descriptors)
+        elif kind != ENDED or not self._num_owed or not self._hear_end(identity, status, error, usage):
+            self._lose("its agent talks nonsense")
+
+    def _hear_end(self, identity: int, status: int, error: int, usage: Sequence[int]) -> bool:
+        self._num_owed -= 1
+        ending = ending_of(status, error, usage)
+        if ending is not None and (program := self._programs.get(identity)) is not None:
+            program.end(ending)
+        return ending is not None
 
     def _meet(self, message: Message) -> None:
         """The agent is there, with its root and, maybe, its writable layer."""
@@ -600,11 +656,20 @@ class Cell:
                 self.pid = message.pid
                 for kind, value in (self.launch.late_limits if self.launch is not None else {}).items():
                     resource.prlimit(self.pid, kind, (value, value))
-            self._take_root(*message.descriptors)
+            if message.descriptors:
+                self._take_root(*message.descriptors)
         except OSError as error:
             self._lose(f"its agent is not to be found ({error})")
             return
         self._ready.set_result(None)
+
+    def _open_inner_files(self) -> None:
+        """Those that the sandbox's first process, which is ours, sees and this one does not."""
+        if self.launch is not None and self.launch.inner_files is not None:
+            path = f"/proc/{self._first_pid}/root{self.launch.inner_files}"
+            self.root_descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self.files_folder = self.launch.files_folder or self.image.working_folder
+            self._disk = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _take_root(self, root: int, layer: int = -1) -> None:
         self.root_descriptor, self.layer_descriptor = root, layer
@@ -621,6 +686,7 @@ class Cell:
         if self._over is not None:
             return
         self._over = reason
+        self._stop_listening()
         if self._control is not None:
             self._loop.remove_reader(self._control.fileno())
             self._control.close()

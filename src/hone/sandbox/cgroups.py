@@ -24,7 +24,8 @@ RESERVED_PROCESSES = {
     "process": 2,
     "bwrap": 3,
     "oci": 3,
-}  # the agent; its guardian; another runtime's program
+    "gvisor": 1024,
+}  # the agent; its guardian; another runtime's program; threads of a kernel of its own
 DYING_SECONDS = 2.0  # what was killed needs a moment; its folders cannot go before
 MAX_SPARES = 64  # making and removing a cell's folders is a fifth of its creation
 MAX_LOOKED_AT = 4  # folders of ended programs, when the next one needs a folder

@@ -365,6 +365,8 @@ class Sandbox:
 
         They may not be ready yet. Close each.
         """
+        if count < 1:
+            raise ValueError(f"{count} forks of a sandbox; ask for one at least")
         async with await self.snapshot() as snapshot:
             forks = tuple(Sandbox(spec=self.spec, snapshot=snapshot) for _ in range(count))
             try:

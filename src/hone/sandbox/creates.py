@@ -61,13 +61,6 @@ class Creates:
             return
         home = prefix_of(message.snapshot_id)
         creating = Creating(front, message.call, message.spec, message.key, frame, home)
-        quota = self._gateway.tenants.quota(front.grant.owner)
-        rate = self._rates.setdefault(
-            front.grant.owner, Rate(quota.creates_per_second, quota.creates_at_once, left=quota.creates_at_once)
-        )
-        if seconds := rate.wait_seconds(time.monotonic()):
-            self._refuse(creating, Busy(f"more than {quota.creates_per_second:g} creations a second", seconds))
-            return
         front.creates[message.call] = creating
         self._place(creating)
 
@@ -174,7 +167,13 @@ class Creates:
             raise Busy(
                 f"the key {creating.key!r} may stand for a sandbox of a lost node still; use another key", seconds
             )
-        check_quota(self._gateway.tenants.quota(owner), ledger.totals(owner), creating.spec)
+        quota = self._gateway.tenants.quota(owner)
+        check_quota(quota, ledger.totals(owner), creating.spec)
+        rate = self._rates.setdefault(
+            owner, Rate(quota.creates_per_second, quota.creates_at_once, left=quota.creates_at_once)
+        )
+        if seconds := rate.wait_seconds(now):
+            raise Busy(f"more than {quota.creates_per_second:g} creations a second", seconds)
 
     def _try_next(self, creating: Creating) -> None:
         entry, front = creating.entry, creating.front

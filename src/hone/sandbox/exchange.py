@@ -64,7 +64,8 @@ class Meter:
     """The bytes of one request: how many went up to the host and down, and that they move; an async context manager.
 
     After idle_seconds without any, what runs in it ends with `TimeoutError`. spend: is told of each piece before it goes;
-    it returns when that may be, and raises `Refused` where it may not. is_answered: whether the client has had a part of its answer already.
+    it returns when that may be, and raises `Refused` where it may not. is_answered: whether the client has had a part of
+    its answer already.
     """
 
     def __init__(self, idle_seconds: float, spend: Callable[[int], Awaitable[None]]) -> None:
@@ -73,9 +74,10 @@ class Meter:
         self.is_answered = False
         self._idle_seconds = idle_seconds
         self._spend = spend
-        self._timeout = asyncio.timeout(idle_seconds)
+        self._timeout = asyncio.timeout(None)
 
     async def __aenter__(self) -> Self:
+        self._timeout = asyncio.timeout(self._idle_seconds)
         await self._timeout.__aenter__()
         return self
 
@@ -172,16 +174,20 @@ async def _pump(source: Peer, target: Peer, move: Callable[[Peer, bytes], Awaita
 
 
 async def _send(request: Request, client: Peer, host: Peer, meter: Meter) -> bool:
-    """The request; whether the host took all of it."""
-    await meter.up(host, request.encode())
-    is_taken = True
+    """The request; whether the host took all of it. Where it did not, it may have answered all the same."""
+    is_taken = await _is_taken(meter.up(host, request.encode()))
     async for piece in _pieces(client, request.body):
-        try:
-            if is_taken:
-                await meter.up(host, _framed(piece) if request.body.is_chunked else piece)
-        except OSError:  # it wants no more, and may have answered
-            is_taken = False
+        if is_taken:
+            is_taken = await _is_taken(meter.up(host, _framed(piece) if request.body.is_chunked else piece))
     return is_taken
+
+
+async def _is_taken(sending: Awaitable[None]) -> bool:
+    try:
+        await sending
+    except OSError:
+        return False
+    return True
 
 
 async def _receive(request: Request, client: Peer, host: Peer, meter: Meter) -> bool:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,6 +26,7 @@ HELLO_SECONDS = 10.0
 MAX_HELLO_BYTES = 4096
 STABLE_SECONDS = 1.0  # a connection to a node that broke sooner is not made again at once
 MAX_DELAY_SECONDS = 1.0
+REPORTED_SECONDS = 3.0  # after which a gateway knows what there is
 MAX_BREAKS = 6  # in a row; a node where it does not get better is lost to this client
 MAX_CALLS = 1 << 16
 MAX_TOLD = 100  # characters of what a client sent
@@ -35,15 +36,12 @@ ROUTES = routes()
 logger = logging.getLogger("hone.sandbox.gateway")
 
 
+@dataclass(frozen=True, slots=True)
 class Session:
-    """A client, over all of its connections. prefixes: of the nodes where it has been."""
+    """A client, over all of its connections. name: its secret."""
 
-    def __init__(self, grant: Grant, name: str) -> None:
-        self.owner = grant.owner
-        self.name = name
-        self.prefixes: set[str] = set()
-        self.front: Front | None = None
-        self.left = 0.0
+    owner: str
+    name: str = field(repr=False)
 
 
 class Front:
@@ -63,13 +61,14 @@ class Front:
         loop = asyncio.get_running_loop()
         self._late = loop.call_later(HELLO_SECONDS, lambda: self.frames.abort("no greeting"))
 
-    def node(self, prefix: str) -> NodeConnection | None:
+    def node(self, prefix: str, *, is_tentative: bool = False) -> NodeConnection | None:
         """The connection to a node, made now if there is none; None if the node is lost."""
         if (node := self._nodes.get(prefix)) is None and (control := self._gateway.nodes.get(prefix)) is not None:
             assert self.session is not None
             breaks = self._breaks.setdefault(prefix, _Breaks())
-            node = self._nodes[prefix] = NodeConnection(self, control, breaks.delay_seconds())
-            self.session.prefixes.add(prefix)
+            node = self._nodes[prefix] = NodeConnection(
+                self, control, delay_seconds=breaks.delay_seconds(), is_tentative=is_tentative
+            )
             self.begin(node.open())
         return node
 
@@ -162,10 +161,19 @@ class Front:
         self._late.cancel()
         self.grant = grant
         self.frames.max_bytes = MAX_FRAME_BYTES
-        self.session = self._gateway.join(self, grant, hello.session)
+        self.session = Session(grant.owner, hello.session)
+        self._gateway.join(self, self.session)
         self.frames.say(calls.Welcome("", GRACE_SECONDS, is_relay=True))
-        for prefix in self._gateway.places(self.session):
-            self.node(prefix)  # what it has there outlives its absence only if it is back there
+        self.begin(self._look_around(grant.owner))
+
+    async def _look_around(self, owner: str) -> None:
+        """Be back wherever the client has sandboxes: they outlive its absence only then, and it may have come by another
+        gateway before. Once more, when all nodes have told of those that are new.
+        """
+        for seconds in (0.0, REPORTED_SECONDS):
+            await asyncio.sleep(seconds)
+            for prefix in self._gateway.ledger.prefixes_of(owner):
+                self.node(prefix, is_tentative=True)
 
     def _follow(self, head: Head, frame: bytes) -> None:
         node = self.calls.get(head.call)

@@ -16,7 +16,7 @@ from hone.sandbox.control import CONNECT_SECONDS, PING_SECONDS, Control
 from hone.sandbox.creates import Creates
 from hone.sandbox.discovery import Source
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.fronts import GRACE_SECONDS, Front, Session
+from hone.sandbox.fronts import Front, Session
 from hone.sandbox.ledger import Ledger
 from hone.sandbox.placement import Candidate
 from hone.sandbox.relay import Frames
@@ -66,12 +66,11 @@ class Gateway:
         self.nodes: dict[str, Control] = {}
         """Those that are there, by the prefix of their sandboxes' ids."""
         self.num_lost = 0
-        self._started = time.monotonic()
         self._sources = list(sources)
         self._token = token
         self._ca_file = ca_file
         self._fronts: set[Front] = set()
-        self._sessions: dict[tuple[str, str], Session] = {}
+        self._sessions: dict[Session, Front] = {}
         self._controls: dict[Address, tuple[Control, asyncio.Task[None]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -115,33 +114,20 @@ class Gateway:
 
     def has_room(self, owner: str, name: str) -> bool:
         """Whether another client of an owner may come in; one that is back takes no more room than before."""
-        others = [front.session for front in self._fronts if front.session is not None]
-        num_clients = sum(one.owner == owner and one.name != name for one in others)
+        num_clients = sum(one.owner == owner and one.name != name for one in self._sessions)
         return num_clients < self.tenants.quota(owner).max_clients and len(self._fronts) <= MAX_CLIENTS
 
-    def join(self, front: Front, grant: Grant, name: str) -> Session:
+    def join(self, front: Front, session: Session) -> None:
         """A client has come, or come back: then its connection before is over."""
-        key = (grant.owner, name)
-        session = self._sessions.get(key)
-        if session is None:
-            session = self._sessions[key] = Session(grant, name)
-        elif (former := session.front) is not None:
+        if (former := self._sessions.get(session)) is not None:
             former.frames.abort("its client has another connection")
-        session.front = front
-        return session
-
-    def places(self, session: Session) -> set[str]:
-        """The nodes where a client that comes may have sandboxes: a gateway that was started anew cannot know better."""
-        if time.monotonic() - self._started < 2 * GRACE_SECONDS:
-            return session.prefixes | self.ledger.prefixes_of(session.owner)
-        return set(session.prefixes)
+        self._sessions[session] = front
 
     def leave(self, front: Front) -> None:
         """A client's connection is over."""
         self._fronts.discard(front)
-        if front.session is not None and front.session.front is front:
-            front.session.front = None
-            front.session.left = time.monotonic()
+        if front.session is not None and self._sessions.get(front.session) is front:
+            del self._sessions[front.session]
 
     def candidates(self) -> list[Candidate]:
         """The nodes as they are for a new sandbox."""
@@ -234,8 +220,6 @@ class Gateway:
         logger.warning("the node %s is lost: %s", control.prefix.rstrip("."), problem)
         self.nodes.pop(control.prefix, None)
         self.num_lost += 1
-        for session in self._sessions.values():
-            session.prefixes.discard(control.prefix)
         self.ledger.lose(control.prefix, time.monotonic() + NOTICE_SECONDS + control.grace_seconds)
         for connection in list(control.connections):
             connection.close(problem, is_final=True)
@@ -280,10 +264,6 @@ class Gateway:
                 for control in self.nodes.values():
                     for connection in control.connections:
                         connection.ping()
-            for key in [
-                key for key, one in self._sessions.items() if one.front is None and now - one.left > GRACE_SECONDS
-            ]:
-                del self._sessions[key]
 
     async def _stop(self) -> None:
         tasks = [*self._tasks, *(task for _, task in self._controls.values())]

@@ -107,7 +107,8 @@ Command = Make | Give | Destroy | Over
 class Lease:
     """A sandbox as the node accounts for it. Times are of the caller's clock.
 
-    snapshot_id: what it begins from, if not from its image alone. has_begun: whether it was ready once.
+    snapshot_id: what it begins from, if not from its image alone. needs_own: whether no cell of a pool will do.
+    has_begun: whether it was ready once.
     """
 
     sandbox_id: str
@@ -122,6 +123,7 @@ class Lease:
     used: float = 0.0
     num_uses: int = 0
     snapshot_id: str = ""
+    needs_own: bool = False
     has_begun: bool = False
 
     def deadline(self) -> float:
@@ -204,6 +206,7 @@ class Lifecycle:
             self.num_busy += 1
             raise Busy(f"{len(self._queue)} sandboxes wait already", self._wait_seconds())
         lease = Lease(f"{self._prefix}{next(self._numbers)}", spec, owner, key, asked=now, snapshot_id=snapshot_id)
+        lease.needs_own = bool(snapshot_id)
         lease.ends = now + self.limits.queue_seconds
         self.leases[lease.sandbox_id] = lease
         if key:
@@ -279,13 +282,16 @@ class Lifecycle:
         self._watch(lease)
 
     def exchange(self, lease: Lease, now: float) -> None:
-        """Destroy the cell of a sandbox that is ready and make it another one, which is no other's; its lease goes on."""
+        """Destroy the cell of a sandbox that is ready and make it another one, before all that wait; its lease goes on."""
         assert lease.cell is not None
         number, lease.cell = lease.cell, None
-        lease.stage = Stage.STARTING
+        lease.stage, lease.needs_own = Stage.QUEUED, True
         self._num_given -= 1
-        self._destroy(number)
-        self._make(lease.sandbox_id, lease.spec, now)
+        self._dying.add(number)
+        self._queue[lease.sandbox_id] = lease
+        self._queue.move_to_end(lease.sandbox_id, last=False)
+        self._advance(now)
+        self._commands.append(Destroy(number))
 
     def end(
         self,
@@ -369,7 +375,7 @@ class Lifecycle:
         room = self.limits.max_sandboxes - self.num_cells
         while self._queue:
             lease = next(iter(self._queue.values()))
-            pool = None if lease.snapshot_id else self._pool(lease.spec)
+            pool = None if lease.needs_own else self._pool(lease.spec)
             if pool is not None and pool.ready:
                 self._queue.popitem(last=False)
                 self._num_warm -= 1

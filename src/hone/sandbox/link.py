@@ -1,6 +1,7 @@
 """The client's side of a session with a node: its calls, over one connection after another."""
 
 import asyncio
+import errno
 import functools
 import itertools
 import random
@@ -12,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from hone.sandbox.addresses import connect, parse_address
-from hone.sandbox.errors import SandboxError
+from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.wire import Stream, error_of, framed
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandboxes import Outcome
@@ -35,8 +36,8 @@ class Streams(Protocol):
     def hear(self, message: Any) -> None:
         """The node says something about them; `ValueError` if it cannot be so."""
 
-    def resume(self, call: int, sandbox_id: str) -> calls.Resume:
-        """How far they have come."""
+    def progress(self) -> tuple[list[int], list[int]]:
+        """How far they have come: of each output the bytes that came, and those that were read."""
 
     def resumed(self, message: calls.Resumed) -> list[Any]:
         """What to send again; `ValueError` if it cannot be so."""
@@ -52,6 +53,7 @@ class Pending:
     is_sent: bool = False
     is_quiet: bool = True
     is_cancelled: bool = False
+    num_resumed: int = 0
 
 
 class Link:
@@ -187,12 +189,12 @@ class Link:
             try:
                 async with asyncio.timeout_at(min(deadline, loop.time() + ATTEMPT_SECONDS)):
                     await self._attempt()
-            except (ConnectionRefusedError, FileNotFoundError) as error:
-                problem = str(error)
-                if not self._welcome.is_relay:
-                    return self._lose(problem)
             except (OSError, TimeoutError) as error:
                 problem = str(error) or f"no answer within {ATTEMPT_SECONDS:g} s"
+                if _is_refused(error) and not self._welcome.is_relay:
+                    return self._lose(problem)
+            except Busy as error:
+                problem = str(error)
             except (SandboxError, ValueError) as error:
                 return self._lose(str(error))
             if self._stream is not None or self._problem is not None:
@@ -266,11 +268,10 @@ class Link:
     def _resume(self, pending: Pending) -> None:
         assert self._stream is not None
         pending.is_quiet = True
+        pending.num_resumed += 1
         call, sandbox_id = pending.message.call, calls.sandbox_of(pending.message)
-        if pending.streams is not None:
-            self._stream.send(pending.streams.resume(call, sandbox_id))
-        else:
-            self._stream.send(calls.Resume(call, sandbox_id, [0, 0], [0, 0]))
+        received, taken = pending.streams.progress() if pending.streams is not None else ([0, 0], [0, 0])
+        self._stream.send(calls.Resume(call, sandbox_id, received, taken, pending.num_resumed))
 
     def _hear_call(self, message: Any) -> None:
         match message:
@@ -288,7 +289,7 @@ class Link:
     def _hear_pending(self, pending: Pending, message: Any) -> None:
         match message:
             case calls.Resumed():
-                if pending.is_quiet:
+                if pending.is_quiet and message.attempt == pending.num_resumed:
                     self._go_on(pending, message)
             case calls.Failed() if message.kind != "broken_pipe":
                 self._settle(pending, error_of(message))
@@ -361,6 +362,13 @@ class Link:
                 if not pending.answer.done():
                     pending.answer.set_exception(self._loss())
             self._calls.clear()
+
+
+def _is_refused(error: OSError) -> bool:
+    """Whether nobody listens at the address; of a name with several addresses, Python 3.11 says so in the text only."""
+    refusals = str(error).count(f"[Errno {errno.ECONNREFUSED}]")
+    is_one = isinstance(error, ConnectionRefusedError | FileNotFoundError)
+    return is_one or (refusals > 0 and refusals == str(error).count("[Errno"))
 
 
 def _delays(first: float) -> Iterator[float]:

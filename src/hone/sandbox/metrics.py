@@ -64,6 +64,7 @@ class NodeCollector(Collector):
             ("refused", "Sandboxes that were not taken on, as too many waited", node.statistics()["sandbox/refused"]),
             ("cells_made", "Cells that were made, for sandboxes and for pools", tallies.cells_made),
             ("cells_failed", "Cells that could not be made", tallies.cells_failed),
+            ("unwritten_lines", "Lines of accounts and spans that the disk did not take", tallies.unwritten_lines),
             ("output_bytes", "Bytes that programs wrote to streams", node.output_bytes),
             ("cpu_seconds", "Seconds of processors that cells used", node.cpu_seconds),
         ):

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 class NodeConnection:
     """Made with the client's session, so that the node knows it when it comes again.
 
-    delay_seconds: before it connects. is_open: whether the node has let us in.
+    delay_seconds: before it connects. is_tentative: it is kept only if the session has sandboxes at the node, or something
+    is handed to it meanwhile. is_open: whether the node has let us in.
     """
 
-    def __init__(self, front: "Front", control: Control, delay_seconds: float = 0.0) -> None:
+    def __init__(
+        self, front: "Front", control: Control, *, delay_seconds: float = 0.0, is_tentative: bool = False
+    ) -> None:
         self.prefix = control.prefix
         self.frames = Frames(self._hear, self._lose, self._press)
         self.is_open = False
@@ -30,6 +33,7 @@ class NodeConnection:
         self._front = front
         self._control = control
         self._delay_seconds = delay_seconds
+        self._is_tentative = is_tentative
         self._backlog: list[bytes] = []
         self._num_waiting_bytes = 0
         self._is_over = False
@@ -91,6 +95,8 @@ class NodeConnection:
             self.close(answer.message, is_final=True)
         elif answer.prefix != self.prefix:
             self.close("it was started anew", is_final=True)
+        elif self._is_tentative and not answer.has_sandboxes and not self._backlog:
+            self.close("nothing is there", is_final=True)
         else:
             self.is_open = True
             for frame in self._backlog:

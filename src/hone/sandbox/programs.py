@@ -26,6 +26,8 @@ DRAIN_SECONDS = 0.2
 MAX_OUTPUT_BYTES = 64 << 20
 MAX_REQUEST_BYTES = 160 << 10
 MAX_STRINGS = 32 << 10
+MAX_ERROR_NUMBER = 4096
+MAX_USAGE = 1 << 50
 READ_BYTES = 1 << 16
 REQUEST = struct.Struct("=IIIIII")
 START, SIGNAL, KILL_TREE = 1, 2, 3
@@ -108,6 +110,9 @@ class Process:
 
     def _can_enter(self) -> bool:
         """Whether who starts it can have it enter a cgroup: by writing to a file, only agents do."""
+        launch = self._cell.launch
+        if launch is not None and not launch.has_program_cgroups:
+            return False
         return self._channel is self._cell or not self._cell.joins_cgroups
 
     async def write(self, data: bytes) -> None:
@@ -167,6 +172,7 @@ class Process:
                 async with asyncio.timeout(KILL_SECONDS):
                     await asyncio.shield(self._ended)
         except TimeoutError as error:
+            self._cell.give_up("a program in it does not die")
             raise SandboxError(f"{self._cell.name}: a program does not die") from error
         except SandboxError:
             pass  # it is gone with its cell
@@ -273,8 +279,8 @@ class Process:
             self._kill_or_lose()
 
     def _overflow(self) -> None:
-        if not self._ended.done():
-            self._outcome = self._outcome or Outcome.OUTPUT_LIMIT
+        if not self._ended.done() and self._outcome is None:  # once: it writes on until it is dead
+            self._outcome = Outcome.OUTPUT_LIMIT
             self._kill_or_lose()
 
     def _kill_or_lose(self) -> None:
@@ -282,7 +288,12 @@ class Process:
             self.kill()
         except SandboxError as error:
             self.lose(error)
-        self._loop.call_later(KILL_SECONDS, self.lose, SandboxError(f"{self._cell.name}: a program does not die"))
+        self._loop.call_later(KILL_SECONDS, self._require_dead)
+
+    def _require_dead(self) -> None:
+        if not self._ended.done():
+            self._cell.give_up("a program in it does not die")
+            self.lose(SandboxError(f"{self._cell.name}: a program does not die"))
 
     def _own_outcome(self, ending: "Ending", started: float) -> Outcome:
         """How it ended; one that failed when a limit was hit failed at that limit."""
@@ -320,6 +331,15 @@ class Ending:
     @property
     def code(self) -> int:
         return 126 if self.error else os.waitstatus_to_exitcode(self.status)
+
+
+def ending_of(status: int, error: int, usage: Sequence[int]) -> Ending | None:
+    """What an agent reports; None if it cannot be so. usage: microseconds for itself, in the kernel, and peak kilobytes."""
+    has_ended = os.WIFEXITED(status) or os.WIFSIGNALED(status)
+    if not has_ended or not 0 <= error < MAX_ERROR_NUMBER or max(usage) >= MAX_USAGE:
+        return None
+    user, system, peak = usage
+    return Ending(status, error, (user + system) / 1e6, peak << 10)
 
 
 @dataclass(slots=True)

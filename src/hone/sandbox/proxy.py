@@ -12,12 +12,14 @@ from hone.sandbox.egress import NetworkPolicy, grant
 from hone.sandbox.exchange import END_OF_HEAD, Meter, Peer, Refused, exchange, tunnel
 from hone.sandbox.http1 import MAX_HEAD_BYTES, BadMessage, Request, parse_request, refusal
 from hone.sandbox.network_log import NetworkLog
+from hone.sandbox.readiness import until_ready
 from hone.sandbox.upstream import Connector, Resolver, Upstream
 from hone.schema.sandbox_network import DEFAULT_PORTS, DENIALS, NetworkRecord, Verdict, parse_rules
 
 HEAD_SECONDS = 10.0
 SOCKET_BYTES = 128 << 10
 MAX_WAITING = 64
+MAX_LOOKUPS = 4
 MAX_RECORDS = 1000
 MAX_RULES_TOLD = 10
 
@@ -61,8 +63,8 @@ class Gate:
 class Proxy:
     """The proxy of one sandbox, whose programs connect to the listener; that is the proxy's own from now on.
 
-    allow: rules as in `SandboxSpec`. records: where its requests are told. Whoever is at the other end is hostile: every wait for
-    it has a deadline, and what is kept of it a bound.
+    allow: rules as in `SandboxSpec`. records: where its requests are told. Whoever is at the other end is hostile: every
+    wait for it has a deadline, and what is kept of it a bound.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Proxy:
         self._places = asyncio.Semaphore(gate.policy.max_sandbox_connections)
         self._pace = _Pace(gate.policy.max_requests_per_second, ahead_seconds=1)
         self._byte_pace = _Pace(gate.policy.max_bytes_per_second, ahead_seconds=0.1)
+        self._lookups = asyncio.Semaphore(MAX_LOOKUPS)
         self._num_bytes = 0
         self._connections: set[asyncio.Task[None]] = set()
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # those of what is accepted, too
@@ -106,12 +109,14 @@ class Proxy:
         loop = asyncio.get_running_loop()
         while True:
             await self._places.acquire()
+            await until_ready(self._listener.fileno(), loop.add_reader, loop.remove_reader)
             try:
-                connection, _ = await loop.sock_accept(self._listener)
+                connection, _ = self._listener.accept()
             except OSError:  # it hung up already, or this process has no descriptors left
                 self._places.release()
                 await asyncio.sleep(0.05)
                 continue
+            connection.setblocking(False)
             serving = loop.create_task(self._serve(connection))
             self._connections.add(serving)
             serving.add_done_callback(self._over)
@@ -151,10 +156,10 @@ class Proxy:
             entry.method, entry.host, entry.port = request.method, request.host, request.port
             return await self._carry_out(request, client, entry)
         except Refused as error:
-            entry.verdict, entry.problem = error.verdict, error.problem
+            shortly = error.problem.partition(" (")[0] if error.verdict is Verdict.NO_RULE else ""
+            entry.verdict, entry.problem = error.verdict, shortly or error.problem
             if not entry.meter.is_answered:
-                reason = error.problem.partition(" (")[0] if error.verdict is Verdict.NO_RULE else ""
-                client.writer.write(refusal(error.status, error.problem, reason))
+                client.writer.write(refusal(error.status, error.problem, shortly))
         except OSError as error:
             entry.problem = str(error) or "it hung up"
         finally:
@@ -175,7 +180,7 @@ class Proxy:
         if self._gate.num_connections > self._gate.policy.max_connections:
             raise Refused(Verdict.LIMIT, 503, "the node has as many connections as it may; try again later")
         await self._spend(0)
-        host = await self._gate.upstream.open(request.host, request.port, granted)
+        host = await self._gate.upstream.open(request.host, request.port, granted, self._lookups)
         entry.address = host.address
         try:
             async with entry.meter as meter:

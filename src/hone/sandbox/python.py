@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hone.sandbox.cells import FAILED, READY, REPORT, Cell
+from hone.sandbox.cells import ENDED, FAILED, READY, REPORT, Cell
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.host import Host, host_image, look
 from hone.sandbox.native.build import BuildError, build
 from hone.sandbox.plan import Image
-from hone.sandbox.programs import DEFAULT_ENV, Ending, Process
+from hone.sandbox.programs import DEFAULT_ENV, Ending, Process, ending_of
 from hone.sandbox.readiness import until_ready
 from hone.schema.sandboxes import ExecResult
 
@@ -310,6 +310,7 @@ class _Line:
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
         self._programs: dict[int, Process] = {}
+        self._num_owed = 0
         self._server: Process | None = None
         self._is_ready = False
 
@@ -347,6 +348,7 @@ class _Line:
     def register(self, identity: int, program: Process) -> None:
         """A program is about to be started."""
         self._programs[identity] = program
+        self._num_owed += 1
 
     def unregister(self, identity: int) -> None:
         """Nobody waits for this program any more."""
@@ -373,8 +375,8 @@ class _Line:
             problem = None if self._is_ready else f"{self._cell.name}: Python does not start in it"
             self._lose(problem)
             return
-        kind, identity, status, error, user, system, peak = REPORT.unpack(message)
-        if kind == READY:
+        kind, identity, status, error, *usage = REPORT.unpack(message)
+        if kind == READY and not self._is_ready:
             self._is_ready = True
         elif kind == FAILED and error == errno.EAGAIN:  # there are as many processes as may be
             for waiting in list(self._programs.values()):
@@ -382,8 +384,12 @@ class _Line:
             self._lose(None)
         elif kind == FAILED:
             self._lose(f"{self._cell.name}: Python cannot enter it: {os.strerror(error)}")
-        elif (program := self._programs.get(identity)) is not None:
-            program.end(Ending(status, error, (user + system) / 1e6, peak << 10))
+        elif kind == ENDED and self._num_owed and (ending := ending_of(status, error, usage)) is not None:
+            self._num_owed -= 1
+            if (program := self._programs.get(identity)) is not None:
+                program.end(ending)
+        else:  # somebody else speaks in its place
+            self._lose(None)
 
     def _lose(self, problem: str | None) -> None:
         """Nobody is at the other end. Without a problem of ours it was a program's doing: what ran was killed."""

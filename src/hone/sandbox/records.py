@@ -1,6 +1,9 @@
 """What a node tells of its work: tallies for its metrics, spans, and the accounts of its sandboxes."""
 
+import contextlib
+import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from hone.observability.spans import Spans
@@ -8,6 +11,8 @@ from hone.sandbox.accounts import Accounts, EndedSandbox
 from hone.sandbox.lifecycle import End, Lease
 from hone.sandbox.tallies import Tallies, image_class
 from hone.schema.sandboxes import Outcome, SandboxUsage
+
+logger = logging.getLogger("hone.sandbox.node")
 
 
 class Records:
@@ -53,20 +58,20 @@ class Records:
         """Nothing of a sandbox is left."""
         now = time.monotonic()
         self.tallies.ended[end] += 1
-        self._accounts.add(
-            EndedSandbox(
-                lease.sandbox_id,
-                lease.owner,
-                lease.spec.rollout,
-                lease.spec.image,
-                asked=unix_time(lease.asked),
-                ended=unix_time(now),
-                ready_seconds=ready_seconds,
-                end=end,
-                reason=reason.removeprefix(f"{lease.sandbox_id}: "),
-                usage=usage,
-            )
+        account = EndedSandbox(
+            lease.sandbox_id,
+            lease.owner,
+            lease.spec.rollout,
+            lease.spec.image,
+            asked=unix_time(lease.asked),
+            ended=unix_time(now),
+            ready_seconds=ready_seconds,
+            end=end,
+            reason=reason.removeprefix(f"{lease.sandbox_id}: "),
+            usage=usage,
         )
+        with self._counting_losses():
+            self._accounts.add(account)
         if self._spans is not None:
             self.span(lease, "sandbox", lease.asked, now - lease.asked, end=end, cpu_seconds=usage.cpu_seconds)
 
@@ -74,11 +79,22 @@ class Records:
         """A piece of work on a sandbox."""
         if self._spans is not None:
             whose = {"rollout": lease.spec.rollout} if lease.spec.rollout else {}
-            self._spans.record(name, unix_time(began), seconds, sandbox=lease.sandbox_id, **whose, **fields)
+            with self._counting_losses():
+                self._spans.record(name, unix_time(began), seconds, sandbox=lease.sandbox_id, **whose, **fields)
 
     def find(self, sandbox_id: str) -> EndedSandbox | None:
         """A sandbox that ended not too long ago."""
         return self._accounts.find(sandbox_id)
+
+    @contextlib.contextmanager
+    def _counting_losses(self) -> Iterator[None]:
+        """A disk that takes no more is no trouble of a sandbox: the line is lost, and counted."""
+        try:
+            yield
+        except OSError as error:
+            self.tallies.unwritten_lines += 1
+            if self.tallies.unwritten_lines == 1:
+                logger.error("accounts or spans are not written any more: %s", error)
 
 
 def unix_time(moment: float) -> float:

@@ -91,12 +91,12 @@ class RemoteProcess:
             case _:
                 raise ValueError(f"{type(message).__name__} for a stream that the node has no part in")
 
-    def resume(self, call: int, sandbox_id: str) -> calls.Resume:
+    def progress(self) -> tuple[list[int], list[int]]:
         """How far the streams have come."""
         outputs = self._outputs.values()
         for output in outputs:
             output.num_told = output.num_read
-        return calls.Resume(call, sandbox_id, [one.num_received for one in outputs], [one.num_told for one in outputs])
+        return [one.num_received for one in outputs], [one.num_told for one in outputs]
 
     def resumed(self, message: calls.Resumed) -> list[Any]:
         """What the node shall hear again."""

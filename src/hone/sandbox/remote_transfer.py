@@ -61,10 +61,10 @@ class RemoteTransfer:
             case _:
                 raise ValueError(f"{type(message).__name__} for a stream that the node has no part in")
 
-    def resume(self, call: int, sandbox_id: str) -> calls.Resume:
+    def progress(self) -> tuple[list[int], list[int]]:
         """How far the streams have come."""
         self._output.num_told = self._output.num_read
-        return calls.Resume(call, sandbox_id, [self._output.num_received, 0], [self._output.num_told, 0])
+        return [self._output.num_received, 0], [self._output.num_told, 0]
 
     def resumed(self, message: calls.Resumed) -> list[Any]:
         """What the node shall hear again."""

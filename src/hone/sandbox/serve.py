@@ -15,7 +15,8 @@ from hone.sandbox.answers import Caller, answer
 from hone.sandbox.call_streams import CallStreams
 from hone.sandbox.errors import Busy, SandboxError
 from hone.sandbox.lifecycle import End
-from hone.sandbox.node import Node, NodeSandbox
+from hone.sandbox.node import Node
+from hone.sandbox.node_sandbox import NodeSandbox
 from hone.sandbox.session import Session, SessionLimits
 from hone.sandbox.wire import MAX_FRAME_BYTES, Stream, failed
 from hone.schema import sandbox_calls as calls
@@ -89,8 +90,8 @@ class NodeServer:
             await client.session.close()
         self._listener.remove()
 
-    def welcome(self, hello: Any, peer_uid: int | None) -> Session:
-        """The session of a client that greets, also when it comes back; an error that it is told otherwise."""
+    def welcome(self, hello: Any, peer_uid: int | None) -> "_Client":
+        """The client that greets, also when it comes back; an error that it is told otherwise."""
         if not isinstance(hello, calls.Hello):
             raise ValueError("no greeting")
         if hello.version != calls.VERSION:
@@ -106,7 +107,7 @@ class NodeServer:
             if len(self._clients) >= MAX_CLIENTS:
                 raise Busy(f"the node has {MAX_CLIENTS} clients", self.grace_seconds)
             self._clients[key] = _Client(self, key, is_successor=key in self._given_up)
-        return self._clients[key].session
+        return self._clients[key]
 
     def caller(self, hello: calls.Hello, peer_uid: int | None) -> "Caller | None":
         """Whom a client is; None if it is nobody we know, or speaks for others and may not."""
@@ -174,6 +175,11 @@ class _Client:
             is_successor=is_successor,
         )
 
+    @property
+    def has_sandboxes(self) -> bool:
+        """Whether any would end with it."""
+        return bool(self._sandboxes)
+
     async def _do(self, message: Any, streams: CallStreams) -> Any:
         return await answer(self._server.node, self._caller, message, streams, self._own)
 
@@ -213,16 +219,18 @@ class _Connection:
 
     def _greet(self, message: Any) -> None:
         try:
-            session = self._server.welcome(message, self.stream.peer_uid())
+            client = self._server.welcome(message, self.stream.peer_uid())
         except (ValueError, SandboxError) as error:
             self.stream.send(failed(0, error))
             self.stream.close(str(error))
             return
         self._late.cancel()
-        self._session = session
+        self._session = client.session
         self.stream.max_frame_bytes = MAX_FRAME_BYTES
-        self.stream.send(calls.Welcome(self._server.node.prefix, self._server.grace_seconds))
-        session.join(self.stream)
+        self.stream.send(
+            calls.Welcome(self._server.node.prefix, self._server.grace_seconds, has_sandboxes=client.has_sandboxes)
+        )
+        client.session.join(self.stream)
 
     def _lose(self, problem: str) -> None:
         logger.debug("a client is gone: %s", problem)

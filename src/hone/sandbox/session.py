@@ -169,12 +169,12 @@ class Session:
     def _resume(self, message: calls.Resume) -> None:
         assert self._stream is not None
         if (call := self._calls.get(message.call)) is not None:
-            self._go_on(call, call.streams.resumed(message.received, message.taken))
+            self._go_on(call, call.streams.resumed(message))
         elif self._is_successor or message.call in self._given_up:
             problem = "the node has given the client up, and this call with it"
             self._stream.send(failed(message.call, SandboxError(problem, Outcome.NODE_LOST)))
         else:
-            self._stream.send(calls.Resumed(message.call, False, 0, 0, 0))
+            self._stream.send(calls.Resumed(message.call, False, 0, 0, 0, message.attempt))
 
     def _go_on(self, call: "_Call", again: list[Any]) -> None:
         call.is_quiet = False

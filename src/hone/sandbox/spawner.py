@@ -23,7 +23,7 @@ from hone.sandbox.readiness import until_ready
 LAUNCHER = """#!/bin/sh
 ''':'
 for python in {python} /usr/bin/python3 /usr/local/bin/python3; do
-    if [ -x "$python" ]; then exec "$python" -I -S "$0"; fi
+    if [ -x "$python" ]; then exec "$python" -I -S "$0" "$@"; fi
 done
 echo "without a C compiler on the node, the image has to have a Python 3 for the agent" >&2
 exit 127
@@ -142,7 +142,12 @@ class Spawner:
         done: asyncio.Future[_Done] = self._loop.create_future()
         order = SPAWN.pack(0, 0, -1, 0, 0, 0, 0, 0, len(operations)) + encode_operations(operations)
         await self._send(order, descriptors, expected=done)
-        return await done
+        try:
+            return await done
+        except asyncio.CancelledError:  # at the moment of the answer, perhaps: nobody else would close what it gave
+            if done.done() and not done.cancelled() and done.exception() is None and done.result().descriptor >= 0:
+                os.close(done.result().descriptor)
+            raise
 
     async def close(self) -> None:
         """End it, and with it what is left of its cells."""

@@ -37,6 +37,7 @@ class Tallies:
     written_bytes: int = 0
     ended_cpu_seconds: float = 0.0
     ended_output_bytes: int = 0
+    unwritten_lines: int = 0
 
     @property
     def num_calls(self) -> int:

@@ -8,7 +8,7 @@ from hone.sandbox.archives import Limits
 from hone.sandbox.beneath import LimitExceeded
 from hone.sandbox.call_streams import CallStreams
 from hone.sandbox.flow import CHUNK_BYTES
-from hone.sandbox.node import NodeSandbox
+from hone.sandbox.node_sandbox import NodeSandbox
 from hone.schema.sandboxes import Transfer
 
 SPOOL_BYTES = 4 << 20

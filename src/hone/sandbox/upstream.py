@@ -15,7 +15,7 @@ from hone.schema.sandbox_network import Verdict, is_address, split_authority
 RESOLVE_SECONDS = 10.0
 CONNECT_SECONDS = 10.0
 MAX_ADDRESSES = 4
-NUM_RESOLVING = 8
+NUM_RESOLVING = 32
 MAPPED = "mapped"  # in place of an address, which is the node's business
 
 Resolver = Callable[[str], Awaitable[Sequence[str]]]
@@ -42,11 +42,11 @@ class Upstream:
         """Look nothing up any more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def open(self, host: str, port: int, granted: Grant) -> Peer:
-        """A connection to a host that was granted; raises `Refused`."""
+    async def open(self, host: str, port: int, granted: Grant, lookups: asyncio.Semaphore) -> Peer:
+        """A connection to a host that was granted; raises `Refused`. lookups: of one sandbox, so many at a time."""
         if (mapped := self._policy.maps.get(host)) is not None:
             return await self._open_mapped(host, mapped)
-        addresses = await self._addresses(host, granted)
+        addresses = await self._addresses(host, granted, lookups)
         problem: Exception | None = None
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
@@ -59,9 +59,9 @@ class Upstream:
             raise Refused(Verdict.TIMEOUT, 504, f"{host}:{port} does not answer") from None
         raise Refused(Verdict.UNREACHABLE, 502, f"{host}:{port} cannot be reached: {problem}")
 
-    async def _addresses(self, host: str, granted: Grant) -> list[Address]:
+    async def _addresses(self, host: str, granted: Grant, lookups: asyncio.Semaphore) -> list[Address]:
         """Those of a host that may be connected to."""
-        found = [host] if is_address(host) else await self._find(host)
+        found = [host] if is_address(host) else await self._find(host, lookups)
         problems, addresses = set(), []
         for text in dict.fromkeys(found):
             address = ipaddress.ip_address(text)
@@ -77,9 +77,9 @@ class Upstream:
             Verdict.BAD_ADDRESS, 403, f"{host} leads to {what}; a rule with +private would allow private ones"
         )
 
-    async def _find(self, host: str) -> Sequence[str]:
+    async def _find(self, host: str, lookups: asyncio.Semaphore) -> Sequence[str]:
         try:
-            async with asyncio.timeout(RESOLVE_SECONDS):
+            async with asyncio.timeout(RESOLVE_SECONDS), lookups:
                 found = [address for address in await self._resolve(host) if "%" not in address]
         except TimeoutError:
             raise Refused(Verdict.TIMEOUT, 504, f"the address of {host} was not found in time") from None

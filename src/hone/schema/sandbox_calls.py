@@ -214,12 +214,13 @@ class Welcome(_Message, frozen=True):
     """The answer to `Hello`. prefix: of the ids of the node's sandboxes; another one means that the node was restarted.
 
     grace_seconds: how long the session lives without a connection. is_relay: nodes are behind it, which live on while it
-    does not.
+    does not. has_sandboxes: whether the node has some that end with the session.
     """
 
     prefix: str
     grace_seconds: float
     is_relay: bool = False
+    has_sandboxes: bool = False
 
 
 class Done(_Message, frozen=True):
@@ -244,12 +245,16 @@ class Failed(_Message, frozen=True):
 
 
 class Resume(_Message, frozen=True):
-    """A call goes on over this connection. received: how many bytes came of streams 1 and 2. taken: how many were read."""
+    """A call goes on over this connection. received: how many bytes came of streams 1 and 2. taken: how many were read.
+
+    attempt: a number that the answer has, too: of several answers, the one to the last question counts.
+    """
 
     call: int
     sandbox_id: str
     received: list[int]
     taken: list[int]
+    attempt: int
 
 
 class Resumed(_Message, frozen=True):
@@ -264,6 +269,7 @@ class Resumed(_Message, frozen=True):
     received: int
     taken: int
     num_controls: int
+    attempt: int
 
 
 class Received(_Message, frozen=True):

@@ -7,7 +7,7 @@ import msgspec
 
 from hone.schema.sandbox_network import parse_rules
 
-RuntimeName = Literal["process", "bwrap", "oci", "cell"]
+RuntimeName = Literal["process", "bwrap", "oci", "cell", "gvisor"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 """How sandboxes may be isolated, the weakest first."""
 DEFAULT_RUNTIMES: tuple[RuntimeName, ...] = ("cell",)

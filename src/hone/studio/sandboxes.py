@@ -200,9 +200,9 @@ def _group(name: str, part: Sequence[EndedSandbox], total: float) -> Group:
 
 def _alive(ended: Sequence[EndedSandbox]) -> list[tuple[float, int]]:
     """How many there were from each moment on at which that changed."""
-    changes = sorted([(one.asked, 1) for one in ended] + [(one.ended, -1) for one in ended])
+    changes = [(one.asked, 1) for one in ended] + [(one.ended, -1) for one in ended]
     found, count = [], 0
-    for moment, change in changes:
+    for moment, change in sorted(changes, key=lambda one: (one[0], -one[1])):  # one may end in the moment it begins
         count += change
         found.append((moment, count))
     return found

@@ -54,7 +54,7 @@ class Agent:
         descriptors = [os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
         if has_layer:
             descriptors.append(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=LAYER))
-        socket.send_fds(self.control, [REPORT.pack(READY, 0, 0, 0, 0, 0, 0)], descriptors)
+        socket.send_fds(self.control, [REPORT.pack(READY, 0, 0, 0, 0, 0, 0)], [] if sys.argv[1:] else descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         poll = select.poll()
@@ -238,10 +238,22 @@ def has_descriptor(number: int) -> bool:
     return True
 
 
+def connect_to(path: str) -> None:
+    """A control socket by its path, where it cannot be inherited."""
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control.connect(path)
+    if control.fileno() == CONTROL:
+        control.detach()
+    else:
+        os.dup2(control.fileno(), CONTROL)
+
+
 def main() -> None:
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.closerange(LAYER + 1, 4096)
+    if sys.argv[1:]:
+        connect_to(sys.argv[1])
     has_layer = has_descriptor(LAYER)  # before anything else has its place
     woken, waking = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)

@@ -90,7 +90,7 @@ static long clone_onto(long number, long a, long b, void (*run)(const struct sta
     return result;
 }
 
-asm(".globl _start\n_start:\n\txor %ebp, %ebp\n\tand $-16, %rsp\n\tcall serve\n\thlt\n");
+asm(".globl _start\n_start:\n\txor %ebp, %ebp\n\tmov %rsp, %rdi\n\tand $-16, %rsp\n\tcall serve\n\thlt\n");
 #elif defined(__aarch64__)
 static long call(long number, long a, long b, long c, long d, long e)
 {
@@ -120,7 +120,7 @@ static long clone_onto(long number, long a, long b, void (*run)(const struct sta
     return x0;
 }
 
-asm(".globl _start\n_start:\n\tmov x29, #0\n\tbl serve\n\tbrk #0\n");
+asm(".globl _start\n_start:\n\tmov x29, #0\n\tmov x0, sp\n\tbl serve\n\tbrk #0\n");
 #else
 #error "the agent knows x86_64 and aarch64"
 #endif
@@ -484,11 +484,30 @@ static void receive(void)
     obey(&request, buffer + size, control.descriptors, num_descriptors);
 }
 
-__attribute__((used)) void serve(void)
+/* A control socket by its path, where it cannot be inherited. */
+static void connect_to(const char *path)
 {
+    struct { uint16_t family; char path[108]; } address = {.family = 1 /* AF_UNIX */};
+    size_t size = length(path) + 1;
+    long made = call(__NR_socket, 1, 5 /* SOCK_SEQPACKET */, 0, 0, 0);
+    if (made < 0 || size > sizeof address.path)
+        leave(1);
+    memcpy(address.path, path, size);
+    if (call(__NR_connect, made, (long)&address, sizeof address.family + size, 0, 0) < 0)
+        leave(1);
+    if (made != CONTROL && call(__NR_dup3, made, CONTROL, 0, 0, 0) < 0)
+        leave(1);
+}
+
+/* stack: the number of arguments, the arguments; the first one, if there is one, is the path of the control socket. */
+__attribute__((used)) void serve(const long *stack)
+{
+    int is_connected = stack[0] > 1;
     uint64_t children = 1ULL << (SIGCHLD - 1);
     char taken[128];
     call(__NR_close_range, LAYER + 1, ~0U, 0, 0, 0); /* what another runtime may have left open */
+    if (is_connected)
+        connect_to((const char *)stack[2]);
     /* The copy of the layer's mount goes when the agent does: its end in the node would keep the node waiting. */
     int has_layer = call(__NR_fcntl, LAYER, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */, 0, 0) == 0;
     call(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0);
@@ -499,7 +518,7 @@ __attribute__((used)) void serve(void)
     if (has_layer)
         descriptors[1] = call(__NR_openat, LAYER, (long)".", O_PATH | O_DIRECTORY | O_CLOEXEC, 0, 0);
     struct report ready = {.kind = REPORT_READY};
-    send_report(&ready, descriptors, 1 + has_layer);
+    send_report(&ready, descriptors, is_connected ? 0 : 1 + has_layer);
     for (int i = 0; i < 1 + has_layer; i++)
         call(__NR_close, descriptors[i], 0, 0, 0, 0);
     for (;;) {

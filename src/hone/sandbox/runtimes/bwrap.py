@@ -38,7 +38,9 @@ class BwrapRuntime:
     """Bubblewrap as the only one that makes namespaces: for machines that let it and nobody else."""
 
     name = "bwrap"
-    features = frozenset({Feature.LOOPBACK, Feature.HOST_NETWORK, Feature.MOVED_BINDS})
+    features = frozenset(
+        {Feature.TERMINAL, Feature.PROCESSES, Feature.LOOPBACK, Feature.HOST_NETWORK, Feature.MOVED_BINDS}
+    )
 
     def missing(self, host: Host) -> str:
         """What this machine lacks for it, in a clause; empty where it works."""

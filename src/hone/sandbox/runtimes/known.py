@@ -2,12 +2,18 @@
 
 from hone.sandbox.host import MIN_KERNEL, Host
 from hone.sandbox.runtimes.bwrap import BwrapRuntime
+from hone.sandbox.runtimes.gvisor import GvisorRuntime
 from hone.sandbox.runtimes.oci import OciRuntime
 from hone.sandbox.runtimes.process import ProcessRuntime
 from hone.sandbox.runtimes.runtime import Feature, Runtime
 from hone.schema.sandboxes import RuntimeName
 
-OTHERS: dict[RuntimeName, Runtime] = {"process": ProcessRuntime(), "bwrap": BwrapRuntime(), "oci": OciRuntime()}
+OTHERS: dict[RuntimeName, Runtime] = {
+    "process": ProcessRuntime(),
+    "bwrap": BwrapRuntime(),
+    "oci": OciRuntime(),
+    "gvisor": GvisorRuntime(),
+}
 """All but cells."""
 
 

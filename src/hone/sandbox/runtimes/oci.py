@@ -42,7 +42,15 @@ class OciRuntime:
 
     name = "oci"
     features = frozenset(
-        {Feature.IMAGES, Feature.LOOPBACK, Feature.HOST_NETWORK, Feature.DISK_SUM, Feature.MOVED_BINDS}
+        {
+            Feature.TERMINAL,
+            Feature.PROCESSES,
+            Feature.IMAGES,
+            Feature.LOOPBACK,
+            Feature.HOST_NETWORK,
+            Feature.DISK_SUM,
+            Feature.MOVED_BINDS,
+        }
     )
 
     def missing(self, host: Host) -> str:
@@ -95,7 +103,7 @@ def _steps(birth: Birth, command: Sequence[str], limits: Mapping[int, int]) -> I
     for path, mode in ((ROOT, 0o755), (BUNDLE, 0o700), (BINDS, 0o755), (f"{STAGE}/shm", 0o1777)):
         yield Operation(Code.MAKE_FOLDER, texts([path]), a=mode)
     # A tree of cgroups in which the sandbox's is the root: both programs want to see one, whatever the machine has.
-    yield from _folders(STAGE, "/fs/cgroup")
+    yield from folders(STAGE, "/fs/cgroup")
     yield mount("cgroup2", f"{STAGE}/fs/cgroup", "cgroup2", NO_SETUID | NO_DEVICES)
     yield from _root(birth)
     seen = []
@@ -130,13 +138,13 @@ def _root(birth: Birth) -> Iterator[Operation]:
     if layers:
         for name in ("extra", "layer", "scratch"):
             yield _folder(f"{STAGE}/{name}")
-    yield from _folders(base, image.working_folder)
-    yield from _folders(base, "/tmp", 0o1777)
+    yield from folders(base, image.working_folder)
+    yield from folders(base, "/tmp", 0o1777)
     for path, content in image.files:
-        yield from _folders(base, str(PurePosixPath(path).parent))
+        yield from folders(base, str(PurePosixPath(path).parent))
         yield Operation(Code.WRITE, texts([base + path]) + content, a=0o644)
     for path, target in image.links:
-        yield from _folders(base, str(PurePosixPath(path).parent))
+        yield from folders(base, str(PurePosixPath(path).parent))
         yield Operation(Code.LINK, texts([target, base + path]))
     if layers:
         for number in range(len(layers)):
@@ -147,7 +155,8 @@ def _root(birth: Birth) -> Iterator[Operation]:
         yield mount("overlay", ROOT, "overlay", NO_SETUID | NO_DEVICES, options)
 
 
-def _folders(base: str, path: str, mode: int = 0o755) -> Iterator[Operation]:
+def folders(base: str, path: str, mode: int = 0o755) -> Iterator[Operation]:
+    """The steps that make a folder below another one, and those above it; those that are there will do."""
     for part in [*reversed(PurePosixPath(path).parents), PurePosixPath(path)]:
         if str(part) != "/":
             yield Operation(Code.MAKE_FOLDER, texts([f"{base}{part}"]), a=mode if str(part) == path else 0o755, b=1)

@@ -54,7 +54,7 @@ def configuration(bundle: Bundle) -> bytes:
             "cwd": "/",
             "noNewPrivileges": True,
             "capabilities": {kind: [] for kind in ("bounding", "effective", "permitted", "inheritable", "ambient")},
-            "rlimits": [_limit(kind, value) for kind, value in bundle.limits.items()],
+            "rlimits": [rlimit(kind, value) for kind, value in bundle.limits.items()],
         },
         "mounts": _mounts(bundle),
         "linux": {
@@ -101,22 +101,24 @@ def _rule(names: Sequence[str], *tests: tuple[int, int, int, str], errno: int | 
 
 def _mounts(bundle: Bundle) -> list[JSON]:
     return [
-        _mount("/proc", "proc", "proc", ["nosuid", "noexec", "nodev"]),
-        _mount("/dev", "tmpfs", "tmpfs", ["nosuid", "noexec", "mode=755", f"size={DEVICE_BYTES}"]),
-        _mount("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]),
-        _mount("/dev/shm", "none", bundle.shared_memory, ["bind", "nosuid", "nodev"]),
+        mounted("/proc", "proc", "proc", ["nosuid", "noexec", "nodev"]),
+        mounted("/dev", "tmpfs", "tmpfs", ["nosuid", "noexec", "mode=755", f"size={DEVICE_BYTES}"]),
+        mounted("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]),
+        mounted("/dev/shm", "none", bundle.shared_memory, ["bind", "nosuid", "nodev"]),
         *(
-            _mount(one.target, "none", one.source, ["rbind", "nosuid", "nodev", "rw" if one.is_writable else "ro"])
+            mounted(one.target, "none", one.source, ["rbind", "nosuid", "nodev", "rw" if one.is_writable else "ro"])
             for one in bundle.seen
         ),
     ]
 
 
-def _mount(target: str, kind: str, source: str, options: Iterable[str]) -> JSON:
+def mounted(target: str, kind: str, source: str, options: Iterable[str]) -> JSON:
+    """A mount of a configuration."""
     return {"destination": target, "type": kind, "source": source, "options": list(options)}
 
 
-def _limit(kind: int, value: int) -> JSON:
+def rlimit(kind: int, value: int) -> JSON:
+    """A limit of a configuration, no higher than this process's own."""
     hard = resource.getrlimit(kind)[1]
     kept = value if hard == resource.RLIM_INFINITY else min(value, hard)
     return {"type": LIMIT_NAMES[kind], "soft": kept, "hard": kept}

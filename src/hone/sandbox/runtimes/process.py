@@ -28,7 +28,7 @@ class ProcessRuntime:
     """A guardian, and below it the agent and its programs, which see this machine's processes and no file but a few."""
 
     name = "process"
-    features = frozenset({Feature.HOST_NETWORK})
+    features = frozenset({Feature.TERMINAL, Feature.PROCESSES, Feature.HOST_NETWORK})
 
     def missing(self, host: Host) -> str:
         """What this machine lacks for it, in a clause; empty where it works."""

@@ -1,5 +1,6 @@
 """What a runtime has to say: what it lacks on a machine, what it cannot do, and how a sandbox of it comes to be."""
 
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -22,6 +23,8 @@ class Feature(StrEnum):
     IMAGES = "images other than this machine's own"
     LOOPBACK = 'network="none", a loopback of its own'
     HOST_NETWORK = 'network="host"'
+    TERMINAL = "terminals"
+    PROCESSES = "max_processes, and an agent that programs cannot end"
     PORTS = "an allow-list of hosts, and published ports"
     DISK_SUM = "disk_mb as the limit of all its files together"
     MOVED_BINDS = "folders of the host at other paths"
@@ -55,7 +58,9 @@ class Launch:
     image: with the working folder and the variables that its programs have. folder: of the host, removed in the end.
     files: where the files are that are read and written from outside, if its root is not its own; they have
     `files_folder` as their working folder. program_flags: how the agent starts programs.
-    late_limits: those that hold from when the agent has been heard of, by RLIMIT_...
+    late_limits: those that hold from when the agent has been heard of, by RLIMIT_... listener: where the agent connects, if it
+    does not inherit its control socket; it has no descriptor of its root then. inner_files: as `files`, as the process
+    sees it that the plan begins in. has_program_cgroups: whether programs can be in cgroups of their own.
     """
 
     plan: Plan
@@ -65,6 +70,9 @@ class Launch:
     files_folder: str | None = None
     program_flags: int = JOINS
     late_limits: Mapping[int, int] = field(default_factory=dict)
+    listener: socket.socket | None = None
+    inner_files: str | None = None
+    has_program_cgroups: bool = True
 
 
 class Runtime(Protocol):
