@@ -561,3 +561,10 @@ def sleepers(seconds: str) -> list[str]:
             if folder.joinpath("cmdline").read_bytes() == f"sleep\0{seconds}\0".encode():
                 found.append(folder.name)
     return found
+
+
+async def test_two_nodes_of_one_machine_do_not_meet(place: Place) -> None:
+    async with Cells(host=place.cells.host, runtimes=(place.runtime,)) as others:
+        one, other = await asyncio.gather(place.create(), others.create(place.spec))
+        assert one.name == other.name
+        await asyncio.gather(assert_well(one), assert_well(other))

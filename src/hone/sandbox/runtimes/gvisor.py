@@ -48,8 +48,8 @@ class GvisorRuntime:
         return ""
 
     def prelude(self, host: Host) -> tuple[Operation, ...]:
-        """A view of mounts of its own."""
-        return plan_spawner(is_unprivileged=False, uid=host.uid, gid=host.gid, own_network=False)
+        """A view of mounts of its own, and a network in which runsc's control sockets, which have no owner, are alone."""
+        return plan_spawner(is_unprivileged=False, uid=host.uid, gid=host.gid, own_network=True)
 
     def launch(self, birth: Birth, host: Host) -> Launch:
         """How a sandbox is started; raises `Unsupported` for what it asks for and this runtime cannot give."""
@@ -100,7 +100,12 @@ def _steps(birth: Birth, runsc: str) -> Iterator[Operation]:
     yield Operation(Code.WRITE, texts([f"{BUNDLE}/config.json"]) + _configuration(birth), a=0o600)
     yield affinity(grants.cores)
     options = ("--root", STATE, "--network=none", "--host-uds=open", "--ignore-cgroups")
-    yield Operation(Code.EXECUTE, texts([runsc, *options, "run", "-bundle", BUNDLE, birth.name]), a=birth.said)
+    yield Operation(Code.EXECUTE, texts([runsc, *options, "run", "-bundle", BUNDLE, _container(birth)]), a=birth.said)
+
+
+def _container(birth: Birth) -> str:
+    """A name that no other container of this machine has: runsc names its control socket after it."""
+    return f"{birth.folder.parent.name}-{birth.name}"
 
 
 def _binds(birth: Birth) -> tuple[Bind, ...]:
