@@ -342,6 +342,12 @@ async def test_tls_goes_through_to_the_host_that_was_asked_for(cells, certificat
         assert all(record.verdict is Verdict.ALLOWED for record in records[:-1])
 
 
+@pytest.mark.parametrize("runtime", ["bwrap", "process"])
+async def test_other_runtimes_have_no_lists(node, runtime):
+    with pytest.raises(Unsupported, match="has no allow-lists of hosts; take runtime='cell'"):
+        node.create(SandboxSpec(network="allow", allow=("a.example",), runtime=runtime))
+
+
 async def test_a_cell_that_is_gone_gets_no_network(node):
     sandbox = node.create(SandboxSpec(network="allow", allow=("model.internal",), **SMALL))
     await sandbox.ready()

@@ -88,6 +88,13 @@ async def test_a_late_snippet_is_killed_with_what_it_started(python: WarmPython)
     assert (await python.run("print(1)")).stdout == "1\n"
 
 
+async def test_a_snippet_that_has_only_just_been_asked_for_can_be_killed(python: WarmPython) -> None:
+    await python.run("1")
+    for _ in range(20):
+        result = await python.run("import time; time.sleep(60)", timeout_seconds=0.0)
+        assert result.outcome is Outcome.TIMEOUT
+
+
 async def test_a_snippet_has_no_powers_and_is_behind_the_same_filter(cell_and_python: tuple[Cell, WarmPython]) -> None:
     cell, python = cell_and_python
     show = "print(*[l for l in open('/proc/self/status') if l[:3] in ('Cap','NoN','Sec','Uid')])"

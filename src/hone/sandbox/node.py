@@ -30,6 +30,8 @@ from hone.sandbox.proxy import Gate
 from hone.sandbox.python import WarmPython, Zygotes
 from hone.sandbox.records import Records
 from hone.sandbox.report import report_of
+from hone.sandbox.runtimes.known import features
+from hone.sandbox.runtimes.runtime import Feature
 from hone.sandbox.state import Snapshots
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
@@ -168,6 +170,8 @@ class Node:
         """
         if self._is_closing:
             raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
+        if spec.network == "allow" and Feature.PORTS not in features(spec.runtime):
+            raise Unsupported(f"runtime {spec.runtime!r} has no allow-lists of hosts; take runtime='cell'")
         if refused := self.gate.policy.refuses(spec):
             raise Unsupported(f"the node {self.name} gives no sandbox {refused}; serve it with --private-networks")
         base = None

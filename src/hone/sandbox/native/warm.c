@@ -321,7 +321,9 @@ static int stop_session(int top, int *known, int num_known)
 static void kill_session(int top)
 {
     static int known[MAX_PROCESSES];
-    int num_known = 0, num_new;
+    int num_known = 1, num_new;
+    known[0] = top; /* it may not have begun its session yet */
+    kill(top, SIGSTOP);
     while ((num_new = stop_session(top, known, num_known)))
         num_known += num_new;
     for (int i = 0; i < num_known; i++)
@@ -339,8 +341,8 @@ static int obey(struct program *program)
     int known = find(request.identity);
     if (request.kind == REQUEST_START && start(&request, message + size, program))
         return 1;
-    if (request.kind == REQUEST_SIGNAL && known >= 0)
-        kill(-programs[known].pid, request.flags);
+    if (request.kind == REQUEST_SIGNAL && known >= 0 && kill(-programs[known].pid, request.flags))
+        kill(programs[known].pid, request.flags);
     if (request.kind == REQUEST_KILL_TREE && known >= 0)
         kill_session(programs[known].pid);
     close_taken();
