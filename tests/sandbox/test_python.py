@@ -88,11 +88,20 @@ async def test_a_late_snippet_is_killed_with_what_it_started(python: WarmPython)
     assert (await python.run("print(1)")).stdout == "1\n"
 
 
-async def test_a_snippet_that_has_only_just_been_asked_for_can_be_killed(python: WarmPython) -> None:
+@pytest.mark.parametrize("is_compiled", [True, False])
+async def test_a_snippet_that_has_only_just_been_asked_for_can_be_killed(
+    cell_and_python: tuple[Cell, WarmPython], is_compiled: bool
+) -> None:
+    cell, compiled = cell_and_python
+    python = compiled if is_compiled else WarmPython(cell, None)
     await python.run("1")
     for _ in range(20):
-        result = await python.run("import time; time.sleep(60)", timeout_seconds=0.0)
-        assert result.outcome is Outcome.TIMEOUT
+        process = await python.spawn("import time; time.sleep(60)")
+        process.kill()
+        async with asyncio.timeout(10):
+            assert await process.wait() == -signal.SIGKILL
+        await process.close()
+    await python.close()
 
 
 async def test_a_snippet_has_no_powers_and_is_behind_the_same_filter(cell_and_python: tuple[Cell, WarmPython]) -> None:
