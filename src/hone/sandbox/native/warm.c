@@ -107,6 +107,7 @@ static int take_settings(const char *position, const char *end, int control)
     setsid();
     if (control != CONTROL && dup2(control, CONTROL) < 0)
         return -1;
+    descriptors[1] = CONTROL; /* where a failure is told from here on */
     close_range(CONTROL + 1, ~0u, 0);
     fcntl(CONTROL, F_SETFD, FD_CLOEXEC);
     syscall(SYS_setgroups, 0, NULL); /* refused, and needless, where only one id is mapped */
