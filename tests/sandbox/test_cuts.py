@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import flaky
 from flaky import Cut
-from hone.sandbox.flow import WINDOW_BYTES
+from hone.sandbox.wire.flow import WINDOW_BYTES
 from hone.schema.sandboxes import SandboxSpec
 
 INPUT = [b"first ", b"", b"and some more ", b"last"]

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from hone.sandbox.client import Sandbox
-from hone.sandbox.egress import PROXY_PORT, NetworkPolicy
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
-from hone.sandbox.serve import NodeServer
-from hone.sandbox.upstream import Upstream
+from hone.sandbox.network.egress import PROXY_PORT, NetworkPolicy
+from hone.sandbox.network.upstream import Upstream
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.serve import NodeServer
 from hone.schema.sandbox_network import Verdict
 from hone.schema.sandboxes import SandboxSpec
 

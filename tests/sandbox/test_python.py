@@ -11,12 +11,13 @@ from typing import NoReturn
 
 import pytest
 
-from hone.sandbox.beneath import Owner, file_threads
-from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.cells.cell import Cell
+from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.host import host_image
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.files import Files, Tree
-from hone.sandbox.host import host_image
-from hone.sandbox.images import ImageStore
+from hone.sandbox.files.beneath import Owner, file_threads
+from hone.sandbox.files.files import Files, Tree
+from hone.sandbox.images.store import ImageStore
 from hone.sandbox.native.build import BuildError
 from hone.sandbox.python import WarmPython, Zygotes
 from hone.schema.sandboxes import Outcome, SandboxSpec

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.remote import RemoteNode
+from hone.sandbox.wire.remote import RemoteNode
 from hone.schema.sandboxes import Outcome, SandboxSpec
 from proxies import Proxy
 

@@ -17,17 +17,18 @@ from pathlib import Path
 
 import pytest
 
-from hone.sandbox.beneath import Owner
-from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.cells.cell import Cell
+from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.host import Host, can_share_layers, look
+from hone.sandbox.cells.plan import Bind, Image
+from hone.sandbox.cells.scratch import sweep
 from hone.sandbox.client import Sandbox
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.files import Tree
-from hone.sandbox.host import Host, can_share_layers, look
-from hone.sandbox.node import Node
-from hone.sandbox.plan import Bind, Image
+from hone.sandbox.files.beneath import Owner
+from hone.sandbox.files.files import Tree
+from hone.sandbox.node.node import Node
 from hone.sandbox.runtimes.known import features, missing
 from hone.sandbox.runtimes.runtime import Feature
-from hone.sandbox.scratch import sweep
 from hone.schema.sandboxes import RUNTIMES, ExecResult, Outcome, RuntimeName, SandboxSpec
 
 VARIANTS: dict[str, RuntimeName] = {
@@ -519,8 +520,8 @@ def test_snapshots_without_programs_in_c_are_copies() -> None:
 OWNER = """
 import asyncio, sys
 from dataclasses import replace
-from hone.sandbox.cells import Cells
-from hone.sandbox.host import look
+from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.host import look
 from hone.schema.sandboxes import SandboxSpec
 
 async def main():

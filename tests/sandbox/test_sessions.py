@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import flaky
 from hone.sandbox.errors import Busy, SandboxError
-from hone.sandbox.session import SessionLimits
-from hone.sandbox.wire import Stream
+from hone.sandbox.wire.frames import Stream
+from hone.sandbox.wire.session import SessionLimits
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandboxes import Outcome, SandboxSpec
 

@@ -9,12 +9,12 @@ import stat
 import pytest
 
 from hone.sandbox.client import Busy, Outcome, Sandbox, SandboxError, SandboxSpec
-from hone.sandbox.discovery import parse_source
-from hone.sandbox.gateway import Gateway
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
-from hone.sandbox.remote import RemoteNode
-from hone.sandbox.serve import NodeServer
+from hone.sandbox.gateway.discovery import parse_source
+from hone.sandbox.gateway.gateway import Gateway
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.remote import RemoteNode
+from hone.sandbox.wire.serve import NodeServer
 
 SMALL = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hone.sandbox import seccomp
-from hone.sandbox.host import Host
-from hone.sandbox.plan import (
+from hone.sandbox.cells import seccomp
+from hone.sandbox.cells.host import Host
+from hone.sandbox.cells.plan import (
     ATTRIBUTE_NO_SETUID,
     ATTRIBUTE_READ_ONLY,
     FIRST_BIND,

@@ -8,9 +8,8 @@ from pathlib import PurePosixPath
 
 import msgspec
 
-from hone.sandbox.errors import Unsupported
-from hone.sandbox.host import Host
-from hone.sandbox.plan import (
+from hone.sandbox.cells.host import Host
+from hone.sandbox.cells.plan import (
     INODES_PER_MB,
     NEW_MOUNTS,
     NO_DEVICES,
@@ -24,6 +23,7 @@ from hone.sandbox.plan import (
     plan_spawner,
     resource_limits,
 )
+from hone.sandbox.errors import Unsupported
 from hone.sandbox.runtimes.oci import folders
 from hone.sandbox.runtimes.oci_config import JSON, mounted, rlimit
 from hone.sandbox.runtimes.runtime import AGENT, Birth, Feature, Launch, launch_plan, require, texts

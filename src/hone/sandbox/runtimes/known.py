@@ -1,6 +1,6 @@
 """The runtimes there are, and what a machine lacks for each."""
 
-from hone.sandbox.host import MIN_KERNEL, Host
+from hone.sandbox.cells.host import MIN_KERNEL, Host
 from hone.sandbox.runtimes.bwrap import BwrapRuntime
 from hone.sandbox.runtimes.gvisor import GvisorRuntime
 from hone.sandbox.runtimes.oci import OciRuntime

@@ -4,8 +4,8 @@ import resource
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
-from hone.sandbox.host import Host
-from hone.sandbox.plan import (
+from hone.sandbox.cells.host import Host
+from hone.sandbox.cells.plan import (
     ATTRIBUTE_NO_DEVICES,
     ATTRIBUTE_NO_SETUID,
     ATTRIBUTE_READ_ONLY,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from hone.sandbox import seccomp
-from hone.sandbox.plan import HOSTNAME
+from hone.sandbox.cells import seccomp
+from hone.sandbox.cells.plan import HOSTNAME
 
 ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
 LIMITS = ("AS", "CORE", "CPU", "DATA", "FSIZE", "MEMLOCK", "MSGQUEUE", "NOFILE", "NPROC", "STACK")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from hone.sandbox import seccomp
+from hone.sandbox.cells import seccomp
+from hone.sandbox.cells.host import ETC, LANDLOCK_ABSTRACT_SOCKETS, Host
+from hone.sandbox.cells.plan import DEVICES, Code, Operation, affinity, resource_limits
 from hone.sandbox.errors import Unsupported
-from hone.sandbox.host import ETC, LANDLOCK_ABSTRACT_SOCKETS, Host
-from hone.sandbox.plan import DEVICES, Code, Operation, affinity, resource_limits
 from hone.sandbox.runtimes.runtime import APART, JOINS, Birth, Feature, Launch, launch_plan, require, with_variables
 
 EXECUTE, WRITE_FILE, READ_FILE, READ_FOLDER = 1, 2, 4, 8  # LANDLOCK_ACCESS_FS_...

@@ -7,9 +7,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from hone.sandbox.cells.host import Host
+from hone.sandbox.cells.plan import Bind, Grants, Image, Operation, Plan, encode_operations
 from hone.sandbox.errors import Unsupported
-from hone.sandbox.host import Host
-from hone.sandbox.plan import Bind, Grants, Image, Operation, Plan, encode_operations
 from hone.schema.sandboxes import SandboxSpec
 
 JOINS, APART = 2, 4  # FLAG_... of native/protocol.h

@@ -1,0 +1,1 @@
+"""Ways in for programs that know another interface, and code of any language."""

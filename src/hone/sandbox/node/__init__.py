@@ -1,0 +1,1 @@
+"""A node: leases on the sandboxes of one machine, and its books."""
