@@ -15,7 +15,7 @@ from hone.envs.guests.channel import decode, encode
 from hone.envs.local_processes import LocalProcesses
 from hone.envs.verifiers.assertions import prepare
 from hone.envs.verifiers.code import Assertions, Call, Calls, CodeVerifier, InputsOutputs
-from hone.sandbox.bridges.languages import LANGUAGES, find_language
+from hone.sandbox.languages import LANGUAGES, find_language
 from hone.schema.traces import FailureClass
 
 DOUBLE = "def double(x):\n    return 2 * x"

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from hone.sandbox.bridges.languages import LANGUAGES, find_language
 from hone.sandbox.client import Language, Outcome, Sandbox, SandboxError, ToolchainMissing, embedded_node, run_code
+from hone.sandbox.languages import LANGUAGES, find_language
 
 ECHO = {
     "python": "import sys\nprint(sum(map(int, sys.stdin.read().split())), open('given').read())",

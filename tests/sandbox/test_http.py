@@ -18,8 +18,8 @@ pytest.importorskip("fastapi", reason="needs hone[sandbox-http]")
 pytest.importorskip("uvicorn", reason="needs hone[sandbox-http]")
 
 from hone.sandbox.bridges.http import HttpLimits, code_app, serving
-from hone.sandbox.bridges.languages import LANGUAGES
 from hone.sandbox.client import Busy, Sandbox, SandboxError
+from hone.sandbox.languages import LANGUAGES
 from hone.sandbox.node.lifecycle import Limits
 from hone.sandbox.node.node import Node
 from hone.sandbox.wire.serve import NodeServer

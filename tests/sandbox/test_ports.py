@@ -154,7 +154,7 @@ async def test_a_connection_keeps_a_sandbox_from_being_idle(node):
 
 
 async def test_connections_have_a_limit(node, monkeypatch):
-    monkeypatch.setattr("hone.sandbox.network.network.MAX_CONNECTIONS", 3)
+    monkeypatch.setattr("hone.sandbox.node.network.MAX_CONNECTIONS", 3)
     async with Sandbox(node=node, **SMALL) as box:
         await started(box)
         held = [await box.connect(8000) for _ in range(3)]

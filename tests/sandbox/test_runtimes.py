@@ -21,14 +21,14 @@ from hone.sandbox.cells.cell import Cell
 from hone.sandbox.cells.cells import Cells
 from hone.sandbox.cells.host import Host, can_share_layers, look
 from hone.sandbox.cells.plan import Bind, Image
+from hone.sandbox.cells.runtimes.known import features, missing
+from hone.sandbox.cells.runtimes.runtime import Feature
 from hone.sandbox.cells.scratch import sweep
 from hone.sandbox.client import Sandbox
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.files.beneath import Owner
 from hone.sandbox.files.files import Tree
 from hone.sandbox.node.node import Node
-from hone.sandbox.runtimes.known import features, missing
-from hone.sandbox.runtimes.runtime import Feature
 from hone.schema.sandboxes import RUNTIMES, ExecResult, Outcome, RuntimeName, SandboxSpec
 
 VARIANTS: dict[str, RuntimeName] = {

@@ -324,16 +324,16 @@ def doctor() -> None:
 
 async def _try_all(host: "Host") -> dict[str, str]:
     """What stands in the way of each runtime, the strongest first; nothing where a sandbox was made, used and ended."""
-    from hone.sandbox.runtimes.known import missing
+    from hone.sandbox.cells.runtimes.known import missing
     from hone.schema.sandboxes import RUNTIMES
 
     return {name: missing(name, host) or await _try(name) for name in reversed(RUNTIMES)}
 
 
 async def _try(runtime: "RuntimeName") -> str:
+    from hone.sandbox.cells.runtimes.known import features
+    from hone.sandbox.cells.runtimes.runtime import Feature
     from hone.sandbox.client import Sandbox, SandboxError
-    from hone.sandbox.runtimes.known import features
-    from hone.sandbox.runtimes.runtime import Feature
 
     try:
         network = "none" if Feature.LOOPBACK in features(runtime) else "off"

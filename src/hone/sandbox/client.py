@@ -9,10 +9,10 @@ from typing import Self
 
 import msgspec
 
-from hone.sandbox.bridges.code import Built, CodeResult, ToolchainMissing, build_code, run_code
-from hone.sandbox.bridges.languages import LANGUAGES, Language
+from hone.sandbox.code import Built, CodeResult, ToolchainMissing, build_code, run_code
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.files.beneath import LimitExceeded
+from hone.sandbox.languages import LANGUAGES, Language
 from hone.sandbox.leased import Connection, LeasedSandbox, Process
 from hone.sandbox.network.ports import Forwarding
 from hone.sandbox.node.node import Node

@@ -84,7 +84,7 @@ class InputsOutputs:
     """Texts that a program reads from stdin, and what it shall write to stdout for each.
 
     White space at the ends of lines and empty lines at the end do not count. The program must exit with code 0.
-    language: of the program, as `hone.sandbox.bridges.languages` names it; its compiler or interpreter is the sandbox's.
+    language: of the program, as `hone.sandbox.languages` names it; its compiler or interpreter is the sandbox's.
     """
 
     cases: Sequence[tuple[str, str]]

@@ -1,1 +1,1 @@
-"""Ways in for programs that know another interface, and code of any language."""
+"""Ways in for programs that know another interface: SandboxFusion over HTTP, and the names of another SDK."""

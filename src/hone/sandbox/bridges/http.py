@@ -15,8 +15,8 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from hone.sandbox.bridges.fusion import RunCodeRequest, RunCodeResponse, answer, language_of, no_answer
-from hone.sandbox.bridges.languages import find_language
 from hone.sandbox.client import Busy, LimitExceeded, Sandbox, SandboxError, SandboxSpec, run_code
+from hone.sandbox.languages import find_language
 
 BODY_SECONDS = 60.0
 READY_SECONDS = 60.0

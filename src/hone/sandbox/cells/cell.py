@@ -23,12 +23,12 @@ from hone.sandbox.cells.plan import (
     encode_operations,
 )
 from hone.sandbox.cells.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Process, Tally, ending_of
+from hone.sandbox.cells.runtimes.known import features
+from hone.sandbox.cells.runtimes.runtime import Feature, Launch
 from hone.sandbox.cells.spawner import Born, Spawner
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.files.beneath import FOLDER, PROC, closing, file_system, open_beneath
 from hone.sandbox.readiness import until_ready
-from hone.sandbox.runtimes.known import features
-from hone.sandbox.runtimes.runtime import Feature, Launch
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, SandboxUsage
 
 CONNECT_SECONDS = 10.0

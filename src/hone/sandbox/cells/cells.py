@@ -26,12 +26,11 @@ from hone.sandbox.cells.plan import (
     plan_spawner,
 )
 from hone.sandbox.cells.programs import KILL_SECONDS
-from hone.sandbox.cells.scratch import Scratch
+from hone.sandbox.cells.runtimes.known import OTHERS, missing
+from hone.sandbox.cells.runtimes.runtime import JOINS, Birth, Launch
+from hone.sandbox.cells.scratch import Scratch, remove_tree
 from hone.sandbox.cells.spawner import Spawner
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.images.store import remove_tree
-from hone.sandbox.runtimes.known import OTHERS, missing
-from hone.sandbox.runtimes.runtime import JOINS, Birth, Launch
 from hone.schema.sandboxes import DEFAULT_RUNTIMES, RuntimeName, SandboxSpec
 
 CREATE_SECONDS = 30.0

@@ -1,11 +1,11 @@
 """Folders on this machine for sandboxes that have no file system of their own, and what crashes left of such."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 from hone.sandbox.cells.cgroups import PREFIX, is_orphan, own_name
-from hone.sandbox.images.store import remove_tree
 
 
 class Scratch:
@@ -34,3 +34,10 @@ def sweep() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         if is_orphan(folder.name) and folder.lstat().st_uid == os.geteuid():
             remove_tree(folder)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder of ours, in which some folders may not be written to."""
+    for path, _, _ in os.walk(folder):
+        Path(path).chmod(0o700)
+    shutil.rmtree(folder)

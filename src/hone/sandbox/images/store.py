@@ -6,7 +6,6 @@ import lzma
 import os
 import re
 import secrets
-import shutil
 import stat
 import tempfile
 import zlib
@@ -18,6 +17,7 @@ import msgspec
 
 from hone.sandbox.cells.host import host_image
 from hone.sandbox.cells.plan import Image
+from hone.sandbox.cells.scratch import remove_tree
 from hone.sandbox.errors import ImageError
 from hone.sandbox.files.archives import Limits
 from hone.sandbox.files.beneath import BadArchive, closing, open_beneath
@@ -308,10 +308,3 @@ def _make_opaque(folder: int) -> None:
 
 def _path_of(descriptor: int) -> str:
     return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
-
-
-def remove_tree(folder: Path) -> None:
-    """Remove a folder of ours, in which some folders may not be written to."""
-    for path, _, _ in os.walk(folder):
-        Path(path).chmod(0o700)
-    shutil.rmtree(folder)

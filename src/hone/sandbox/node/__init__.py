@@ -1,1 +1,1 @@
-"""A node: leases on the sandboxes of one machine, and its books."""
+"""A node: leases on the sandboxes of one machine, their state and network, and its books."""

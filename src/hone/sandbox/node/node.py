@@ -17,6 +17,8 @@ from typing import Self, TypeVar
 from hone.observability.spans import Spans
 from hone.sandbox.cells.cell import Cell
 from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.runtimes.known import features
+from hone.sandbox.cells.runtimes.runtime import Feature
 from hone.sandbox.descriptors import provide_for_cells
 from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.files.beneath import Owner
@@ -32,8 +34,6 @@ from hone.sandbox.node.report import report_of
 from hone.sandbox.node.sandbox import NodeSandbox
 from hone.sandbox.node.state import Snapshots
 from hone.sandbox.python import WarmPython, Zygotes
-from hone.sandbox.runtimes.known import features
-from hone.sandbox.runtimes.runtime import Feature
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import (
     DEFAULT_RUNTIMES,

@@ -14,9 +14,9 @@ from hone.sandbox.cells.layers import is_too_deep
 from hone.sandbox.cells.programs import Process
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.files.files import Files
-from hone.sandbox.network.network import SandboxNetwork
 from hone.sandbox.network.ports import Connection
 from hone.sandbox.node.lifecycle import End, Lease
+from hone.sandbox.node.network import SandboxNetwork
 from hone.sandbox.node.state import Base, Snapshot
 from hone.sandbox.python import PythonSession, WarmPython
 from hone.schema.sandbox_network import NetworkRecord

@@ -15,14 +15,14 @@ from hone.sandbox.cells.cell import Cell
 from hone.sandbox.cells.host import Host, can_share_layers
 from hone.sandbox.cells.layers import Layer, Layers, hold, is_too_deep, over, used
 from hone.sandbox.cells.plan import Image
+from hone.sandbox.cells.runtimes.known import features
+from hone.sandbox.cells.runtimes.runtime import Feature
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.files.archives import Limits as TreeLimits
 from hone.sandbox.files.beneath import Owner
 from hone.sandbox.files.files import Tree
 from hone.sandbox.files.layer_copy import copy_layer, open_folders
 from hone.sandbox.node.lifecycle import Limits
-from hone.sandbox.runtimes.known import features
-from hone.sandbox.runtimes.runtime import Feature
 from hone.schema.sandboxes import Outcome, SandboxSpec, SnapshotStatus
 
 RETRY_SECONDS = 5.0

@@ -10,8 +10,17 @@ from pathlib import Path
 from hone.sandbox.cells import seccomp
 from hone.sandbox.cells.host import ETC, LANDLOCK_ABSTRACT_SOCKETS, Host
 from hone.sandbox.cells.plan import DEVICES, Code, Operation, affinity, resource_limits
+from hone.sandbox.cells.runtimes.runtime import (
+    APART,
+    JOINS,
+    Birth,
+    Feature,
+    Launch,
+    launch_plan,
+    require,
+    with_variables,
+)
 from hone.sandbox.errors import Unsupported
-from hone.sandbox.runtimes.runtime import APART, JOINS, Birth, Feature, Launch, launch_plan, require, with_variables
 
 EXECUTE, WRITE_FILE, READ_FILE, READ_FOLDER = 1, 2, 4, 8  # LANDLOCK_ACCESS_FS_...
 MAKE_CHARACTER_DEVICE, MAKE_BLOCK_DEVICE = 1 << 6, 1 << 11

@@ -26,8 +26,8 @@ from hone.sandbox.cells.plan import (
     plan_spawner,
     resource_limits,
 )
-from hone.sandbox.runtimes.oci_config import Bundle, Seen, configuration
-from hone.sandbox.runtimes.runtime import AGENT, Birth, Feature, Launch, launch_plan, require, texts
+from hone.sandbox.cells.runtimes.oci_config import Bundle, Seen, configuration
+from hone.sandbox.cells.runtimes.runtime import AGENT, Birth, Feature, Launch, launch_plan, require, texts
 
 NEW_CGROUPS = 0x02000000
 ROOT, BUNDLE, EXTRA, BINDS = f"{STAGE}/root", f"{STAGE}/bundle", f"{STAGE}/extra", f"{STAGE}/binds"

@@ -1,11 +1,11 @@
 """The runtimes there are, and what a machine lacks for each."""
 
 from hone.sandbox.cells.host import MIN_KERNEL, Host
-from hone.sandbox.runtimes.bwrap import BwrapRuntime
-from hone.sandbox.runtimes.gvisor import GvisorRuntime
-from hone.sandbox.runtimes.oci import OciRuntime
-from hone.sandbox.runtimes.process import ProcessRuntime
-from hone.sandbox.runtimes.runtime import Feature, Runtime
+from hone.sandbox.cells.runtimes.bwrap import BwrapRuntime
+from hone.sandbox.cells.runtimes.gvisor import GvisorRuntime
+from hone.sandbox.cells.runtimes.oci import OciRuntime
+from hone.sandbox.cells.runtimes.process import ProcessRuntime
+from hone.sandbox.cells.runtimes.runtime import Feature, Runtime
 from hone.schema.sandboxes import RuntimeName
 
 OTHERS: dict[RuntimeName, Runtime] = {

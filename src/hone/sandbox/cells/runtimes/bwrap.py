@@ -25,7 +25,7 @@ from hone.sandbox.cells.plan import (
     plan_spawner,
     resource_limits,
 )
-from hone.sandbox.runtimes.runtime import AGENT, Birth, Feature, Launch, launch_plan, require, texts
+from hone.sandbox.cells.runtimes.runtime import AGENT, Birth, Feature, Launch, launch_plan, require, texts
 from hone.schema.sandboxes import SandboxSpec
 
 FIRST_DATA = 200

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hone.sandbox.bridges.languages import Language, find_language
 from hone.sandbox.errors import SandboxError
+from hone.sandbox.languages import Language, find_language
 from hone.schema.sandboxes import ExecResult, Outcome
 
 LOOK_SECONDS = 30.0

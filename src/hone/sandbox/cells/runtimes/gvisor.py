@@ -23,10 +23,10 @@ from hone.sandbox.cells.plan import (
     plan_spawner,
     resource_limits,
 )
+from hone.sandbox.cells.runtimes.oci import folders
+from hone.sandbox.cells.runtimes.oci_config import JSON, mounted, rlimit
+from hone.sandbox.cells.runtimes.runtime import AGENT, Birth, Feature, Launch, launch_plan, require, texts
 from hone.sandbox.errors import Unsupported
-from hone.sandbox.runtimes.oci import folders
-from hone.sandbox.runtimes.oci_config import JSON, mounted, rlimit
-from hone.sandbox.runtimes.runtime import AGENT, Birth, Feature, Launch, launch_plan, require, texts
 
 ROOT, BUNDLE, FILES, STATE = f"{STAGE}/root", f"{STAGE}/bundle", f"{STAGE}/files", f"{STAGE}/state"
 CONTROL_FOLDER, CONTROL = "/.control", "socket"
