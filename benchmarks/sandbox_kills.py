@@ -21,10 +21,11 @@ from pathlib import Path
 import harness
 from sandbox_measures.victim import MARK
 
-from hone.sandbox.cells import FIRST_ID, LAST_ID, Cells
-from hone.sandbox.cgroups import PREFIX
-from hone.sandbox.node import Node
-from hone.sandbox.serve import NodeServer
+from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.cgroups import PREFIX
+from hone.sandbox.cells.host import FIRST_ID, LAST_ID
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.serve import NodeServer
 
 VICTIM = Path(__file__).parent / "sandbox_measures" / "victim.py"
 LANES = ("embedded", "served")

@@ -18,7 +18,8 @@ from pathlib import Path
 import harness
 from sandbox_measures.rounds import FLOOR, Floor, Taken, take_turns, timed
 
-from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.cells.cell import Cell
+from hone.sandbox.cells.cells import Cells
 from hone.sandbox.errors import SandboxError
 from hone.schema.sandboxes import SandboxSpec
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import harness
 
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.remote import RemoteNode, RemoteSandbox
+from hone.sandbox.wire.remote import RemoteNode, RemoteSandbox
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
 NUM_NODES = 4

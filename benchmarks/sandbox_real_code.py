@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hone.sandbox.client import Outcome, Sandbox, SandboxSpec
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SPEC = SandboxSpec(memory_mb=1024, disk_mb=32, max_processes=64, ttl_seconds=600)

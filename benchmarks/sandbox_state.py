@@ -14,10 +14,10 @@ from pathlib import Path
 import harness
 from sandbox_measures.rounds import FLOOR, Floor, Taken, take_turns, timed
 
-from hone.sandbox.cells import Cells
+from hone.sandbox.cells.cells import Cells
 from hone.sandbox.client import Sandbox, Snapshot
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
 from hone.sandbox.python import Zygotes
 from hone.schema.sandboxes import SandboxSpec
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.remote import RemoteNode
-from hone.sandbox.serve import NodeServer
+from hone.sandbox.wire.remote import RemoteNode
+from hone.sandbox.wire.serve import NodeServer
 from hone.schema.sandboxes import ExecResult, Outcome, PythonResult, SandboxSpec, Usage
 
 LATENCY_SECONDS = 0.002

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from hone.sandbox.addresses import Listener, parse_address
 from hone.sandbox.errors import Busy, SandboxError
-from hone.sandbox.wire import Stream, failed
+from hone.sandbox.wire.addresses import Listener, parse_address
+from hone.sandbox.wire.frames import Stream, failed
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandbox_nodes import Leased, NodeReport
 from hone.schema.sandboxes import SandboxUsage
@@ -89,7 +89,7 @@ class ScriptedNode:
                     pass
                 case calls.Resume(call):
                     self.heard.append(message)
-                    stream.send(calls.Resumed(call, False, 0, 0, 0))
+                    stream.send(calls.Resumed(call, False, 0, 0, 0, message.attempt))
                 case calls.Report(call):
                     done(call, self.report())
                 case calls.Create():

@@ -3,10 +3,11 @@
 import asyncio
 import time
 
-from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.cells.cell import Cell
+from hone.sandbox.cells.cells import Cells
 from hone.sandbox.errors import Unsupported
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
 from hone.schema.sandboxes import SandboxSpec
 from sandbox_measures.rounds import FLOOR, Floor, Taken, take_turns, timed
 

@@ -7,10 +7,11 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.cells.cell import Cell
+from hone.sandbox.cells.cells import Cells
 from hone.sandbox.descriptors import PER_CELL, provide
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
 from hone.sandbox.python import Zygotes
 from sandbox_measures.cells import OFF
 from sandbox_measures.rounds import FLOOR, Floor, take_turns, timed

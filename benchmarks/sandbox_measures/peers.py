@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hone.sandbox.cells import Cells
+from hone.sandbox.cells.cells import Cells
 from sandbox_measures.cells import NETWORK
 from sandbox_measures.rounds import FLOOR, Floor, take_turns, timed
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from hone.sandbox.cells import Cells
+from hone.sandbox.cells.cells import Cells
 from hone.sandbox.python import Zygotes
 from sandbox_measures.cells import OFF
 from sandbox_measures.rounds import FLOOR, Floor, Taken, take_turns

@@ -3,7 +3,7 @@
 import time
 
 from hone.sandbox.client import Sandbox
-from hone.sandbox.node import Node
+from hone.sandbox.node.node import Node
 from sandbox_measures.cells import OFF
 from sandbox_measures.rounds import FLOOR, Floor, Taken, take_turns
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from hone.sandbox.client import Sandbox, SandboxError, SandboxSpec
 from hone.sandbox.errors import Unsupported
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
-from hone.sandbox.serve import NodeServer
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.serve import NodeServer
 
 MARK = "7654321"
 SPEC = SandboxSpec(memory_mb=64, disk_mb=16, max_processes=32, network="off")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hone.sandbox.host import look
+from hone.sandbox.cells.host import look
 from hone.schema.sandboxes import RUNTIMES
 
 pytestmark = pytest.mark.skipif(not look().has_user_namespaces, reason="no user namespaces")

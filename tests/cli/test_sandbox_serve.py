@@ -14,8 +14,8 @@ import urllib.request
 
 import pytest
 
+from hone.sandbox.cells.host import look
 from hone.sandbox.client import Busy, Sandbox, SandboxError
-from hone.sandbox.host import look
 from hone.schema.sandboxes import Outcome
 
 pytestmark = pytest.mark.skipif(not look().has_user_namespaces, reason="no user namespaces")

@@ -19,14 +19,14 @@ from prometheus_client.core import Metric
 from typer.core import TyperGroup
 
 from hone.cli.main import app
-from hone.sandbox.addresses import parse_address
-from hone.sandbox.discovery import Fixed
-from hone.sandbox.gateway import Gateway
-from hone.sandbox.gateway_metrics import GatewayCollector
-from hone.sandbox.host import look
-from hone.sandbox.metrics import NodeCollector
-from hone.sandbox.node import Node
-from hone.sandbox.tenants import read_tenants
+from hone.sandbox.cells.host import look
+from hone.sandbox.gateway.discovery import Fixed
+from hone.sandbox.gateway.gateway import Gateway
+from hone.sandbox.gateway.metrics import GatewayCollector
+from hone.sandbox.gateway.tenants import read_tenants
+from hone.sandbox.node.metrics import NodeCollector
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.addresses import parse_address
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES = sorted(path for path in (DEPLOY / "kubernetes").rglob("*.yaml") if path.name != "kustomization.yaml")

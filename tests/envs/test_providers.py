@@ -17,8 +17,8 @@ from hone.envs.sessions import PythonSession
 from hone.envs.verifiers.code import Assertions, CodeVerifier, InputsOutputs
 from hone.sandbox import client
 from hone.sandbox.client import SandboxError, Unsupported, embedded_node
-from hone.sandbox.node import Node
-from hone.sandbox.serve import NodeServer
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.serve import NodeServer
 from hone.schema.sandboxes import SandboxSpec
 from hone.schema.traces import FailureClass
 

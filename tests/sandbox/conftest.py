@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from hone.sandbox.cells import Cell, Cells
-from hone.sandbox.cgroups import PREFIX
+from hone.sandbox.cells.cell import Cell
+from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.cgroups import PREFIX
+from hone.sandbox.cells.host import look
 from hone.sandbox.errors import Unsupported
-from hone.sandbox.host import look
 from hone.schema.sandboxes import SandboxSpec
 
 PR_SET_CHILD_SUBREAPER = 36

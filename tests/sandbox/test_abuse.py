@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hone.sandbox.cells import Cell, Cells
-from hone.sandbox.syscalls import AARCH64, X86_64
+from hone.sandbox.cells.cell import Cell
+from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.syscalls import AARCH64, X86_64
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec
 
 NUMBERS = {"x86_64": X86_64, "aarch64": AARCH64}[platform.machine()]

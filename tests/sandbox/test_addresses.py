@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from certificates import make_certificate
-from hone.sandbox.addresses import Address, Listener, parse_address
 from hone.sandbox.errors import Busy, SandboxError
-from hone.sandbox.node import Node
-from hone.sandbox.remote import RemoteNode
-from hone.sandbox.serve import NodeServer
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.addresses import Address, Listener, parse_address
+from hone.sandbox.wire.remote import RemoteNode
+from hone.sandbox.wire.serve import NodeServer
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandbox_nodes import NodeReport
 from hone.schema.sandboxes import SandboxSpec

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.cells.cell import Cell
+from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.plan import Bind, Image
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.plan import Bind, Image
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
 SMALL = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)
@@ -277,7 +278,7 @@ async def test_an_unknown_image_is_refused(cells: Cells) -> None:
 async def test_cells_die_with_the_process_that_made_them(adopts_orphans: None) -> None:
     code = (
         "import asyncio, sys\n"
-        "from hone.sandbox.cells import Cells\n"
+        "from hone.sandbox.cells.cells import Cells\n"
         "from hone.schema.sandboxes import SandboxSpec\n"
         "async def main():\n"
         "    async with Cells() as cells:\n"

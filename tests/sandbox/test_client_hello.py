@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.sandbox.client_hello import MAX_RECORDS, Hello, read_hello
+from hone.sandbox.network.client_hello import MAX_RECORDS, Hello, read_hello
 
 
 def real_hello(name: str | None) -> bytes:

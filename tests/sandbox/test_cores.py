@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.sandbox.cores import Cores
+from hone.sandbox.cells.cores import Cores
 
 
 def test_two_cells_of_one_core_do_not_share_it_while_another_is_free() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import flaky
 from flaky import Cut
-from hone.sandbox.flow import WINDOW_BYTES
+from hone.sandbox.wire.flow import WINDOW_BYTES
 from hone.schema.sandboxes import SandboxSpec
 
 INPUT = [b"first ", b"", b"and some more ", b"last"]
@@ -81,7 +81,7 @@ def test_a_cut_before_within_and_after_every_frame_loses_and_repeats_nothing():
         assert network.num_connections == 2, cut
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.builds(Cut, st.booleans(), st.integers(150, 900)), max_size=6))
 def test_many_cuts_lose_and_repeat_nothing(cuts):
     _, effects = flaky.run(scenario(cuts))
@@ -106,7 +106,7 @@ async def long_stream(cuts: list[Cut], sent: bytes) -> None:
         await client.close()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.builds(Cut, st.booleans(), st.integers(1000, 700_000)), max_size=12))
 def test_streams_longer_than_what_may_be_under_way_are_whole_after_many_cuts(cuts):
     flaky.run(long_stream(cuts, random.Random(1).randbytes(900_000)))

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hone.sandbox.beneath import BadArchive
 from hone.sandbox.client import Sandbox
-from hone.sandbox.debian_packages import _complaint, _joined_status, _unpack
-from hone.sandbox.debian_sources import Source, sources_of
 from hone.sandbox.errors import ImageError
-from hone.sandbox.images import ImageStore
-from hone.sandbox.node import Node
-from hone.sandbox.stacked import Stacked
+from hone.sandbox.files.beneath import BadArchive
+from hone.sandbox.files.stacked import Stacked
+from hone.sandbox.images.debian_packages import _complaint, _joined_status, _unpack
+from hone.sandbox.images.debian_sources import Source, sources_of
+from hone.sandbox.images.store import ImageStore
+from hone.sandbox.node.node import Node
 
 PROGRAMS = ("apt-get", "dpkg-deb", "gpg", "gpgv")
 missing = [program for program in PROGRAMS if shutil.which(program) is None]

@@ -7,12 +7,12 @@ import socket
 import pytest
 
 from certificates import make_certificate
-from hone.sandbox import gateway as gateways
-from hone.sandbox.addresses import Address
-from hone.sandbox.discovery import Fixed, Lines, Name, parse_source
-from hone.sandbox.gateway import Gateway
-from hone.sandbox.remote import RemoteNode
-from hone.sandbox.tenants import Grant, Scope, Tenants, digest_of
+from hone.sandbox.gateway import gateway as gateways
+from hone.sandbox.gateway.discovery import Fixed, Lines, Name, parse_source
+from hone.sandbox.gateway.gateway import Gateway
+from hone.sandbox.gateway.tenants import Grant, Scope, Tenants, digest_of
+from hone.sandbox.wire.addresses import Address
+from hone.sandbox.wire.remote import RemoteNode
 from hone.schema.sandboxes import SandboxSpec
 from scripted_node import ScriptedNode, until
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.sandbox.egress import Grant, NetworkPolicy, grant, objection, proxy_variables
-from hone.sandbox.lifecycle import kind_of
+from hone.sandbox.network.egress import Grant, NetworkPolicy, grant, objection, proxy_variables
+from hone.sandbox.node.lifecycle import kind_of
 from hone.schema.sandbox_network import AllowRule, is_address, normal_host, parse_rules, split_authority
 from hone.schema.sandboxes import SandboxSpec
 

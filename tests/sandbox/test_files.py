@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hone.sandbox.archives import Limits
-from hone.sandbox.beneath import BadArchive, LimitExceeded, NotRegular, Owner, file_threads, open_beneath
-from hone.sandbox.files import Files, Tree
+from hone.sandbox.files.archives import Limits
+from hone.sandbox.files.beneath import BadArchive, LimitExceeded, NotRegular, Owner, file_threads, open_beneath
+from hone.sandbox.files.files import Files, Tree
 
 SECRET = b"outside"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root acts as others")

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 import flaky
-from hone.sandbox.remote import RemoteNode
-from hone.sandbox.serve import NodeServer
-from hone.sandbox.session import SessionLimits
-from hone.sandbox.wire import framed
+from hone.sandbox.wire.frames import framed
+from hone.sandbox.wire.remote import RemoteNode
+from hone.sandbox.wire.serve import NodeServer
+from hone.sandbox.wire.session import SessionLimits
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandboxes import ExecResult, SandboxSpec
 

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from hone.sandbox.control import Control
-from hone.sandbox.discovery import parse_source
 from hone.sandbox.errors import Busy, SandboxError
-from hone.sandbox.gateway import Gateway
-from hone.sandbox.remote import RemoteNode, RemoteSandbox
-from hone.sandbox.tenants import Grant, Quota, Scope, Tenants, digest_of
+from hone.sandbox.gateway.control import Control
+from hone.sandbox.gateway.discovery import parse_source
+from hone.sandbox.gateway.gateway import Gateway
+from hone.sandbox.gateway.tenants import Grant, Quota, Scope, Tenants, digest_of
+from hone.sandbox.wire.remote import RemoteNode, RemoteSandbox
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandboxes import Outcome, SandboxSpec, SandboxStatus, SandboxUsage
 from scripted_node import ScriptedNode, until

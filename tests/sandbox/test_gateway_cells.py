@@ -10,16 +10,16 @@ import sys
 
 import pytest
 
-from hone.sandbox.addresses import parse_address
 from hone.sandbox.client import Sandbox
-from hone.sandbox.discovery import Fixed
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.gateway import Gateway
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
-from hone.sandbox.remote import RemoteNode
-from hone.sandbox.serve import NodeServer
-from hone.sandbox.tenants import Grant, Scope, Tenants, digest_of
+from hone.sandbox.gateway.discovery import Fixed
+from hone.sandbox.gateway.gateway import Gateway
+from hone.sandbox.gateway.tenants import Grant, Scope, Tenants, digest_of
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.addresses import parse_address
+from hone.sandbox.wire.remote import RemoteNode
+from hone.sandbox.wire.serve import NodeServer
 from hone.schema.sandboxes import Outcome, SandboxSpec
 from proxies import Proxy
 from scripted_node import until

@@ -7,14 +7,14 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hone.sandbox.addresses import parse_address
 from hone.sandbox.client import Sandbox
-from hone.sandbox.discovery import Fixed
-from hone.sandbox.gateway import Gateway
-from hone.sandbox.gateway_metrics import GatewayCollector
-from hone.sandbox.node import Node
-from hone.sandbox.serve import NodeServer
-from hone.sandbox.tenants import Grant, Quota, Scope, Tenants, digest_of
+from hone.sandbox.gateway.discovery import Fixed
+from hone.sandbox.gateway.gateway import Gateway
+from hone.sandbox.gateway.metrics import GatewayCollector
+from hone.sandbox.gateway.tenants import Grant, Quota, Scope, Tenants, digest_of
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.addresses import parse_address
+from hone.sandbox.wire.serve import NodeServer
 from hone.schema.sandboxes import SandboxSpec
 
 SMALL = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)

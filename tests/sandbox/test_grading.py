@@ -1,7 +1,7 @@
 """What a program leaves to deceive whoever grades its work: none of it is in a fresh cell that gets the work alone."""
 
-from hone.sandbox.cells import Cells
-from hone.sandbox.node import Node
+from hone.sandbox.cells.cells import Cells
+from hone.sandbox.node.node import Node
 from hone.schema.sandboxes import SandboxSpec
 
 SMALL = SandboxSpec(memory_mb=64, disk_mb=16, max_processes=32)

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from hone.sandbox import programs
-from hone.sandbox.cells import ENDED, REPORT, Cell, Cells
+from hone.sandbox.cells import programs
+from hone.sandbox.cells.cell import ENDED, REPORT, Cell
+from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.plan import Image
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.journal import Journal
-from hone.sandbox.node import Node
-from hone.sandbox.plan import Image
+from hone.sandbox.node.journal import Journal
+from hone.sandbox.node.node import Node
 from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec
 
 SMALL = SandboxSpec(memory_mb=64, disk_mb=16, max_processes=32)
@@ -204,7 +205,7 @@ def test_a_journal_that_cannot_be_written_refuses_what_begins_and_lets_end_what_
 import resource, sys
 from pathlib import Path
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.journal import Journal
+from hone.sandbox.node.journal import Journal
 journal = Journal(Path(sys.argv[1]))
 journal.begin("a", "me")
 resource.setrlimit(resource.RLIMIT_FSIZE, (4, resource.RLIM_INFINITY))

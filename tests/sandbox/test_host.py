@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from hone.sandbox.cgroups import Cgroups, sweep
-from hone.sandbox.host import CgroupFolders, _has_all_ids, _has_whole_proc, examine, find_cgroups, host_image, look
+from hone.sandbox.cells.cgroups import Cgroups, sweep
+from hone.sandbox.cells.host import (
+    CgroupFolders,
+    _has_all_ids,
+    _has_whole_proc,
+    examine,
+    find_cgroups,
+    host_image,
+    look,
+)
 from hone.schema.sandboxes import SandboxSpec
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hone.sandbox import programs
-from hone.sandbox.cells import ENDED, FAILED, READY, REPORT, Cell
+from hone.sandbox.cells import programs
+from hone.sandbox.cells.cell import ENDED, FAILED, READY, REPORT, Cell
+from hone.sandbox.cells.programs import ending_of
 from hone.sandbox.client import Sandbox
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.node import Node
-from hone.sandbox.programs import ending_of
+from hone.sandbox.node.node import Node
 from hone.schema.sandboxes import SandboxSpec
 
 SMALL = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)

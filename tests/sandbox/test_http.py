@@ -17,12 +17,12 @@ import pytest
 pytest.importorskip("fastapi", reason="needs hone[sandbox-http]")
 pytest.importorskip("uvicorn", reason="needs hone[sandbox-http]")
 
+from hone.sandbox.bridges.http import HttpLimits, code_app, serving
 from hone.sandbox.client import Busy, Sandbox, SandboxError
-from hone.sandbox.http import HttpLimits, code_app, serving
 from hone.sandbox.languages import LANGUAGES
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
-from hone.sandbox.serve import NodeServer
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.serve import NodeServer
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
 SMALL = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=32)

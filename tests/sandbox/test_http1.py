@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.sandbox.http1 import BadMessage, Body, parse_chunk_size, parse_request, parse_response, refusal
+from hone.sandbox.network.http1 import BadMessage, Body, parse_chunk_size, parse_request, parse_response, refusal
 
 
 def head(*lines: str) -> bytes:

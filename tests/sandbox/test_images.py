@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hone.sandbox.errors import ImageError
-from hone.sandbox.images import ImageStore
+from hone.sandbox.images.store import ImageStore
 from oci_layouts import Files, Layout, archive_of
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.cells.cell import Cell
+from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.host import can_share_layers, host_image, look
+from hone.sandbox.cells.layers import Layer, Layers, Used, hold, is_too_deep, over, used
+from hone.sandbox.cells.plan import Image
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.host import can_share_layers, host_image, look
-from hone.sandbox.layer_copy import OPAQUE, copy_layer, open_folders
-from hone.sandbox.layers import Layer, Layers, Used, hold, is_too_deep, over, used
-from hone.sandbox.plan import Image
+from hone.sandbox.files.layer_copy import OPAQUE, copy_layer, open_folders
 from hone.schema.sandboxes import SandboxSpec
 
 SPEC = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)
@@ -23,7 +24,7 @@ SPEC = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)
 @pytest.fixture
 def layers(cells: Cells) -> Layers:
     if not can_share_layers(cells.host):
-        pytest.skip("this kernel does not show a tmpfs with other ids, or has no overlay")
+        pytest.skip("no cell can lie over another's files here: no compiler, no overlay, or root with Linux before 6.3")
     return Layers()
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from hone.sandbox.errors import Busy, SandboxError
-from hone.sandbox.lifecycle import Destroy, End, Give, Lifecycle, Limits, Make, Over, Stage
+from hone.sandbox.node.lifecycle import Destroy, End, Give, Lifecycle, Limits, Make, Over, Stage
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
 SPEC = SandboxSpec(ttl_seconds=100)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from hone.sandbox.client import Sandbox
-from hone.sandbox.egress import PROXY_PORT, NetworkPolicy
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
-from hone.sandbox.serve import NodeServer
-from hone.sandbox.upstream import Upstream
+from hone.sandbox.network.egress import PROXY_PORT, NetworkPolicy
+from hone.sandbox.network.upstream import Upstream
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.serve import NodeServer
 from hone.schema.sandbox_network import Verdict
 from hone.schema.sandboxes import SandboxSpec
 
@@ -340,6 +340,12 @@ async def test_tls_goes_through_to_the_host_that_was_asked_for(cells, certificat
         records = await box.network_log()
         assert records[-1].verdict is Verdict.BAD_NAME
         assert all(record.verdict is Verdict.ALLOWED for record in records[:-1])
+
+
+@pytest.mark.parametrize("runtime", ["bwrap", "process"])
+async def test_other_runtimes_have_no_lists(node, runtime):
+    with pytest.raises(Unsupported, match="has no allow-lists of hosts; take runtime='cell'"):
+        node.create(SandboxSpec(network="allow", allow=("a.example",), runtime=runtime))
 
 
 async def test_a_cell_that_is_gone_gets_no_network(node):

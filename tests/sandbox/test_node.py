@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from hone.sandbox.cells import Cells
+from hone.sandbox.cells.cells import Cells
 from hone.sandbox.client import Sandbox, embedded_node
 from hone.sandbox.errors import Busy, SandboxError
-from hone.sandbox.journal import Journal
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
-from hone.sandbox.remote import RemoteNode
-from hone.sandbox.serve import NodeServer
+from hone.sandbox.node.journal import Journal
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.remote import RemoteNode
+from hone.sandbox.wire.serve import NodeServer
 from hone.schema.sandbox_calls import Destroy
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
@@ -297,8 +297,8 @@ async def test_nonsense_costs_the_connection_only(server, tmp_path, data):
 SERVE = """
 import asyncio, sys
 from pathlib import Path
-from hone.sandbox.node import Node
-from hone.sandbox.serve import NodeServer
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.serve import NodeServer
 async def main():
     async with Node("n", folder=Path(sys.argv[1])) as node, NodeServer(node, "unix:" + sys.argv[1] + "/socket"):
         print(len(node.lost), flush=True)

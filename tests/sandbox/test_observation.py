@@ -10,17 +10,17 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hone.observability.spans import Spans, read_spans
-from hone.sandbox import accounts
-from hone.sandbox.accounts import Accounts, EndedSandbox
+from hone.sandbox.cells.host import look
 from hone.sandbox.client import Sandbox
 from hone.sandbox.errors import Busy, SandboxError
-from hone.sandbox.host import look
-from hone.sandbox.lifecycle import End, Limits
-from hone.sandbox.metrics import NodeCollector
-from hone.sandbox.node import Node
-from hone.sandbox.remote import RemoteNode
-from hone.sandbox.serve import NodeServer
-from hone.sandbox.tallies import IMAGES, image_class
+from hone.sandbox.node import accounts
+from hone.sandbox.node.accounts import Accounts, EndedSandbox
+from hone.sandbox.node.lifecycle import End, Limits
+from hone.sandbox.node.metrics import NodeCollector
+from hone.sandbox.node.node import Node
+from hone.sandbox.node.tallies import IMAGES, image_class
+from hone.sandbox.wire.remote import RemoteNode
+from hone.sandbox.wire.serve import NodeServer
 from hone.schema.sandboxes import SandboxSpec, SandboxUsage
 
 SMALL = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64, rollout="group-1/0")

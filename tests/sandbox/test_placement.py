@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from hone.sandbox.errors import Busy, SandboxError
-from hone.sandbox.ledger import HEARD_SECONDS, Entry, Ledger, Totals
-from hone.sandbox.placement import Candidate, order
-from hone.sandbox.quotas import Rate, check_quota
-from hone.sandbox.relay import Route, head_of, routes
-from hone.sandbox.tenants import Quota
-from hone.sandbox.wire import framed
+from hone.sandbox.gateway.ledger import HEARD_SECONDS, Entry, Ledger, Totals
+from hone.sandbox.gateway.placement import Candidate, order
+from hone.sandbox.gateway.quotas import Rate, check_quota
+from hone.sandbox.gateway.relay import Route, head_of, routes
+from hone.sandbox.gateway.tenants import Quota
+from hone.sandbox.wire.frames import framed
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandbox_nodes import Leased
 from hone.schema.sandboxes import SandboxSpec

@@ -2,7 +2,7 @@ import struct
 
 import pytest
 
-from hone.sandbox.plan import (
+from hone.sandbox.cells.plan import (
     NEW_NETWORK,
     NEW_USERS,
     OPERATION,

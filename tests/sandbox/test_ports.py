@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from hone.sandbox.addresses import parse_address
 from hone.sandbox.client import Sandbox
-from hone.sandbox.discovery import Fixed
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
-from hone.sandbox.gateway import Gateway
-from hone.sandbox.node import Node
-from hone.sandbox.serve import NodeServer
-from hone.sandbox.tenants import Grant, Scope, Tenants, digest_of
+from hone.sandbox.gateway.discovery import Fixed
+from hone.sandbox.gateway.gateway import Gateway
+from hone.sandbox.gateway.tenants import Grant, Scope, Tenants, digest_of
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.addresses import parse_address
+from hone.sandbox.wire.serve import NodeServer
 
 SMALL = {"memory_mb": 128, "disk_mb": 16, "max_processes": 64}
 ME = Tenants({digest_of("mine"): Grant("me", frozenset({Scope.CREATE, Scope.USE}))}, {})
@@ -154,17 +154,26 @@ async def test_a_connection_keeps_a_sandbox_from_being_idle(node):
 
 
 async def test_connections_have_a_limit(node, monkeypatch):
-    monkeypatch.setattr("hone.sandbox.network.MAX_CONNECTIONS", 3)
+    monkeypatch.setattr("hone.sandbox.node.network.MAX_CONNECTIONS", 3)
     async with Sandbox(node=node, **SMALL) as box:
         await started(box)
         held = [await box.connect(8000) for _ in range(3)]
         with pytest.raises(Busy, match="3 connections"):
             await box.connect(8000)
         await held[0].close()
-        await asyncio.sleep(0.05)
-        await (await box.connect(8000)).close()
+        async with asyncio.timeout(10):
+            while not await _connects(box):
+                await asyncio.sleep(0.01)
         for one in held:
             await one.close()
+
+
+async def _connects(box):
+    try:
+        await (await box.connect(8000)).close()
+    except Busy:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("network", ["off", "host"])
@@ -239,7 +248,7 @@ async def test_the_command_says_that_the_sandbox_is_gone(command):
 
 async def test_a_full_queue_of_a_server_is_waited_for_and_given_up(node, monkeypatch):
     """A server that listens and never accepts, with a queue that is full: the connection is late, not refused."""
-    monkeypatch.setattr("hone.sandbox.cells.CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr("hone.sandbox.cells.cell.CONNECT_SECONDS", 1.0)
     deaf = "import socket,time; s=socket.socket(); s.bind(('127.0.0.1',8000)); s.listen(0); print('up',flush=True); time.sleep(60)"
     async with Sandbox(node=node, **SMALL) as box:
         process = await box.spawn(["python3", "-c", deaf])

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from hone.sandbox import prime, prime_models
-from hone.sandbox.client import SandboxError
-from hone.sandbox.node import Node
-from hone.sandbox.prime import (
+from hone.sandbox.bridges import prime, prime_models
+from hone.sandbox.bridges.prime import (
     AsyncSandboxClient,
     CommandTimeoutError,
     CreateSandboxRequest,
     SandboxFileNotFoundError,
     SandboxNotRunningError,
 )
+from hone.sandbox.client import SandboxError
+from hone.sandbox.node.node import Node
 
 OURS = {"node"}
 """Arguments that theirs do not have."""

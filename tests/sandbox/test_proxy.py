@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hone.sandbox import exchange, proxy
-from hone.sandbox.egress import NetworkPolicy
-from hone.sandbox.exchange import Peer
-from hone.sandbox.http1 import BadMessage, Body
-from hone.sandbox.network_log import NetworkLog
-from hone.sandbox.proxy import Gate, Proxy
+from hone.sandbox.network import exchange, proxy
+from hone.sandbox.network.egress import NetworkPolicy
+from hone.sandbox.network.exchange import Peer
+from hone.sandbox.network.http1 import BadMessage, Body
+from hone.sandbox.network.network_log import NetworkLog
+from hone.sandbox.network.proxy import Gate, Proxy
 from hone.schema.sandbox_network import NetworkRecord, Verdict
 
 
@@ -358,7 +358,7 @@ async def test_hosts_that_fail_are_told_apart_from_those_that_are_denied(monkeyp
             await asyncio.sleep(60)
         writer.write(b"" if b"/mute" in head else b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
 
-    async with serving(rude, ["*.example"], idle_seconds=0.3) as (world, address):
+    async with serving(rude, ["*.example"], idle_seconds=1.0) as (world, address):
         assert b"502 Bad Gateway" in await ask(address, get("a.example", "/mute"))
         assert b"502 Bad Gateway" in await ask(address, get("a.example"))
         assert b"504 Gateway Timeout" in await ask(address, get("a.example", "/silent"))
@@ -374,7 +374,7 @@ async def test_hosts_that_fail_are_told_apart_from_those_that_are_denied(monkeyp
         async def never(*_):
             await asyncio.sleep(60)
 
-        monkeypatch.setattr("hone.sandbox.upstream.CONNECT_SECONDS", 0.1)
+        monkeypatch.setattr("hone.sandbox.network.upstream.CONNECT_SECONDS", 0.1)
         monkeypatch.setattr(world.gate.upstream, "_connect", never)
         assert b"504 Gateway Timeout" in await ask(address, get("a.example"))
     verdicts = [record.verdict for record in world.records]
@@ -385,7 +385,7 @@ async def test_hosts_that_fail_are_told_apart_from_those_that_are_denied(monkeyp
 
 async def test_slow_look_ups_are_one_sandboxes_trouble(monkeypatch):
     """A few at a time of one sandbox, whoever has the name server."""
-    monkeypatch.setattr("hone.sandbox.upstream.RESOLVE_SECONDS", 0.5)
+    monkeypatch.setattr("hone.sandbox.network.upstream.RESOLVE_SECONDS", 0.5)
     under_way = [0, 0]
 
     async def slow(_):
@@ -443,7 +443,10 @@ async def test_a_flood_of_connections_waits_its_turn():
             connection.setblocking(False)
             connection.connect_ex(address)
             flood.append(connection)
-        await asyncio.sleep(0.3)
+        async with asyncio.timeout(10):
+            while world.gate.num_connections < 8:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
         assert world.gate.num_connections == 8
         for connection in flood:
             connection.close()

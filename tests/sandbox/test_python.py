@@ -11,12 +11,13 @@ from typing import NoReturn
 
 import pytest
 
-from hone.sandbox.beneath import Owner, file_threads
-from hone.sandbox.cells import Cell, Cells
+from hone.sandbox.cells.cell import Cell
+from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.host import host_image
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.files import Files, Tree
-from hone.sandbox.host import host_image
-from hone.sandbox.images import ImageStore
+from hone.sandbox.files.beneath import Owner, file_threads
+from hone.sandbox.files.files import Files, Tree
+from hone.sandbox.images.store import ImageStore
 from hone.sandbox.native.build import BuildError
 from hone.sandbox.python import WarmPython, Zygotes
 from hone.schema.sandboxes import Outcome, SandboxSpec
@@ -86,6 +87,22 @@ async def test_a_late_snippet_is_killed_with_what_it_started(python: WarmPython)
     result = await python.run("import os\nif os.fork(): os.wait()\nwhile True: pass", timeout_seconds=0.3)
     assert result.outcome is Outcome.TIMEOUT
     assert (await python.run("print(1)")).stdout == "1\n"
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+async def test_a_snippet_that_has_only_just_been_asked_for_can_be_killed(
+    cell_and_python: tuple[Cell, WarmPython], is_compiled: bool
+) -> None:
+    cell, compiled = cell_and_python
+    python = compiled if is_compiled else WarmPython(cell, None)
+    await python.run("1")
+    for _ in range(20):
+        process = await python.spawn("import time; time.sleep(60)")
+        process.kill()
+        async with asyncio.timeout(10):
+            assert await process.wait() == -signal.SIGKILL
+        await process.close()
+    await python.close()
 
 
 async def test_a_snippet_has_no_powers_and_is_behind_the_same_filter(cell_and_python: tuple[Cell, WarmPython]) -> None:

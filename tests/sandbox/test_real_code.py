@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hone.sandbox.host import look
+from hone.sandbox.cells.host import look
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"

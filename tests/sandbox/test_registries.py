@@ -15,9 +15,9 @@ import pytest
 
 from hone.sandbox.client import Sandbox
 from hone.sandbox.errors import ImageError, SandboxError
-from hone.sandbox.images import ImageStore
-from hone.sandbox.node import Node
-from hone.sandbox.registries import architecture, explain
+from hone.sandbox.images.registries import architecture, explain
+from hone.sandbox.images.store import ImageStore
+from hone.sandbox.node.node import Node
 from oci_layouts import Files, Layout, Link
 
 PROGRAMS = ("skopeo", "docker-registry")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.remote import RemoteNode
+from hone.sandbox.wire.remote import RemoteNode
 from hone.schema.sandboxes import Outcome, SandboxSpec
 from proxies import Proxy
 
@@ -87,6 +87,27 @@ async def test_fifty_megabytes_each_way_through_twenty_cuts_are_whole(client, bo
     assert bytes(received) == sent
     assert await process.wait() == 0
     await process.close()
+
+
+async def test_trees_and_files_through_cuts_are_whole(client, box, proxy, tmp_path):
+    chance = random.Random(2)
+    contents = {f"{number}.bin": chance.randbytes(1 << 20) for number in range(8)}
+    (tmp_path / "tree").mkdir()
+    for name, data in contents.items():
+        (tmp_path / "tree" / name).write_bytes(data)
+
+    async def cut() -> None:
+        while True:
+            await asyncio.sleep(0.06)
+            proxy.cut()
+
+    cutting = asyncio.create_task(cut())
+    await asyncio.gather(box.upload(tmp_path / "tree", "up"), box.write("alone", contents["0.bin"]))
+    await box.download("up", tmp_path / "back")
+    assert await box.read("alone") == contents["0.bin"]
+    cutting.cancel()
+    assert client.num_reconnections
+    assert {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()} == contents
 
 
 async def test_a_connection_that_swallows_everything_is_replaced(client, box, proxy):

@@ -2,7 +2,7 @@ import struct
 
 import pytest
 
-from hone.sandbox.seccomp import ALLOW, ARCHITECTURES, ENOSYS, EPERM, ERRNO, FORBIDDEN, KILL, instructions
+from hone.sandbox.cells.seccomp import ALLOW, ARCHITECTURES, ENOSYS, EPERM, ERRNO, FORBIDDEN, KILL, instructions
 
 AF_UNIX, AF_INET, AF_PACKET = 1, 2, 17
 

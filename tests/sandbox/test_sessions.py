@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import random
 
 import msgspec
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 
 import flaky
 from hone.sandbox.errors import Busy, SandboxError
-from hone.sandbox.session import SessionLimits
-from hone.sandbox.wire import Stream
+from hone.sandbox.wire.frames import Stream
+from hone.sandbox.wire.session import SessionLimits
 from hone.schema import sandbox_calls as calls
 from hone.schema.sandboxes import Outcome, SandboxSpec
 
@@ -159,7 +160,7 @@ async def test_nobody_else_can_take_a_session_over():
         await network.connect(lambda: thief)
         thief.send(calls.Hello(calls.VERSION, client._session, "other"))
         for number in range(1, 5):
-            thief.send(calls.Resume(number, box.sandbox_id, [0, 0], [0, 0]))
+            thief.send(calls.Resume(number, box.sandbox_id, [0, 0], [0, 0], 1))
         thief.send(calls.Exec(9, box.sandbox_id, ["ls"], b"", {}, ".", 1.0, 1))
         await asyncio.sleep(1)
         assert [one.is_known for one in heard[1:5]] == [False] * 4
@@ -224,9 +225,9 @@ LIES = {
     "more input than was granted": [calls.Data(2, 0, b"x" * 200_000), calls.Data(2, 0, b"x" * 200_000)],
     "input after its end": [calls.Data(2, 0, b""), calls.Data(2, 0, b"x")],
     "the same call again": [calls.Spawn(2, "n.1.0", ["tee", "5"], {}, ".", None)],
-    "more received than was sent": [calls.Resume(2, "n.1.0", [1, 0], [0, 0])],
-    "more taken than received": [calls.Resume(2, "n.1.0", [0, 0], [1, 0])],
-    "a third stream": [calls.Resume(2, "n.1.0", [0, 0, 0], [0, 0, 0])],
+    "more received than was sent": [calls.Resume(2, "n.1.0", [1, 0], [0, 0], 1)],
+    "more taken than received": [calls.Resume(2, "n.1.0", [0, 0], [1, 0], 1)],
+    "a third stream": [calls.Resume(2, "n.1.0", [0, 0, 0], [0, 0, 0], 1)],
     "two greetings": [calls.Hello(calls.VERSION, "s" * 32, "secret")],
 }
 
@@ -289,7 +290,7 @@ MESSAGES = st.one_of(
     st.builds(calls.Ping, numbers),
     st.builds(calls.Data, numbers, numbers, pieces),
     st.builds(calls.Credit, numbers, numbers, st.integers(-1, 300_000)),
-    st.builds(calls.Resume, numbers, ids, sizes, sizes),
+    st.builds(calls.Resume, numbers, ids, sizes, sizes, numbers),
     st.builds(calls.Received, numbers),
 )
 
@@ -352,7 +353,7 @@ async def test_an_answer_whose_receipt_was_lost_is_not_kept_and_its_call_not_don
         await asyncio.sleep(11)
         (session,) = [client.session for client in network.server._clients.values()]
         assert (session._calls, session._num_held_bytes) == ({}, 0)
-        stream.send(calls.Resume(1, "n.1.0", [0, 0], [0, 0]))
+        stream.send(calls.Resume(1, "n.1.0", [0, 0], [0, 0], 1))
         await asyncio.sleep(1)
         assert (heard[-1].call, heard[-1].outcome) == (1, "node_lost")
         assert network.server.node.effects == ["create", "x = 1"]
@@ -393,18 +394,28 @@ async def test_a_relay_that_refuses_connections_is_waited_for_and_its_nodes_told
     await client.close()
 
 
+@pytest.mark.parametrize("num_breaks", [1, 2, 3])
 @in_no_time
-async def test_what_was_on_its_way_when_a_relay_lost_its_node_is_not_counted_twice():
+async def test_what_was_on_its_way_when_a_relay_lost_its_node_is_not_counted_twice(num_breaks):
     async with flaky.network() as network:
         client, box = await opened(network)
-        process = await box.spawn(["tee", "5"])
-        writing = asyncio.create_task(process.write(b"0123456789" * 20))
+        process = await box.spawn(["tee", "50000"])
+        sent = random.Random(1).randbytes(1_000_000)
+        writing = asyncio.create_task(process.write(sent))
+        errors = asyncio.create_task(drained(process))
         received = b""
-        for number in range(40):
+        while len(received) < len(sent):
+            await asyncio.sleep(0.003 * (len(received) % 7))
             received += await process.read()
-            await process.read_error()
-            if number % 7 == 0:
+            for _ in range(num_breaks):  # the second, before the answer to the first has come
                 client._hear_call(calls.Interrupted("n.1."))
+                await asyncio.sleep(0.001)
         await writing
-        assert received == b"0123456789" * 20
+        assert received == sent
+        errors.cancel()
         await client.close()
+
+
+async def drained(process) -> None:
+    while await process.read_error():
+        pass

@@ -8,13 +8,13 @@ import stat
 
 import pytest
 
-from hone.sandbox.client import Busy, Sandbox, SandboxError, SandboxSpec
-from hone.sandbox.discovery import parse_source
-from hone.sandbox.gateway import Gateway
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
-from hone.sandbox.remote import RemoteNode
-from hone.sandbox.serve import NodeServer
+from hone.sandbox.client import Busy, Outcome, Sandbox, SandboxError, SandboxSpec
+from hone.sandbox.gateway.discovery import parse_source
+from hone.sandbox.gateway.gateway import Gateway
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.remote import RemoteNode
+from hone.sandbox.wire.serve import NodeServer
 
 SMALL = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)
 
@@ -69,6 +69,30 @@ async def test_what_runs_in_a_sandbox_goes_on_while_its_files_are_copied(box):
         async with Sandbox(spec=SMALL, snapshot=snapshot) as fork:
             assert await sh(fork, "cat a /proc/[0-9]*/comm | grep -v sleep | head -1") == "1\n"
             assert "NameError" in (await fork.python("x")).text
+
+
+async def test_what_hides_among_the_children_of_the_warm_python_is_not_overlooked(box):
+    """A child that a snippet makes a sibling of its own is no child of the cell's first process."""
+    hiding = """
+import ctypes, signal, time
+CLONE_PARENT, CLONE = 0x8000, {"x86_64": 56, "aarch64": 220}[__import__("os").uname().machine]
+if ctypes.CDLL(None).syscall(CLONE, CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0) == 0:
+    for descriptor in range(3):
+        __import__("os").close(descriptor)
+    while True:
+        open("a", "w").write(str(time.time()))
+        time.sleep(0.001)
+"""
+    assert (await box.snippet(hiding)).is_success
+    await box.stat("a")
+    async with await box.snapshot() as snapshot, Sandbox(spec=SMALL, snapshot=snapshot) as fork:
+        before = await fork.read("a")
+        await asyncio.sleep(0.05)
+        assert await fork.read("a") == before
+        async with Sandbox(spec=SMALL, snapshot=snapshot) as later:
+            assert await later.read("a") == before
+    seen = await box.read("a")
+    assert seen != before
 
 
 async def test_forks_are_apart(box):
@@ -166,6 +190,8 @@ async def test_what_a_snapshot_cannot_be_is_said(box, node):
             await Sandbox(spec=SandboxSpec(network="host"), snapshot=snapshot).open()
         with pytest.raises(ValueError, match="leave node out"):
             Sandbox(snapshot=snapshot, node="unix:/elsewhere")
+    with pytest.raises(ValueError, match="at least"):
+        await box.fork(0)
 
 
 async def test_a_sandbox_from_a_snapshot_is_not_from_a_pool(box, node):
@@ -198,12 +224,17 @@ async def test_a_cancelled_snapshot_leaves_nothing_behind(box, node):
         assert await sh(box, "echo here") == "here\n"
 
 
-async def test_a_lease_that_ends_while_files_are_copied_is_over(node):
+@pytest.mark.parametrize("seconds", [0.0, 0.0005, 0.002, 0.005])
+@pytest.mark.parametrize("is_busy", [True, False])
+async def test_a_sandbox_that_ends_during_its_snapshot_leaves_nothing(node, seconds, is_busy):
     box = Sandbox(spec=SMALL, node=node)
     await box.open()
-    await sh(box, "setsid sleep 60 > /dev/null 2>&1 & for i in $(seq 300); do echo $i > f$i; done")
+    first = await box.snapshot()
+    daemon = "setsid sleep 60 > /dev/null 2>&1 &" if is_busy else ""
+    await sh(box, f"{daemon} for i in $(seq 300); do echo $i > f$i; done")
+    await first.close()
     taking = asyncio.create_task(box.snapshot())
-    await asyncio.sleep(0.001)
+    await asyncio.sleep(seconds)
     await box.close()
     with contextlib.suppress(SandboxError, OSError):
         await (await taking).close()
@@ -251,6 +282,18 @@ async def test_grading_in_a_sandbox_from_a_snapshot_sees_nothing_of_what_happene
         await grader.write("solution.py", b"def f(): return 1")
         assert (await grader.exec(["sh", "-c", command])).stdout == "passed\n"
     await snapshot.close()
+
+
+async def test_runtimes_without_a_root_of_their_own_have_no_snapshots(cells):
+    spec = SandboxSpec(runtime="process", network="host")
+    async with Node("n", runtimes=("process",)) as node, Sandbox(spec=spec, node=node) as box:
+        try:
+            await box.exec(["true"])
+        except SandboxError as error:
+            pytest.skip(str(error))
+        with pytest.raises(SandboxError, match="no snapshots of the whole root") as caught:
+            await box.snapshot()
+        assert caught.value.outcome is Outcome.POLICY_DENIED
 
 
 async def test_without_layers_files_are_copied_into_each(cells, tmp_path):

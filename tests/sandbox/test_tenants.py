@@ -2,7 +2,7 @@
 
 import pytest
 
-from hone.sandbox.tenants import Scope, digest_of, read_tenants
+from hone.sandbox.gateway.tenants import Scope, digest_of, read_tenants
 
 TOKEN = "a token that is long enough"
 FILE = f"""

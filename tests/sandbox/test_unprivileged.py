@@ -54,7 +54,7 @@ def test_cells_keep_their_promises_for_an_unprivileged_user(module: str, tmp_pat
              "-p", "no:cacheprovider", f"--basetemp={home}/tests", f"tests/sandbox/{module}.py"],
             cwd=ROOT, env={"HOME": str(home), "PATH": os.environ["PATH"], "PYTHONPATH": ":".join(paths),
                            "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
     finally:
         shutil.rmtree(home)

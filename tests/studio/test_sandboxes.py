@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hone.sandbox.accounts import Accounts, EndedSandbox
-from hone.sandbox.lifecycle import End
+from hone.sandbox.node.accounts import Accounts, EndedSandbox
+from hone.sandbox.node.lifecycle import End
 from hone.schema.sandboxes import SandboxUsage
 from hone.studio.sandboxes import (
     HEIGHT,

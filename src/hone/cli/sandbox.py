@@ -17,11 +17,11 @@ from hone.cli.sandbox_http import HttpListen, WithoutToken, http, http_door, req
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hone.sandbox.cells.host import Host
     from hone.sandbox.client import Process, Sandbox
-    from hone.sandbox.host import Host
-    from hone.sandbox.node import Node
-    from hone.sandbox.remote import RemoteNode
-    from hone.sandbox.serve import NodeServer
+    from hone.sandbox.node.node import Node
+    from hone.sandbox.wire.remote import RemoteNode
+    from hone.sandbox.wire.serve import NodeServer
     from hone.schema.sandboxes import RuntimeName
 
 NUM_HEAD_ROWS = 10
@@ -139,8 +139,8 @@ def serve(
 ) -> None:
     """Serve a node until SIGINT, which ends it at once as a second SIGTERM does; the first one drains it."""
     from hone.cli.sandbox_serve import Observation, serve_node
-    from hone.sandbox.egress import NetworkPolicy
-    from hone.sandbox.lifecycle import Limits
+    from hone.sandbox.network.egress import NetworkPolicy
+    from hone.sandbox.node.lifecycle import Limits
 
     place = folder or _cache() / f"node-{name}"
     address = listen or f"unix:{place}/socket"
@@ -148,7 +148,7 @@ def serve(
     limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
 
     def server_of(node: "Node") -> "NodeServer":
-        from hone.sandbox.serve import NodeServer
+        from hone.sandbox.wire.serve import NodeServer
 
         return NodeServer(node, address, tokens=known, gateways=gateways, certificate=tls_cert, key=tls_key)
 
@@ -224,8 +224,8 @@ def forward(
 
 async def _forward(address: str, sandbox_id: str, port: int, local_port: int) -> None:
     from hone.sandbox.client import Busy, Connection, SandboxError
-    from hone.sandbox.ports import Forwarding
-    from hone.sandbox.remote import RemoteSandbox
+    from hone.sandbox.network.ports import Forwarding
+    from hone.sandbox.wire.remote import RemoteSandbox
 
     stopped = until_stopped()
     client = await connected(address)
@@ -305,7 +305,7 @@ def doctor() -> None:
     from rich.text import Text
 
     from hone.cli.listing import print_table
-    from hone.sandbox.host import examine, look
+    from hone.sandbox.cells.host import examine, look
 
     host = look()
     table = Table("", "what", "lost without it")
@@ -324,16 +324,16 @@ def doctor() -> None:
 
 async def _try_all(host: "Host") -> dict[str, str]:
     """What stands in the way of each runtime, the strongest first; nothing where a sandbox was made, used and ended."""
-    from hone.sandbox.runtimes.known import missing
+    from hone.sandbox.cells.runtimes.known import missing
     from hone.schema.sandboxes import RUNTIMES
 
     return {name: missing(name, host) or await _try(name) for name in reversed(RUNTIMES)}
 
 
 async def _try(runtime: "RuntimeName") -> str:
+    from hone.sandbox.cells.runtimes.known import features
+    from hone.sandbox.cells.runtimes.runtime import Feature
     from hone.sandbox.client import Sandbox, SandboxError
-    from hone.sandbox.runtimes.known import features
-    from hone.sandbox.runtimes.runtime import Feature
 
     try:
         network = "none" if Feature.LOOPBACK in features(runtime) else "off"
@@ -386,7 +386,7 @@ async def _bench(rounds: int) -> dict[str, float]:
 
 async def connected(address: str) -> "RemoteNode":
     from hone.sandbox.client import SandboxError
-    from hone.sandbox.remote import RemoteNode
+    from hone.sandbox.wire.remote import RemoteNode
 
     client = RemoteNode(address or f"unix:{_cache()}/node-local/socket", own_token())
     try:

@@ -16,7 +16,7 @@ from hone.cli.sandbox_metrics import metrics_served
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
-    from hone.sandbox.gateway import Gateway
+    from hone.sandbox.gateway.gateway import Gateway
 
 DRAINED_SECONDS = 1.0  # between two looks at what a node has left
 
@@ -46,9 +46,9 @@ def gateway(
     metrics_host: Annotated[str, typer.Option(help="Who reaches them; 0.0.0.0 is everybody who can.")] = "127.0.0.1",
 ) -> None:
     """Serve many nodes behind one address. What the nodes let it in with is in $HONE_SANDBOX_TOKEN."""
-    from hone.sandbox.discovery import parse_source
-    from hone.sandbox.gateway import Gateway
-    from hone.sandbox.tenants import read_tenants
+    from hone.sandbox.gateway.discovery import parse_source
+    from hone.sandbox.gateway.gateway import Gateway
+    from hone.sandbox.gateway.tenants import read_tenants
 
     sources = [parse_source(one.strip()) for one in nodes.split(",") if one.strip()]
     serving = Gateway(
@@ -73,7 +73,7 @@ async def _serve(gateway: "Gateway", metrics_port: int | None, metrics_host: str
 @contextlib.asynccontextmanager
 async def _metrics(gateway: "Gateway", port: int | None, host: str) -> AsyncIterator[str]:
     def collectors() -> "Sequence[Collector]":
-        from hone.sandbox.gateway_metrics import GatewayCollector  # prometheus_client belongs to an extra
+        from hone.sandbox.gateway.metrics import GatewayCollector  # prometheus_client belongs to an extra
 
         return [GatewayCollector(gateway)]
 
@@ -110,7 +110,7 @@ async def _drain(name: str, address: str, *, is_draining: bool, is_patient: bool
 
 def token() -> None:
     """Make a token for a client, and what goes into the tenants' file for it."""
-    from hone.sandbox.tenants import digest_of
+    from hone.sandbox.gateway.tenants import digest_of
 
     made = secrets.token_urlsafe(32)
     typer.echo(f'token: {made}\nsha256 = "{digest_of(made).hex()}"')

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from hone.sandbox.node import Node
+    from hone.sandbox.node.node import Node
 
 HttpListen = Annotated[
     str, typer.Option("--http", help="host:port at which SandboxFusion's /run_code is served, too; needs tokens.")
@@ -35,7 +35,7 @@ async def http_door(
     None: what the request shows.
     """
     try:
-        from hone.sandbox.http import code_app, serving
+        from hone.sandbox.bridges.http import code_app, serving
     except ImportError as error:
         raise ValueError("serving HTTP needs FastAPI and uvicorn: pip install 'hone[sandbox-http]'") from error
     from hone.sandbox.client import Sandbox, SandboxSpec

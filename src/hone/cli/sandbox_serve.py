@@ -12,10 +12,10 @@ import typer
 
 from hone.cli.sandbox_metrics import metrics_served
 from hone.observability.spans import Spans
-from hone.sandbox.egress import NetworkPolicy
-from hone.sandbox.lifecycle import Limits
-from hone.sandbox.node import Node
-from hone.sandbox.serve import NodeServer
+from hone.sandbox.network.egress import NetworkPolicy
+from hone.sandbox.node.lifecycle import Limits
+from hone.sandbox.node.node import Node
+from hone.sandbox.wire.serve import NodeServer
 from hone.schema.sandboxes import RuntimeName
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _spans(path: Path | None, name: str) -> Iterator[Spans | None]:
 @contextlib.asynccontextmanager
 async def _node_metrics(node: Node, observation: Observation) -> AsyncIterator[str]:
     def collectors() -> "Sequence[Collector]":
-        from hone.sandbox.metrics import NodeCollector  # prometheus_client belongs to an extra
+        from hone.sandbox.node.metrics import NodeCollector  # prometheus_client belongs to an extra
 
         return [NodeCollector(node)]
 

@@ -2,23 +2,23 @@
 
 import asyncio
 import secrets
-import weakref
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import msgspec
 
-from hone.sandbox.beneath import LimitExceeded
 from hone.sandbox.code import Built, CodeResult, ToolchainMissing, build_code, run_code
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
+from hone.sandbox.files.beneath import LimitExceeded
 from hone.sandbox.languages import LANGUAGES, Language
-from hone.sandbox.node import Node
-from hone.sandbox.ports import Forwarding
+from hone.sandbox.leased import Connection, LeasedSandbox, Process
+from hone.sandbox.network.ports import Forwarding
+from hone.sandbox.node.node import Node
 from hone.sandbox.python import session_program
-from hone.sandbox.remote import RemoteNode
+from hone.sandbox.shared_nodes import embedded_node, remote_node
+from hone.sandbox.wire.remote import RemoteNode
 from hone.schema.sandbox_network import NetworkRecord, Verdict
 from hone.schema.sandboxes import (
     RUNTIMES,
@@ -60,59 +60,6 @@ __all__ = [
     "run_code",
     "session_program",
 ]
-
-
-class Process(Protocol):
-    """A program under way in a sandbox, with its streams. It dies with the sandbox."""
-
-    async def write(self, data: bytes) -> None:
-        """Give it input; returns when its pipe has taken all of it. `BrokenPipeError` if nobody reads."""
-
-    def end_input(self) -> None:
-        """It will read the end of its input; with a terminal, that takes a Control-D instead."""
-
-    async def read(self) -> bytes:
-        """The next piece of its stdout, or of what its terminal shows; empty at the end."""
-
-    async def read_error(self) -> bytes:
-        """The next piece of its stderr; empty at the end, and with a terminal."""
-
-    async def wait(self) -> int:
-        """Its exit code, minus the signal's number if one ended it, when it has ended."""
-
-    def signal(self, number: int) -> None:
-        """Send a signal to its process group."""
-
-    def interrupt(self) -> None:
-        """Send SIGINT to its process group."""
-
-    def kill(self) -> None:
-        """Kill it and all that it started."""
-
-    def resize(self, rows: int, columns: int) -> None:
-        """Tell it that its terminal has another size."""
-
-    async def close(self) -> None:
-        """Kill it if it runs, and let go of its streams."""
-
-
-class Connection(Protocol):
-    """A connection to a port of a sandbox. It breaks off with the sandbox."""
-
-    async def write(self, data: bytes) -> None:
-        """Send; `BrokenPipeError` if nobody reads."""
-
-    def end_input(self) -> None:
-        """The other side will read the end."""
-
-    async def read(self) -> bytes:
-        """The next piece; empty at the end, also where the connection broke: `read_error` has then something."""
-
-    async def read_error(self) -> bytes:
-        """What broke it; empty if nothing did, when the other side has ended."""
-
-    async def close(self) -> None:
-        """Hang up."""
 
 
 class Snapshot:
@@ -221,7 +168,7 @@ class Sandbox:
         self._token = token
         self._reconnect_seconds = reconnect_seconds
         self._key = key or secrets.token_hex(16)
-        self._inner: _Inner | None = None
+        self._inner: LeasedSandbox | None = None
         self._home: Node | RemoteNode | None = None
 
     async def __aenter__(self) -> Self:
@@ -237,7 +184,7 @@ class Sandbox:
         """Ask for the sandbox; returns when the node has taken it on, not when it is ready. Raises `Busy`."""
         node = self._node
         if isinstance(node, str):
-            node = await _remote_node(node, self._token, self._reconnect_seconds)
+            node = await remote_node(node, self._token, self._reconnect_seconds)
         elif node is None:
             node = await embedded_node()
         if isinstance(node, RemoteNode):
@@ -365,6 +312,8 @@ class Sandbox:
 
         They may not be ready yet. Close each.
         """
+        if count < 1:
+            raise ValueError(f"{count} forks of a sandbox; ask for one at least")
         async with await self.snapshot() as snapshot:
             forks = tuple(Sandbox(spec=self.spec, snapshot=snapshot) for _ in range(count))
             try:
@@ -405,133 +354,7 @@ class Sandbox:
             await self._inner.close()
 
     @property
-    def _opened(self) -> "_Inner":
+    def _opened(self) -> LeasedSandbox:
         if self._inner is None:
             raise RuntimeError("Sandbox is an async context manager: use `async with`, or `open` first")
         return self._inner
-
-
-async def embedded_node() -> Node:
-    """The node inside this process: one for each event loop, begun at first use and ended with the loop."""
-    loop = asyncio.get_running_loop()
-    if (embedded := _embedded.get(loop)) is None:
-        embedded = _embedded[loop] = _Embedded()
-    return await embedded.node()
-
-
-class _Embedded:
-    """A node that an event loop ends when it shuts down, as it does with every generator that is not at its end."""
-
-    def __init__(self) -> None:
-        self._generator: AsyncGenerator[Node] | None = None
-        self._begun: asyncio.Task[Node] | None = None
-
-    async def node(self) -> Node:
-        if self._begun is not None and self._begun.done() and (self._begun.cancelled() or self._begun.exception()):
-            self._begun = None
-        if self._begun is None:
-            self._begun = asyncio.get_running_loop().create_task(self._begin())
-        return await asyncio.shield(self._begun)
-
-    async def _begin(self) -> Node:
-        self._generator = _running_node()
-        return await anext(self._generator)
-
-
-async def _running_node() -> AsyncGenerator[Node]:
-    loop = asyncio.get_running_loop()
-    try:
-        async with Node(runtimes=RUNTIMES) as node:
-            yield node
-    finally:
-        _embedded.pop(loop, None)
-
-
-_embedded: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Embedded] = weakref.WeakKeyDictionary()
-
-
-async def _remote_node(address: str, token: str, reconnect_seconds: float | None) -> RemoteNode:
-    """One session for all sandboxes of an event loop at one address, which the loop closes when it shuts down."""
-    links = _remote.setdefault(asyncio.get_running_loop(), {})
-    key = (address, token, reconnect_seconds)
-    link = links.get(key)
-    if link is None or link.node.is_lost:
-        lost = link
-        node = RemoteNode(address, token, reconnect_seconds=reconnect_seconds)
-        link = links[key] = _Link(node, _connection(node))  # at once: others come while the lost one is closed
-        await anext(link.generator)
-        if lost is not None:
-            await lost.generator.aclose()
-    try:
-        await link.node.connected()
-    except (SandboxError, ValueError):
-        if link.node.is_lost and links.get(key) is link:  # or every token that is refused would be remembered
-            del links[key]
-            await link.generator.aclose()
-        raise
-    return link.node
-
-
-async def _connection(node: RemoteNode) -> AsyncGenerator[None]:
-    try:
-        yield
-    finally:
-        await node.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Link:
-    node: RemoteNode
-    generator: AsyncGenerator[None]
-
-
-_remote: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str, float | None], _Link]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-class _Inner(Protocol):
-    """What a sandbox of a node in this process and one behind an address have in common."""
-
-    @property
-    def sandbox_id(self) -> str: ...
-    async def ready(self) -> None: ...
-    async def exec(
-        self,
-        argv: Sequence[str],
-        *,
-        stdin: bytes,
-        env: Mapping[str, str] | None,
-        cwd: str,
-        timeout_seconds: float,
-        kept_bytes: int,
-    ) -> ExecResult: ...
-    async def spawn(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str] | None,
-        cwd: str,
-        terminal: tuple[int, int] | None,
-    ) -> Process: ...
-    async def spawn_python(self, code: str, *, env: Mapping[str, str] | None, cwd: str) -> Process: ...
-    async def connect(self, port: int, *, timeout_seconds: float) -> Connection: ...
-    async def python(self, code: str, *, timeout_seconds: float) -> PythonResult: ...
-    async def snippet(self, code: str, *, timeout_seconds: float) -> ExecResult: ...
-    async def read(self, path: str, *, max_bytes: int) -> bytes: ...
-    async def write(self, path: str, data: bytes, *, mode: int | None) -> None: ...
-    async def list(self, path: str) -> tuple[FileEntry, ...]: ...
-    async def remove(self, path: str, *, is_recursive: bool) -> None: ...
-    async def stat(self, path: str, *, follows_links: bool) -> FileEntry: ...
-    async def make_folder(self, path: str) -> None: ...
-    async def upload(self, local: Path, path: str) -> Transfer: ...
-    async def download(self, path: str, local: Path) -> Transfer: ...
-    async def snapshot(self, *, ttl_seconds: float) -> SnapshotStatus: ...
-    async def reset(self, snapshot_id: str) -> None: ...
-
-    async def network_log(self) -> tuple[NetworkRecord, ...]: ...
-    async def pause(self) -> None: ...
-    async def resume(self) -> None: ...
-    async def renew(self, seconds: float) -> None: ...
-    async def usage(self) -> SandboxUsage: ...
-    async def close(self) -> None: ...

@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hone.sandbox.cells import ENDED, FAILED, READY, REPORT, Cell
+from hone.sandbox.cells.cell import ENDED, FAILED, READY, REPORT, Cell
+from hone.sandbox.cells.host import Host, host_image, look
+from hone.sandbox.cells.plan import Image
+from hone.sandbox.cells.programs import DEFAULT_ENV, Ending, Process, ending_of
 from hone.sandbox.errors import SandboxError, Unsupported
-from hone.sandbox.host import Host, host_image, look
 from hone.sandbox.native.build import BuildError, build
-from hone.sandbox.plan import Image
-from hone.sandbox.programs import DEFAULT_ENV, Ending, Process, ending_of
 from hone.sandbox.readiness import until_ready
 from hone.schema.sandboxes import ExecResult
 

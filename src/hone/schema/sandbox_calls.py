@@ -245,12 +245,16 @@ class Failed(_Message, frozen=True):
 
 
 class Resume(_Message, frozen=True):
-    """A call goes on over this connection. received: how many bytes came of streams 1 and 2. taken: how many were read."""
+    """A call goes on over this connection. received: how many bytes came of streams 1 and 2. taken: how many were read.
+
+    attempt: a number that the answer has, too: of several answers, the one to the last question counts.
+    """
 
     call: int
     sandbox_id: str
     received: list[int]
     taken: list[int]
+    attempt: int
 
 
 class Resumed(_Message, frozen=True):
@@ -265,6 +269,7 @@ class Resumed(_Message, frozen=True):
     received: int
     taken: int
     num_controls: int
+    attempt: int
 
 
 class Received(_Message, frozen=True):

@@ -87,7 +87,7 @@ class NetworkRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     time: seconds since 1970. method: CONNECT for a tunnel. host, port: as asked for; empty and 0 if unreadable.
     address: what was connected to, or
-    "mapped" (`hone.sandbox.egress.NetworkPolicy.maps`). problem: why not, in words. bytes_up, bytes_down: carried to the host and back.
+    "mapped" (`hone.sandbox.network.egress.NetworkPolicy.maps`). problem: why not, in words. bytes_up, bytes_down: carried to the host and back.
     """
 
     time: float

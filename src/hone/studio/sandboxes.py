@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 from hone.observability.jsonlines import read_lines
-from hone.sandbox.accounts import NAME, EndedSandbox
-from hone.sandbox.lifecycle import End
+from hone.sandbox.node.accounts import NAME, EndedSandbox
+from hone.sandbox.node.lifecycle import End
 from hone.studio.page import inlined, template, write_page
 
 MAX_ROWS = 20

@@ -479,7 +479,8 @@ def signal_group(pid: int, number: int) -> None:
 
 def kill_session(top: int) -> None:
     """Kill what is in the session of a process; all of it is stopped first, so that nothing new appears meanwhile."""
-    members: set[int] = set()
+    members = {top}  # it may not have begun its session yet
+    send(top, signal.SIGSTOP)
     while found := {pid for pid, session in sessions() if session == top} - members:
         for pid in found:
             send(pid, signal.SIGSTOP)

@@ -107,6 +107,7 @@ static int take_settings(const char *position, const char *end, int control)
     setsid();
     if (control != CONTROL && dup2(control, CONTROL) < 0)
         return -1;
+    descriptors[1] = CONTROL; /* where a failure is told from here on */
     close_range(CONTROL + 1, ~0u, 0);
     fcntl(CONTROL, F_SETFD, FD_CLOEXEC);
     syscall(SYS_setgroups, 0, NULL); /* refused, and needless, where only one id is mapped */
@@ -321,7 +322,9 @@ static int stop_session(int top, int *known, int num_known)
 static void kill_session(int top)
 {
     static int known[MAX_PROCESSES];
-    int num_known = 0, num_new;
+    int num_known = 1, num_new;
+    known[0] = top; /* it may not have begun its session yet */
+    kill(top, SIGSTOP);
     while ((num_new = stop_session(top, known, num_known)))
         num_known += num_new;
     for (int i = 0; i < num_known; i++)
@@ -339,8 +342,8 @@ static int obey(struct program *program)
     int known = find(request.identity);
     if (request.kind == REQUEST_START && start(&request, message + size, program))
         return 1;
-    if (request.kind == REQUEST_SIGNAL && known >= 0)
-        kill(-programs[known].pid, request.flags);
+    if (request.kind == REQUEST_SIGNAL && known >= 0 && kill(-programs[known].pid, request.flags))
+        kill(programs[known].pid, request.flags);
     if (request.kind == REQUEST_KILL_TREE && known >= 0)
         kill_session(programs[known].pid);
     close_taken();

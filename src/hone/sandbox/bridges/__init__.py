@@ -1,0 +1,1 @@
+"""Ways in for programs that know another interface: SandboxFusion over HTTP, and the names of another SDK."""

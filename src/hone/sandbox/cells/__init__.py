@@ -1,0 +1,1 @@
+"""Cells: sandboxes made by the kernel's own means, their programs and their limits."""

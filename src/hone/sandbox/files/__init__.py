@@ -1,0 +1,1 @@
+"""The files of sandboxes: reached beneath their roots, packed and unpacked, layered."""

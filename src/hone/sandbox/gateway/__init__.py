@@ -1,0 +1,1 @@
+"""A gateway: many nodes behind one address."""

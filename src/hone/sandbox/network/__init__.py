@@ -1,0 +1,1 @@
+"""What sandboxes may reach, the proxy that keeps to it, and connections to the ports that their programs listen at."""
