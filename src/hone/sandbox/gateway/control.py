@@ -6,6 +6,7 @@ import logging
 import random
 import secrets
 import time
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 3.0
 PING_SECONDS = 0.25
 MAX_UNANSWERED = 6  # silent for 1.5 s to 1.75 s, a node is lost
-PATIENCE_SECONDS = 1.5  # for a node whose connection broke to be there still
-RETRY_SECONDS = 0.1
+TICK_SECONDS = 0.1
+NUM_CONNECT_TICKS = 30
+NUM_PATIENT_TICKS = 15  # for a node whose connection broke to be there still
 REPORT_SECONDS = 1.0
 CALL_SECONDS = 5.0
 MIN_BACKOFF_SECONDS = 0.2
@@ -76,7 +78,8 @@ class Control:
         self._welcome: asyncio.Future[str] | None = None
         self._num_unanswered = 0
         self._is_silent = False
-        self._until = 0.0
+        self._num_ticks = 0
+        """How long we wait for the node yet; a stall of our own is one tick of it."""
 
     @property
     def name(self) -> str:
@@ -91,7 +94,7 @@ class Control:
             await self._visit()
             self.tried.set()
             if self.is_up:  # the connection broke, and the node may well be there
-                await asyncio.sleep(RETRY_SECONDS if time.monotonic() - began < PATIENCE_SECONDS else 0)
+                await asyncio.sleep(TICK_SECONDS if time.monotonic() - began < REPORT_SECONDS else 0)
                 continue
             if time.monotonic() - began > MAX_BACKOFF_SECONDS:
                 backoff = MIN_BACKOFF_SECONDS
@@ -128,19 +131,34 @@ class Control:
         """Connect, and watch until the connection is over; the node may not be lost then."""
         stream: Stream[Any] = Stream(calls.ToClient, self._hear, self._lose)
         try:
-            seconds = self._until - time.monotonic() if self.is_up else CONNECT_SECONDS
-            async with asyncio.timeout(seconds):
-                await self._enter(stream)
+            if not self.is_up:
+                self._num_ticks = NUM_CONNECT_TICKS
+            await self._patiently(self._enter(stream))
         except (OSError, ValueError, SandboxError, TimeoutError, msgspec.MsgspecError) as error:
             self.problem = str(error) or "it does not answer"
             is_gone = isinstance(error, ConnectionRefusedError | FileNotFoundError)
-            if is_gone or not self.is_up or time.monotonic() + RETRY_SECONDS >= self._until:
+            if is_gone or not self._num_ticks:
                 self._leave(self.problem)
         else:
             await self._watch(stream)
         finally:
             self._stream = None
             stream.close()
+
+    async def _patiently(self, work: Coroutine[object, object, None]) -> None:
+        """Do it before the patience is over; raises `TimeoutError` then."""
+        task = asyncio.get_running_loop().create_task(work)
+        try:
+            while not task.done():
+                if not self._num_ticks:
+                    raise TimeoutError
+                self._num_ticks -= 1
+                await asyncio.wait([task], timeout=TICK_SECONDS)
+            task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
 
     async def _enter(self, stream: Stream[Any]) -> None:
         loop = asyncio.get_running_loop()
@@ -168,7 +186,7 @@ class Control:
             self.problem = await self._over
         finally:
             ticking.cancel()
-        self._until = time.monotonic() + PATIENCE_SECONDS
+        self._num_ticks = NUM_PATIENT_TICKS
         if self._is_silent:
             self._leave(self.problem)
 

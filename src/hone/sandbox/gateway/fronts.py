@@ -89,6 +89,8 @@ class Front:
     def hear_node(self, node: NodeConnection, frame: bytes) -> None:
         """A node has said something."""
         head = head_of(frame)
+        if head.kind not in ("Resumed", "Ping"):
+            node.was_of_use = True
         if self.calls.get(head.call) is not node:
             return  # nobody waits for it, or it is none of this node's business
         if head.kind in ("Done", "Failed"):
@@ -109,7 +111,7 @@ class Front:
         for call in its:
             del self.calls[call]
         breaks = self._breaks[node.prefix]
-        breaks.count(was_open=node.is_open)
+        breaks.count(was_open=node.is_open, was_of_use=node.was_of_use)
         if not node.is_final and breaks.number <= MAX_BREAKS:
             self.frames.say(calls.Interrupted(node.prefix))
             for call in its:
@@ -291,7 +293,7 @@ class _Breaks:
         self.made = time.monotonic() + delay
         return delay
 
-    def count(self, *, was_open: bool) -> None:
-        """It broke."""
+    def count(self, *, was_open: bool, was_of_use: bool) -> None:
+        """It broke. was_of_use: after something had come over it."""
         was_stable = was_open and time.monotonic() - self.made > STABLE_SECONDS
-        self.number = 0 if was_stable else self.number + 1
+        self.number = 0 if was_stable else 1 if was_of_use else self.number + 1

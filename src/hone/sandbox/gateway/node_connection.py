@@ -28,6 +28,8 @@ class NodeConnection:
         self.prefix = control.prefix
         self.frames = Frames(self._hear, self._lose, self._press)
         self.is_open = False
+        self.was_of_use = False
+        """Whether anything has come over it but that calls were resumed."""
         self.is_final = False
         """Whether the node is lost or does not let us in: another connection would be no better."""
         self._front = front
