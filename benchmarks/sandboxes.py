@@ -77,6 +77,8 @@ async def measure(
     """Figures, quartiles of those that are ratios to F or to a cold Python, and the figures of the peers."""
     floor = Floor(folder)
     try:
+        # First, because what the kernel keeps of many cells for the next ones would make these look lighter.
+        warm = await warm_crowd(arguments.warm_crowd)
         made = await creations(floor, arguments.rounds)
         ran = await programs(floor, arguments.rounds)
         python = await pythons(floor, arguments.python_rounds)
@@ -98,9 +100,9 @@ async def measure(
             "snippet_ratio": python.ratio("snippet", "cold"),
             "first_output_ratio": python.ratio("first_output", "cold"),
             "python_cold_ms": python.milliseconds("cold"),
+            **warm,
             **await burst(arguments.burst),
             **await crowd(floor, arguments.crowd, arguments.rounds),
-            **await warm_crowd(arguments.warm_crowd),
             **await sustained(arguments.seconds),
             **await storm(arguments.burst * 2),
         }

@@ -17,6 +17,8 @@ from sandbox_measures.cells import OFF
 from sandbox_measures.rounds import FLOOR, Floor, take_turns, timed
 
 AT_ONCE = 16
+MAX_LOOKS = 60
+SETTLED_KB = 2048
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -142,11 +144,10 @@ async def some_at_once(
 
 
 def available_kb() -> int:
-    """What the machine has left; the least of a few looks, as the kernel frees late."""
-    return min(_available_kb() for _ in range(3))
-
-
-def _available_kb() -> int:
-    time.sleep(0.05)
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    """What the machine has left once that changes no more: the kernel frees late what belonged to those before."""
+    looks: list[int] = []
+    while len(looks) < MAX_LOOKS and (len(looks) < 4 or max(looks[-4:]) - min(looks[-4:]) > SETTLED_KB):
+        time.sleep(0.5)
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        looks.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    return looks[-1]

@@ -108,7 +108,7 @@ class Stream(asyncio.Protocol, Generic[T]):
 
     def write(self, frames: bytes) -> None:
         """As `send`, of what is `framed` already."""
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frames)
 
     def count_silence(self) -> int:
