@@ -186,6 +186,7 @@ class Snapshots:
     async def fill(self, cell: Cell, owner: Owner | None, base: Base) -> None:
         """Give a new cell, whose files are an owner's, what it does not lie over."""
         archive = base.archive
+        cell.has_run = bool(base.layers) or archive is not None
         if archive is None:
             return
         tree = Tree(cell.layer_descriptor, owner)  # in which nothing of the host's is bound
