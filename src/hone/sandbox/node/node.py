@@ -8,7 +8,6 @@ import re
 import secrets
 import time
 from collections.abc import Collection, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +20,7 @@ from hone.sandbox.cells.runtimes.known import features
 from hone.sandbox.cells.runtimes.runtime import Feature
 from hone.sandbox.descriptors import provide_for_cells
 from hone.sandbox.errors import SHORTAGES, ImageError, SandboxError, Unsupported
-from hone.sandbox.files.beneath import Owner
+from hone.sandbox.files.beneath import Owner, file_threads
 from hone.sandbox.files.files import Files, Tree
 from hone.sandbox.images.store import ImageStore
 from hone.sandbox.network.egress import NetworkPolicy
@@ -89,7 +88,7 @@ class Node:
         self.gate = Gate(network, NetworkLog(folder))
         """The way out for the sandboxes with an allow-list."""
         self._zygotes = Zygotes(host=self._cells.host)
-        self._threads = ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="hone-files")
+        self._threads = file_threads(NUM_FILE_THREADS)
         self.snapshots = Snapshots(self.prefix, self._cells.host, self._threads, limits)
         self._by_number: dict[int, Cell] = {}
         self._sandboxes: dict[str, NodeSandbox] = {}
