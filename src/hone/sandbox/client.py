@@ -106,13 +106,15 @@ class Sandbox:
             await box.write("a.txt", b"...")
             await box.python("x = 1")
 
-    Entering it asks for the sandbox and does not wait for it: the first call does, or `ready`. The arguments are those of
-    `SandboxSpec`; network is "none", or "allow" where there is an `allow`. node: where it shall be. By default inside this process, without a daemon and without root; or the
-    address of a node or a gateway, `unix:/path` or `tcp://host:port`, with a `token` where that wants one; or a `Node`,
-    and `owner` is whose it is there.
-    key: one of your own makes asking repeatable: while it lives, the same key is the same sandbox. reconnect_seconds: for
-    how long a connection that broke is made anew before all is lost; by default as long as the node waits. snapshot: what
-    it begins from, on the snapshot's node and with its image.
+    Entering it asks for the sandbox and does not wait for it: the first call does, or `ready`. The arguments before `spec`
+    are those of `SandboxSpec`, which may be given instead of them.
+
+    network: "none", a loopback of its own; "off", not even that; "host", this machine's; or "allow", the hosts that `allow`
+    lists, which is the default where it lists any. node: where it shall be. By default inside this process, without a daemon
+    and without root; or the address of a node or a gateway, `unix:/path`, `tcp://host:port` or `tls://host:port`, with a
+    `token` where that wants one; or a `Node`, where `owner` is whose it is. key: one of your own makes asking repeatable: while it lives, the same key is
+    the same sandbox. reconnect_seconds: for how long a connection that broke is made anew before all is lost; by default as
+    long as the node waits. snapshot: what it begins from, on the snapshot's node and with its image.
 
     Relative paths start at the working folder, where programs start, too. What a program does wrong is a result. Trouble of
     the infrastructure is a `SandboxError`, whose `outcome` says which. Files raise `OSError`.

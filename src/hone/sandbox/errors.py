@@ -1,6 +1,11 @@
 """What goes wrong with a sandbox that is not its programs' doing."""
 
+import errno
+
 from hone.schema.sandboxes import Outcome
+
+SHORTAGES = frozenset({errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
+"""What the machine has not enough of now, and may have later: never a reason to say that it cannot have sandboxes."""
 
 
 class SandboxError(RuntimeError):

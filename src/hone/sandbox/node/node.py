@@ -21,8 +21,8 @@ from hone.sandbox.cells.plan import Image
 from hone.sandbox.cells.runtimes.known import features
 from hone.sandbox.cells.runtimes.runtime import Feature
 from hone.sandbox.descriptors import provide_for_cells
-from hone.sandbox.errors import ImageError, SandboxError, Unsupported
-from hone.sandbox.files.beneath import Owner
+from hone.sandbox.errors import SHORTAGES, ImageError, SandboxError, Unsupported
+from hone.sandbox.files.beneath import Owner, file_threads
 from hone.sandbox.files.files import Files, Tree
 from hone.sandbox.images.policy import ImagePolicy
 from hone.sandbox.images.store import ImageStore
@@ -99,7 +99,7 @@ class Node:
         self._images_allowed = images_allowed
         self._preloads = tuple(preloads)
         self._image_threads = ThreadPoolExecutor(NUM_IMAGE_THREADS, thread_name_prefix="hone-images")
-        self._threads = ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="hone-files")
+        self._threads = file_threads(NUM_FILE_THREADS)
         self.snapshots = Snapshots(self.prefix, self._cells.host, self._threads, limits)
         self._by_number: dict[int, Cell] = {}
         self._sandboxes: dict[str, NodeSandbox] = {}
@@ -107,6 +107,7 @@ class Node:
         self._tasks: set[asyncio.Task[object]] = set()
         self._makings: set[asyncio.Task[None]] = set()
         self._ticking: asyncio.Task[None] | None = None
+        self._forgetting: asyncio.Task[None] | None = None
         self._used_images: dict[str, None] = {"python": None}
         self._is_closing = False
 
@@ -352,7 +353,10 @@ class Node:
     def _obey(self) -> None:
         while commands := self._lifecycle.take():
             for command in commands:
-                self._do(command)
+                try:
+                    self._do(command)
+                except Exception:  # the others are to be done all the same
+                    logger.exception("the node %s could not do %s", self.name, command)
 
     def _do(self, command: Command) -> None:
         match command:
@@ -370,7 +374,7 @@ class Node:
             case Over(sandbox_id, problem, outcome, end):
                 if (ended := self._sandboxes.pop(sandbox_id, None)) is not None:
                     ended.lose(SandboxError(f"{sandbox_id}: {problem}", outcome), end)
-                    if ended.cell is None:
+                    if ended.lease.cell is None:
                         self.records.tallies.not_created[outcome] += not ended.lease.has_begun
                         self._settle(ended)
 
@@ -384,10 +388,12 @@ class Node:
     async def _make(self, command: Make) -> None:
         try:
             cell = await self._cell(command)
-        except (SandboxError, ImageError, OSError) as error:
-            outcome = error.outcome if isinstance(error, SandboxError) else Outcome.POLICY_DENIED
+        except Exception as error:
+            if not isinstance(error, SandboxError | ImageError | OSError):
+                logger.exception("a cell of the image %r could not be made", command.spec.image)
             self.records.tallies.cells_failed += 1
-            self._lifecycle.failed(command.number, time.monotonic(), str(error), outcome)
+            problem = str(error) or type(error).__name__
+            self._lifecycle.failed(command.number, time.monotonic(), problem, _outcome(error))
         else:
             self.records.tallies.cells_made += 1
             if len(self._used_images) < MAX_IMAGES_TOLD:
@@ -419,16 +425,17 @@ class Node:
         cell = self._by_number[number]
         try:
             await cell.destroy()
-        except SandboxError as error:
+        except (SandboxError, OSError) as error:
             logger.error("%s is not gone: %s", cell.name, error)  # it still counts against the limits
             return
         del self._by_number[number]
         self.records.tallies.ended_cpu_seconds += cell.usage().cpu_seconds
         self.records.tallies.ended_output_bytes += cell.tally.output_bytes
-        if (sandbox := self._holders.pop(number, None)) is not None:
-            self._settle(sandbox)
+        sandbox = self._holders.pop(number, None)
         self._lifecycle.gone(number, time.monotonic())
         self._obey()
+        if sandbox is not None:
+            self._settle(sandbox)
 
     def _settle(self, sandbox: NodeSandbox) -> None:
         """Nothing of a sandbox is left: close its account."""
@@ -442,9 +449,27 @@ class Node:
             now = time.monotonic()
             seconds = min(TICK_SECONDS, max(0.0, self._lifecycle.next_deadline() - now))
             await asyncio.sleep(seconds if math.isfinite(seconds) else TICK_SECONDS)
-            for sandbox in list(self._sandboxes.values()):
-                if sandbox.cell is not None and (problem := sandbox.problem()) is not None:
-                    self._lifecycle.end(sandbox.sandbox_id, time.monotonic(), problem)
-            self._lifecycle.tick(time.monotonic())
-            self._obey()
-            await self.snapshots.let_go_of_old()
+            try:
+                self._look()
+            except Exception:  # all that comes later depends on this loop
+                logger.exception("the node %s goes on after this", self.name)
+                await asyncio.sleep(TICK_SECONDS)
+
+    def _look(self) -> None:
+        """End what is over."""
+        for sandbox in list(self._sandboxes.values()):
+            if sandbox.cell is not None and (problem := sandbox.problem()) is not None:
+                self._lifecycle.end(sandbox.sandbox_id, time.monotonic(), problem)
+        self._lifecycle.tick(time.monotonic())
+        self._obey()
+        if self._forgetting is None or self._forgetting.done():
+            self._forgetting = self.begin(self.snapshots.let_go_of_old())
+
+
+def _outcome(error: Exception) -> Outcome:
+    """Of a cell that could not be made: refused only where it would be refused again, however much the machine had free."""
+    if isinstance(error, SandboxError):
+        return error.outcome
+    cause = error.__cause__
+    is_short = isinstance(cause, OSError) and cause.errno in SHORTAGES
+    return Outcome.POLICY_DENIED if isinstance(error, ImageError) and not is_short else Outcome.AGENT_LOST
