@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from hone.sandbox.files.beneath import FOLDER, NEW_FILE, LimitExceeded, closing, status_of
+from hone.sandbox.files.beneath import FOLDER, NEW_FILE, LimitExceeded, closing, reopen_regular, status_of
 
 OPAQUE = "user.overlay.opaque"
 OWN = "user.overlay."
@@ -25,7 +25,7 @@ def copy_layer(source: int, target: int, first_id: int = 0, below: Sequence[int]
     holes. first_id: the id that owns what root owns, which the target's shall not have. below: the folders that will lie
     below the target; marks are kept for what is in one of them, as an overlay shows other marks as files. Blocks.
 
-    Raises `OSError`, of the kernel (a full disk, for one) or `LimitExceeded`.
+    Raises `OSError`, of the kernel (a full disk, for one), `LimitExceeded`, or `NotRegular` for a file that a lease holds.
     """
     with closing(os.open(".", FOLDER, dir_fd=source)) as folder, closing(os.open(".", FOLDER, dir_fd=target)) as into:
         copying = _Copying(into, first_id)
@@ -109,7 +109,7 @@ class _Copying:
             os.link(known, name, src_dir_fd=self.root, dst_dir_fd=target, follow_symlinks=False)
             return
         with (
-            closing(os.open(f"/proc/self/fd/{located}", os.O_RDONLY | os.O_CLOEXEC)) as source,
+            closing(reopen_regular(located, os.O_RDONLY, path)) as source,
             closing(os.open(name, NEW_FILE, 0o600, dir_fd=target)) as into,
         ):
             _copy_content(source, into, status.st_size)

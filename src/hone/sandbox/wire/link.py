@@ -255,7 +255,9 @@ class Link:
         self._stream = stream
         self._joined = asyncio.get_running_loop().time()
         for pending in list(self._calls.values()):
-            if not pending.is_sent or not calls.sandbox_of(pending.message):
+            if not pending.is_sent:  # its streams may have had much to say meanwhile
+                self._go_on(pending, calls.Resumed(pending.message.call, False, 0, 0, 0, pending.num_resumed))
+            elif not calls.sandbox_of(pending.message):
                 self._ask(pending, framed(pending.message))
             else:
                 self._resume(pending)
