@@ -459,7 +459,7 @@ class Node:
         """End what is over."""
         for sandbox in list(self._sandboxes.values()):
             if sandbox.cell is not None and (problem := sandbox.problem()) is not None:
-                self._lifecycle.end(sandbox.sandbox_id, time.monotonic(), problem)
+                self._lifecycle.end(sandbox.sandbox_id, time.monotonic(), str(problem), problem.outcome)
         self._lifecycle.tick(time.monotonic())
         self._obey()
         if self._forgetting is None or self._forgetting.done():
