@@ -1,7 +1,6 @@
 """The door to sandboxes: on a node inside this process, or on one at an address."""
 
 import asyncio
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -112,8 +111,9 @@ class Sandbox:
     network: "none", a loopback of its own; "off", not even that; "host", this machine's; or "allow", the hosts that `allow`
     lists, which is the default where it lists any. node: where it shall be. By default inside this process, without a daemon
     and without root; or the address of a node or a gateway, `unix:/path`, `tcp://host:port` or `tls://host:port`, with a
-    `token` where that wants one; or a `Node`, where `owner` is whose it is. key: one of your own makes asking repeatable: while it lives, the same key is
-    the same sandbox. reconnect_seconds: for how long a connection that broke is made anew before all is lost; by default as
+    `token` where that wants one; or a `Node`, where `owner` is whose it is. key: one of your own makes asking repeatable:
+    while it lives, the same key is the same sandbox, and one whose asking was cancelled is there until its lease or this
+    client is over. reconnect_seconds: for how long a connection that broke is made anew before all is lost; by default as
     long as the node waits. snapshot: what it begins from, on the snapshot's node and with its image.
 
     Relative paths start at the working folder, where programs start, too. What a program does wrong is a result. Trouble of
@@ -172,7 +172,7 @@ class Sandbox:
         self._token = token
         self._owner = owner
         self._reconnect_seconds = reconnect_seconds
-        self._key = key or secrets.token_hex(16)
+        self._key = key
         self._inner: LeasedSandbox | None = None
         self._home: Node | RemoteNode | None = None
 
