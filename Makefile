@@ -65,6 +65,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m hone.config.explain docs/reference
 	$(BIN)/python -m hone.envs.reference docs/reference
+	$(BIN)/python -m hone.sandbox.reference docs/reference
 
 bench: $(VENV)/.dev
 	@test -n "$(NAME)" || { echo "give NAME=..., one of: $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py))"; exit 2; }

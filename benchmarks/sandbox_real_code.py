@@ -28,7 +28,7 @@ from hone.sandbox.client import Outcome, Sandbox, SandboxSpec
 from hone.sandbox.node.lifecycle import Limits
 from hone.sandbox.node.node import Node
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(os.environ.get("HONE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 SPEC = SandboxSpec(memory_mb=1024, disk_mb=32, max_processes=64, ttl_seconds=600)
 CHUNK = 64
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -68,7 +68,9 @@ Run = Callable[[str], Awaitable[Ran]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=DATA, help="the folder with humaneval and mbpp")
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="the folder with humaneval and mbpp; by default $HONE_DATA"
+    )
     parser.add_argument("--every", type=int, default=1, help="take every so-manieth program only")
     parser.add_argument("--concurrency", type=int, default=2 * (os.cpu_count() or 1))
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for each program")

@@ -268,6 +268,10 @@ class _End(asyncio.Transport):
         super().__init__()
         self._wire = wire
         self._to_node = to_node
+        self._is_closing = False
+
+    def is_closing(self) -> bool:
+        return self._is_closing
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._wire.send(self._to_node, bytes(data))
@@ -276,9 +280,11 @@ class _End(asyncio.Transport):
         pass
 
     def close(self) -> None:
+        self._is_closing = True
         asyncio.get_running_loop().call_later(2 * LATENCY_SECONDS, self._wire.cut)
 
     def abort(self) -> None:
+        self._is_closing = True
         self._wire.cut()
 
 

@@ -7,11 +7,17 @@ from typing import Self
 
 
 class Proxy:
-    """Carries bytes between its clients and a port. is_closed: it ends connections as soon as they are made."""
+    """Carries bytes between its clients and a port. is_closed: it ends connections as soon as they are made.
+
+    num_carried: bytes, both ways. cut_every: after so many of them all connections break, over and over.
+    """
 
     def __init__(self, port: int) -> None:
         self.port = 0
         self.is_closed = False
+        self.num_carried = 0
+        self.cut_every: int | None = None
+        self._next_cut = 0
         self._target = port
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
@@ -76,4 +82,11 @@ class Proxy:
                 await self._flowing.wait()
                 writer.write(data)
                 await writer.drain()
+                self._count(len(data))
             writer.close()
+
+    def _count(self, num_bytes: int) -> None:
+        self.num_carried += num_bytes
+        if self.cut_every is not None and self.num_carried >= self._next_cut:
+            self._next_cut = self.num_carried + self.cut_every
+            self.cut()

@@ -139,7 +139,7 @@ class ScriptedNode:
         stream.send(calls.Done(message.call, msgspec.Raw(msgspec.msgpack.encode(sandbox_id))))
 
 
-async def until(claim: Callable[[], object], seconds: float = 5.0) -> None:
+async def until(claim: Callable[[], object], seconds: float = 20.0) -> None:
     """Wait for a claim to hold."""
     async with asyncio.timeout(seconds):
         while not claim():

@@ -68,3 +68,4 @@ def test_a_node_offers_the_runtimes_it_was_told_to(tmp_path):
 def test_the_doctor_tries_every_runtime():
     shown = hone("doctor").stdout.decode()
     assert {name for name in RUNTIMES if any(name in line.split() for line in shown.splitlines())} == set(RUNTIMES)
+    assert any({"ok", "cell"} <= set(line.split()) for line in shown.splitlines()), shown

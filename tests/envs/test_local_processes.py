@@ -339,6 +339,12 @@ async def test_a_cancelled_creation_leaves_nothing(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("runtime", ["bwrap", "oci", "gvisor"])
+async def test_a_stronger_runtime_that_was_asked_for_is_refused(runtime):
+    with pytest.raises(RolloutFailure, match=f"runtime '{runtime}'"):
+        await LocalProcesses().create(SandboxSpec(runtime=runtime))
+
+
 async def test_an_unknown_image_and_a_weak_kernel_are_refused():
     with pytest.raises(RolloutFailure, match="image 'ubuntu'"):
         await LocalProcesses().create(SandboxSpec(image="ubuntu"))

@@ -8,18 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from hone.envs.verifiers.code import Assertions, CodeVerdict, CodeVerifier
+from public_data import ABSENT, DATA
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
 HUMANEVAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
 MBPP = DATA / "mbpp" / "mbpp.jsonl"
 
 pytestmark = [
-    pytest.mark.skipif(not (HUMANEVAL.exists() and MBPP.exists()), reason="needs HumanEval and MBPP in ../shared/data"),
+    pytest.mark.skipif(not (HUMANEVAL.exists() and MBPP.exists()), reason=ABSENT),
     pytest.mark.filterwarnings("ignore:invalid escape sequence"),  # of some solutions in MBPP, when they are parsed
 ]
 

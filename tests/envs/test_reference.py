@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import hone.envs
-from hone.envs.reference import PAGE, PARTS, Entry, Part, entries, reference_page
+from hone.config.public_names import Entry, Part
+from hone.envs.reference import PAGE, PARTS
 
 ROOT = Path(__file__).parents[2]
-EVERYTHING = [entry for part in PARTS for entry in entries(part)]
+EVERYTHING = [entry for part in PARTS for entry in PAGE.entries(part)]
 
 # What authors have no use for: workers, processes and their protocols, the commands' own machinery.
 INTERNAL = {
@@ -84,7 +85,7 @@ def test_a_function_is_shown_as_it_is_called_and_its_parameters_as_a_list() -> N
     columns = only("columns")
     assert columns.code.startswith("columns(\n    prompt: str,\n    reference: str | None = None,\n    *,\n")
     assert columns.code.endswith(") -> TaskOf")
-    page = reference_page()
+    page = PAGE.text()
     assert "\n- `reference`: text or a number.\n" in page
     assert (
         "\n- `num_prompt_tokens`, `num_completion_tokens`, `num_cached_tokens`: as the endpoint counts them.\n" in page
@@ -107,7 +108,7 @@ def test_classes_show_what_they_are_made_with() -> None:
 
 
 def test_examples_become_blocks_of_code() -> None:
-    page = reference_page()
+    page = PAGE.text()
     assert "::\n" not in page
     assert "```python\n@reward\ndef exact(answer: str, reference: str) -> float:\n" in page
     assert '```toml\n[project.entry-points."hone.environments"]\n' in page
@@ -115,8 +116,8 @@ def test_examples_become_blocks_of_code() -> None:
 
 def test_a_name_that_is_not_there_is_noticed() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
-        entries(Part("", "", ("no_such_name",)))
+        PAGE.entries(Part("", "", ("no_such_name",)))
 
 
 def test_the_page_in_the_documentation_is_up_to_date() -> None:
-    assert (ROOT / "docs" / "reference" / PAGE).read_text() == reference_page(), "run `make docs`"
+    assert (ROOT / "docs" / "reference" / PAGE.name).read_text() == PAGE.text(), "run `make docs`"

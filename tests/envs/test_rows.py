@@ -1,13 +1,13 @@
 """Tasks from files and data sets: lazy, the same task at the same index, errors that name file, line and field."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from hone.envs import Task, TaskSourceError, columns, dataset_tasks, jsonl_tasks, parquet_tasks, system, user
+from public_data import ABSENT, DATA
 
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
+GSM8K = DATA / "gsm8k" / "test.jsonl"
 
 ROWS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n), "level": n % 3} for n in range(100)]
 
@@ -166,7 +166,7 @@ def test_a_data_set_that_cannot_be_loaded_is_named(folder):
         dataset_tasks(folder, question, split="validation")[0]
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="no ../shared/data/gsm8k beside the repository")
+@pytest.mark.skipif(not GSM8K.exists(), reason=ABSENT)
 def test_public_data_is_read_split_and_free_of_duplicates():
     tasks = jsonl_tasks(GSM8K, columns("question", "answer"))
     assert tasks.count == 1319

@@ -94,8 +94,9 @@ async def test_a_session_shows_what_children_print_and_cuts_long_output(sandbox)
 
 
 async def test_a_late_snippet_is_interrupted_and_the_session_goes_on(sandbox):
-    session = PythonSession(sandbox, timeout_seconds=0.3)
+    session = PythonSession(sandbox)
     await session.run("x = 1")
+    session._timeout_seconds = 0.3  # not before it has started, which takes its time, too
     shown = await session.run("print('before')\nwhile True: x += 1")
     assert shown.startswith("before\nTraceback")
     assert "KeyboardInterrupt\n[Interrupted after 0.3 s. The session goes on" in shown

@@ -20,7 +20,7 @@ from hone.sandbox.errors import Unsupported
 from hone.schema.sandboxes import SandboxSpec
 
 PR_SET_CHILD_SUBREAPER = 36
-DYING_SECONDS = 2.0
+DYING_SECONDS = 20.0
 
 
 @pytest.fixture(scope="session")

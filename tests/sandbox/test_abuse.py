@@ -127,6 +127,17 @@ async def test_cores_beyond_its_own_are_neither_used_nor_shown(cells: Cells) -> 
     assert float(result.stdout) < 0.8
 
 
+async def test_watching_files_is_limited_to_the_cells_share(cell: Cell) -> None:
+    code = """
+        import ctypes, errno
+        libc = ctypes.CDLL(None, use_errno=True)
+        made = [libc.inotify_init1(0) for _ in range(9)]
+        print(sum(one >= 0 for one in made), errno.errorcode[ctypes.get_errno()])
+        print(*(open(f"/proc/sys/user/max_inotify_{what}").read().strip() for what in ("instances", "watches")))
+    """
+    assert (await python(cell, code)).stdout == "8 EMFILE\n8 4096\n"
+
+
 async def test_priorities_cannot_be_raised(cell: Cell) -> None:
     attack = """
     import os

@@ -133,9 +133,9 @@ def test_cells_with_different_lists_come_from_one_pool():
 
 def test_what_rules_together_grant():
     rules = parse_rules(("*.example.org", "db.example.org:443+tcp", "in.example.org+private"))
-    assert grant(rules, "a.example.org", 443) == Grant(is_private=False, is_tcp=False)
-    assert grant(rules, "db.example.org", 443) == Grant(is_private=False, is_tcp=True)
-    assert grant(rules, "in.example.org", 80) == Grant(is_private=True, is_tcp=False)
+    assert grant(rules, "a.example.org", 443) == Grant(is_private=False, is_tcp=False, is_named=False)
+    assert grant(rules, "db.example.org", 443) == Grant(is_private=False, is_tcp=True, is_named=True)
+    assert grant(rules, "in.example.org", 80) == Grant(is_private=True, is_tcp=False, is_named=True)
     assert grant(rules, "example.org", 443) is None
     assert grant(rules, "a.example.org", 8443) is None
     assert grant(parse_rules(("*",)), "10.0.0.1", 80) is None

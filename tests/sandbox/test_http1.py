@@ -57,6 +57,7 @@ BAD = [
     (["GET http://a.b#@c.d/ HTTP/1.1", "Host: a.b"], "proxy"),
     (["GET http://a.b\\@c.d/ HTTP/1.1", "Host: a.b"], "neither a name"),
     (["GET https://a.b/ HTTP/1.1", "Host: a.b"], "CONNECT"),
+    (["G" * 33 + " http://a.b/ HTTP/1.1", "Host: a.b"], "a method of more than 32"),
     (["GET http://a.b/ x HTTP/1.1", "Host: a.b"], "not a request"),
     (["GET http://a.b/ HTTP/1.1 ", "Host: a.b"], "not a request"),
     (["GET  http://a.b/ HTTP/1.1", "Host: a.b"], "not a request"),

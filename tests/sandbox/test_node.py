@@ -147,12 +147,15 @@ async def test_the_callers_mistakes_are_the_callers(box):
 
 async def test_a_cancelled_call_takes_its_program_along(box):
     call = asyncio.create_task(box.exec(["sleep", "987654"]))
-    await asyncio.sleep(0.2)
+    look = ["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"]
+    async with asyncio.timeout(20):
+        while "987654" not in (await box.exec(look)).stdout:
+            await asyncio.sleep(0.02)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    async with asyncio.timeout(5):
-        while "987654" in (await box.exec(["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"])).stdout:
+    async with asyncio.timeout(20):
+        while "987654" in (await box.exec(look)).stdout:
             await asyncio.sleep(0.02)
 
 
@@ -387,13 +390,15 @@ def cgroups_of(pids):
 
 
 async def test_a_sandbox_with_a_program_in_conversation_is_not_idle(node):
-    async with Sandbox(spec=SandboxSpec(idle_seconds=0.2), node=node) as box:
+    async with Sandbox(spec=SandboxSpec(idle_seconds=1), node=node) as box:
         process = await box.spawn(["cat"])
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(2.5)
         await process.write(b"here")
         assert await process.read() == b"here"
         await process.close()
-        await asyncio.sleep(1.5)
+        async with asyncio.timeout(20):
+            while node.report().sandboxes:
+                await asyncio.sleep(0.05)
         with pytest.raises(SandboxError, match="nothing was asked of it"):
             await box.exec(["true"])
 

@@ -488,7 +488,7 @@ async def test_a_name_may_mean_something_to_the_node_alone(tmp_path):
 
     model = await asyncio.start_unix_server(answer, tmp_path / "model")
     maps = {"model.internal": f"unix:{tmp_path}/model", "gone.internal": f"unix:{tmp_path}/gone"}
-    async with serving(echo, ["*.internal"], maps=maps) as (world, address):
+    async with serving(echo, ["model.internal", "gone.internal"], maps=maps) as (world, address):
         assert b"POST" not in await ask(address, get("model.internal", "/v1/models"))
         said = await ask(address, get("gone.internal"))
         assert b"502" in said
@@ -497,6 +497,9 @@ async def test_a_name_may_mean_something_to_the_node_alone(tmp_path):
         assert world.records[0].address == "mapped"
     async with serving(echo, ["ok.example"], maps=maps) as (_, address):
         assert b"403" in await ask(address, get("model.internal"))
+    async with serving(echo, ["*", "*.internal"], maps=maps) as (world, address):
+        await ask(address, get("model.internal"))  # a host like any other
+        assert (world.looked_up, world.records[0].address) == (["model.internal"], "93.184.216.34")
     model.close()
 
 

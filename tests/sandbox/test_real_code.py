@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from hone.sandbox.cells.host import look
+from public_data import ABSENT, DATA
 
 ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
 NUM_ALL = 164 + 974
 
 pytestmark = [
-    pytest.mark.skipif(not (DATA / "humaneval").exists(), reason="needs HumanEval and MBPP in ../shared/data"),
+    pytest.mark.skipif(not (DATA / "humaneval").exists(), reason=ABSENT),
     pytest.mark.skipif(not look().has_user_namespaces, reason="no user namespaces"),
 ]
 

@@ -10,6 +10,7 @@ from hone.sandbox.errors import SandboxError
 from hone.sandbox.wire.remote import RemoteNode
 from hone.schema.sandboxes import Outcome, SandboxSpec
 from proxies import Proxy
+from scripted_node import until
 
 SMALL = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)
 
@@ -96,18 +97,26 @@ async def test_trees_and_files_through_cuts_are_whole(client, box, proxy, tmp_pa
     for name, data in contents.items():
         (tmp_path / "tree" / name).write_bytes(data)
 
-    async def cut() -> None:
-        while True:
-            await asyncio.sleep(0.06)
-            proxy.cut()
-
-    cutting = asyncio.create_task(cut())
-    await asyncio.gather(box.upload(tmp_path / "tree", "up"), box.write("alone", contents["0.bin"]))
-    await box.download("up", tmp_path / "back")
-    assert await box.read("alone") == contents["0.bin"]
-    cutting.cancel()
-    assert client.num_reconnections
+    proxy.cut_every = 2 << 20  # more than what one message holds, which goes again from its beginning
+    async with asyncio.timeout(60):
+        await asyncio.gather(box.upload(tmp_path / "tree", "up"), box.write("alone", contents["0.bin"]))
+        await box.download("up", tmp_path / "back")
+        assert await box.read("alone") == contents["0.bin"]
+    assert client.num_reconnections >= 4
     assert {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()} == contents
+
+
+async def test_an_upload_that_begins_without_a_connection_arrives_over_the_next(client, box, proxy, tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * 1000)
+    proxy.is_closed = True
+    proxy.cut()
+    await until(lambda: client._stream is None)
+    upload = asyncio.create_task(box.upload(tmp_path / "file", "up"))
+    await until(lambda: any(call.streams and call.streams._is_input_over for call in client._calls.values()))
+    proxy.is_closed = False
+    async with asyncio.timeout(20):
+        assert (await upload).num_bytes == 1000
+        assert await box.read("up/file") == b"x" * 1000
 
 
 async def test_a_connection_that_swallows_everything_is_replaced(client, box, proxy):
@@ -117,21 +126,28 @@ async def test_a_connection_that_swallows_everything_is_replaced(client, box, pr
     await asyncio.sleep(1)
     proxy.restore()
     assert (await call).stdout == "x\n"
-    assert client.num_reconnections == 1
+    assert client.num_reconnections >= 1
 
 
 async def test_a_program_whose_call_was_cancelled_without_a_connection_is_gone_on_return(client, box, proxy):
     call = asyncio.create_task(box.exec(["sleep", "345678"]))
-    await asyncio.sleep(0.2)
+    async with asyncio.timeout(20):
+        while "345678" not in await commands(box):
+            await asyncio.sleep(0.02)
     proxy.is_closed = True
     proxy.cut()
     await asyncio.sleep(0.1)
     call.cancel()
     await asyncio.sleep(0.1)
     proxy.is_closed = False
-    async with asyncio.timeout(10):
-        while "345678" in (await box.exec(["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"])).stdout:
+    async with asyncio.timeout(20):
+        while "345678" in await commands(box):
             await asyncio.sleep(0.02)
+
+
+async def commands(box) -> str:
+    """What runs in a sandbox."""
+    return (await box.exec(["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"])).stdout
 
 
 async def test_a_node_that_is_killed_is_known_to_be_lost_at_once(address, process):
@@ -142,7 +158,7 @@ async def test_a_node_that_is_killed_is_known_to_be_lost_at_once(address, proces
     conversation = await box.spawn(["cat"])
     await asyncio.sleep(0.2)
     process.kill()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):
         for call in (*working, conversation.read(), conversation.write(b"x")):
             with pytest.raises(SandboxError) as error:
                 await call

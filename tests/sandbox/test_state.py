@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -385,3 +386,63 @@ async def test_a_cancelled_upload_ends(box, tmp_path):
     with contextlib.suppress(asyncio.CancelledError):
         await going
     assert await sh(box, "echo here") == "here\n"
+
+
+HOLDS_LEASES = """
+import fcntl, os, signal, time
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+kept = []
+for name in ('held/a', 'held/b'):
+    kept.append(os.open(name, os.O_RDWR | os.O_CREAT))
+    os.write(kept[-1], b'content')
+    fcntl.fcntl(kept[-1], fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print('held', flush=True)
+time.sleep(100)
+"""
+
+
+async def test_a_lease_on_a_file_keeps_nobody_waiting(box, tmp_path):
+    await sh(box, "mkdir held; echo free > held/c")
+    holder = await box.spawn(["python3", "-c", HOLDS_LEASES])
+    try:
+        assert await holder.read() == b"held\n"
+        async with asyncio.timeout(20):  # the kernel would wait for 45 seconds
+            with pytest.raises(OSError, match="lease"):
+                await box.read("held/a")
+            assert (await box.download("held", tmp_path / "down")).left_out == ("a", "b")
+            assert [path.name for path in (tmp_path / "down").iterdir()] == ["c"]
+            with pytest.raises(OSError, match="lease"):
+                await box.snapshot()
+            assert await box.read("held/c") == b"free\n"
+    finally:
+        await holder.close()
+
+
+async def test_what_only_an_overlay_may_mark_means_nothing_in_a_snapshot(box):
+    code = """
+import os
+os.makedirs('real/inner')
+open('real/inner/file', 'w').write('content')
+for path, name in (('real', 'redirect'), ('real/inner', 'opaque'), ('real/inner/file', 'metacopy'), ('/work', 'origin')):
+    os.setxattr(path, f'user.overlay.{name}', b'y')
+os.setxattr('real', 'user.kept', b'1')
+"""
+    made = await box.exec(["python3", "-c", code])
+    if "not supported" in made.stderr:
+        pytest.skip("files in memory have no attributes of programs here: Linux before 6.6")
+    assert made.is_success, made
+    async with await box.snapshot() as snapshot, Sandbox(spec=SMALL, snapshot=snapshot) as fork:
+        for one in (box, fork):
+            assert await sh(one, "cat real/inner/file") == "content"
+            assert await sh(one, "python3 -c 'import os; print(os.listxattr(\"real\"))'") == "['user.kept']\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root acts as others")
+async def test_file_threads_are_in_no_group_of_the_nodes(node):
+    loop, before = asyncio.get_running_loop(), os.getgroups()
+    os.setgroups([0, 4242])
+    try:
+        status = await loop.run_in_executor(node._threads, Path("/proc/thread-self/status").read_text)
+    finally:
+        os.setgroups(before)
+    assert next(line for line in status.splitlines() if line.startswith("Groups:")).split() == ["Groups:"]

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
         "test_abuse",
         "test_cells",
         "test_code",
+        "test_files",
         "test_gateway_cells",
         "test_grading",
         "test_hoards",
@@ -30,10 +31,12 @@ ROOT = Path(__file__).parents[2]
         "test_ports",
         "test_prime",
         "test_python",
+        "test_resume",
         "test_runtimes",
         "test_state",
         "test_observation",
         "test_images",
+        "test_image_policy",
         "test_registries",
         "test_debian",
     ],
@@ -50,11 +53,12 @@ def test_cells_keep_their_promises_for_an_unprivileged_user(module: str, tmp_pat
     paths = [str(ROOT / "src"), *(path for path in sys.path if path.endswith("site-packages"))]
     try:
         done = subprocess.run(
-            ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", python, "-m", "pytest", "-rs", "-m", "not network",
+            ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", python, "-m", "pytest", "-rs",
+             "-m", "not slow and not gpu and not cluster and not network",
              "-p", "no:cacheprovider", f"--basetemp={home}/tests", f"tests/sandbox/{module}.py"],
             cwd=ROOT, env={"HOME": str(home), "PATH": os.environ["PATH"], "PYTHONPATH": ":".join(paths),
                            "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True, text=True, timeout=300, check=False,
+            capture_output=True, text=True, timeout=900, check=False,
         )  # fmt: skip
     finally:
         shutil.rmtree(home)

@@ -1,11 +1,11 @@
 import json
-from pathlib import Path
 
 import pytest
 
 from hone.synth.contamination import EvaluationTexts
+from public_data import ABSENT, DATA
 
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
+GSM8K = DATA / "gsm8k"
 LONG = "the quick brown fox jumps over the lazy dog while seven wizards quietly drink their tea"
 
 
@@ -56,7 +56,7 @@ def test_a_text_in_a_few_of_many_still_counts():
     assert texts.found_in([LONG], []) is not None
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="no ../shared/data/gsm8k beside the repository")
+@pytest.mark.skipif(not GSM8K.exists(), reason=ABSENT)
 def test_questions_of_a_public_test_set_are_found_and_those_of_its_train_set_are_not():
     asked, trained = (
         [json.loads(line)["question"] for line in (GSM8K / name).read_text().splitlines()[:300]]

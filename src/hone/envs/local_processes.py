@@ -50,7 +50,7 @@ class LocalProcesses:
 
     What it does not do, so that it is no place for hostile code: the kernel, /proc, /dev/shm and the user id are the
     host's; memory and disk are limited for each process and file, not for their sum; as root the number of processes is
-    not limited. Images other than "python", this interpreter, are refused.
+    not limited. Images other than "python", this interpreter, are refused, and so are the runtimes bwrap, oci and gvisor.
     """
 
     def __init__(self, *, is_weak_allowed: bool = True) -> None:
@@ -65,6 +65,10 @@ class LocalProcesses:
             raise sandbox_failure("create", f"local processes need Linux, this is {sys.platform}; use another provider")
         if spec.image != "python":
             raise sandbox_failure("create", f"image {spec.image!r}: local processes have this machine's Python only")
+        if spec.runtime not in ("process", "cell"):  # a cell is what a spec has that asks for nothing
+            raise sandbox_failure(
+                "create", f"runtime {spec.runtime!r}: local processes are weaker; use cells or a node"
+            )
         sandbox = LocalSandbox(spec)
         try:
             async with deadline(CREATE_SECONDS), _starting():

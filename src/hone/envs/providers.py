@@ -159,7 +159,7 @@ class NodeSandbox:
                 raise ValueError(f"{error}; read it with a larger max_bytes") from error
 
     async def write(self, path: str, data: bytes) -> None:
-        """As `Sandbox.write`; a link at the path is replaced, not followed."""
+        """As `Sandbox.write`; a link at the path is replaced."""
         with _Boundary("write"):
             await self._inner.write(path, data)
 

@@ -69,7 +69,7 @@ class Sandbox(Protocol):
         """A regular file's content; `OSError` when there is none, `ValueError` when it is longer than `max_bytes`."""
 
     async def write(self, path: str, data: bytes) -> None:
-        """Write a file, with the folders above it. Symbolic links are not followed: `OSError`."""
+        """Write a file, with the folders above it. A link at the path is replaced or refused (`OSError`), never followed."""
 
     async def list(self, path: str = ".") -> tuple[str, ...]:
         """The names in a folder, sorted, those of folders with a slash at the end; `OSError` when there is none."""

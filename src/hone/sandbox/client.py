@@ -1,7 +1,6 @@
 """The door to sandboxes: on a node inside this process, or on one at an address."""
 
 import asyncio
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -106,12 +105,16 @@ class Sandbox:
             await box.write("a.txt", b"...")
             await box.python("x = 1")
 
-    Entering it asks for the sandbox and does not wait for it: the first call does, or `ready`. The arguments are those of
-    `SandboxSpec`; network is "none", or "allow" where there is an `allow`. node: where it shall be. By default inside this process, without a daemon and without root; or the
-    address of a node or a gateway, `unix:/path` or `tcp://host:port`, with a `token` where that wants one; or a `Node`.
-    key: one of your own makes asking repeatable: while it lives, the same key is the same sandbox. reconnect_seconds: for
-    how long a connection that broke is made anew before all is lost; by default as long as the node waits. snapshot: what
-    it begins from, on the snapshot's node and with its image.
+    Entering it asks for the sandbox and does not wait for it: the first call does, or `ready`. The arguments before `spec`
+    are those of `SandboxSpec`, which may be given instead of them.
+
+    network: "none", a loopback of its own; "off", not even that; "host", this machine's; or "allow", the hosts that `allow`
+    lists, which is the default where it lists any. node: where it shall be. By default inside this process, without a daemon
+    and without root; or the address of a node or a gateway, `unix:/path`, `tcp://host:port` or `tls://host:port`, with a
+    `token` where that wants one; or a `Node`, where `owner` is whose it is. key: one of your own makes asking repeatable:
+    while it lives, the same key is the same sandbox, and one whose asking was cancelled is there until its lease or this
+    client is over. reconnect_seconds: for how long a connection that broke is made anew before all is lost; by default as
+    long as the node waits. snapshot: what it begins from, on the snapshot's node and with its image.
 
     Relative paths start at the working folder, where programs start, too. What a program does wrong is a result. Trouble of
     the infrastructure is a `SandboxError`, whose `outcome` says which. Files raise `OSError`.
@@ -135,6 +138,7 @@ class Sandbox:
         spec: SandboxSpec | None = None,
         node: "Node | str | None" = None,
         token: str = "",
+        owner: str = "",
         key: str = "",
         reconnect_seconds: float | None = None,
         snapshot: Snapshot | None = None,
@@ -166,8 +170,9 @@ class Sandbox:
             self._snapshot_id = snapshot.snapshot_id
             self.spec = msgspec.structs.replace(self.spec, image=snapshot.spec.image)
         self._token = token
+        self._owner = owner
         self._reconnect_seconds = reconnect_seconds
-        self._key = key or secrets.token_hex(16)
+        self._key = key
         self._inner: LeasedSandbox | None = None
         self._home: Node | RemoteNode | None = None
 
@@ -190,7 +195,7 @@ class Sandbox:
         if isinstance(node, RemoteNode):
             self._inner = await node.create(self.spec, key=self._key, snapshot_id=self._snapshot_id)
         else:
-            self._inner = node.create(self.spec, key=self._key, snapshot_id=self._snapshot_id)
+            self._inner = node.create(self.spec, key=self._key, owner=self._owner, snapshot_id=self._snapshot_id)
         self._home = node
 
     @property
@@ -315,7 +320,7 @@ class Sandbox:
         if count < 1:
             raise ValueError(f"{count} forks of a sandbox; ask for one at least")
         async with await self.snapshot() as snapshot:
-            forks = tuple(Sandbox(spec=self.spec, snapshot=snapshot) for _ in range(count))
+            forks = tuple(Sandbox(spec=self.spec, snapshot=snapshot, owner=self._owner) for _ in range(count))
             try:
                 for fork in forks:
                     await fork.open()

@@ -1,10 +1,18 @@
 """What goes wrong with a sandbox that is not its programs' doing."""
 
+import errno
+
 from hone.schema.sandboxes import Outcome
+
+SHORTAGES = frozenset({errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
+"""What the machine has not enough of now, and may have later: never a reason to say that it cannot have sandboxes."""
 
 
 class SandboxError(RuntimeError):
-    """Trouble of the infrastructure: nobody's answer, never a result. outcome: which trouble."""
+    """Trouble of the infrastructure: nobody's answer, never a result. outcome: which trouble.
+
+    Where `outcome.is_infra` is false it is no such trouble: the programs of the sandbox have brought its end about.
+    """
 
     def __init__(self, message: str, outcome: Outcome = Outcome.AGENT_LOST) -> None:
         super().__init__(message)

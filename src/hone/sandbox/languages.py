@@ -31,7 +31,7 @@ class Language:
         return (self.compile or self.run)[0]
 
 
-LANGUAGES = (
+LANGUAGES: tuple[Language, ...] = (
     Language("python", "main.py", run=("python3", "main.py"), packages="python3", aliases=("python3", "py")),
     Language(
         "c",
@@ -86,6 +86,7 @@ LANGUAGES = (
     Language("php", "main.php", run=("php", "main.php"), packages="php-cli"),
     Language("lua", "main.lua", run=("lua", "main.lua"), packages="lua5.4"),
 )
+"""Those that `run_code` knows by name: Python, C, C++, JavaScript, Bash, Go, Rust, Java, TypeScript, Perl, Ruby, PHP, Lua."""
 
 
 def find_language(name: str, languages: Iterable[Language] = LANGUAGES) -> Language:

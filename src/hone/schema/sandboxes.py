@@ -1,5 +1,6 @@
 """A sandbox as others ask for it, and what became of a program in one."""
 
+import math
 from enum import StrEnum
 from typing import Literal, get_args
 
@@ -42,10 +43,12 @@ class SandboxSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
     def __post_init__(self) -> None:
         for name in ("memory_mb", "cpus", "disk_mb", "max_processes", "ttl_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} of a sandbox is not positive")
-        if self.idle_seconds is not None and not self.idle_seconds > 0:
-            raise ValueError(f"idle_seconds {self.idle_seconds} of a sandbox is not positive; None is without")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} of a sandbox is not positive and finite")
+        if self.idle_seconds is not None and not 0 < self.idle_seconds < math.inf:
+            raise ValueError(
+                f"idle_seconds {self.idle_seconds} of a sandbox is not positive and finite; None is without"
+            )
         if len(self.rollout) > MAX_ROLLOUT:
             raise ValueError(
                 f"the rollout of a sandbox is named by {len(self.rollout)} characters; {MAX_ROLLOUT} may be"

@@ -4,23 +4,23 @@ import asyncio
 import functools
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from hone.envs.verifiers.match import is_close
 from hone.envs.verifiers.math import is_equivalent
+from public_data import ABSENT, DATA
 
-DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "gsm8k"
+GSM8K = DATA / "gsm8k"
 STUBS = ["", "I do not know.", "####", "The answer is the number of apples.", r"\boxed{}"]
 
-pytestmark = pytest.mark.skipif(not DATA.exists(), reason=f"the public data is not at {DATA}")
+pytestmark = pytest.mark.skipif(not GSM8K.exists(), reason=ABSENT)
 
 
 @functools.cache
 def golds():
     """The worked answers, which end with #### and the result, and the results."""
-    lines = [line for path in sorted(DATA.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    lines = [line for path in sorted(GSM8K.glob("*.jsonl")) for line in path.read_text().splitlines()]
     answers = [json.loads(line)["answer"] for line in lines]
     assert len(answers) == 1319 + 1500
     return [(answer, answer.rpartition("####")[2].strip()) for answer in answers]

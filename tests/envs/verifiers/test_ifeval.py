@@ -1,7 +1,6 @@
 """IFEval: every instruction of the public data is known, and each is told followed from not followed."""
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,8 +16,7 @@ from hone.envs.verifiers.ifeval import (
     instructions_of,
     share_followed,
 )
-
-DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "ifeval" / "input_data.jsonl"
+from public_data import ABSENT, DATA
 
 ENGLISH = "the quick brown fox jumps over the lazy dog and then it goes to sleep in the garden"
 GERMAN = "Der schnelle braune Fuchs springt über den faulen Hund und schläft danach im Garten."
@@ -131,9 +129,10 @@ NEEDS_LANGDETECT = {"language:response_language", "change_case:english_capital",
 
 
 def rows():
-    if not DATA.exists():
-        pytest.skip(f"the public data is not at {DATA}")
-    return [json.loads(line) for line in DATA.read_text().splitlines()]
+    path = DATA / "ifeval" / "input_data.jsonl"
+    if not path.exists():
+        pytest.skip(ABSENT)
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_there_are_cases_for_all_25_instructions():

@@ -1,13 +1,11 @@
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 
 from hone.envs import Rubric, SingleTurn, Task, play, reward, user
 from hone.envs.verifiers.match import is_choice, is_close, is_exact, is_final_answer, is_same_grid, is_same_text
-
-DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
+from public_data import ABSENT, DATA
 
 
 @pytest.mark.parametrize(
@@ -95,7 +93,7 @@ async def test_a_verifier_is_declared_as_a_reward_as_it_is():
 def test_gold_answers_of_big_bench_hard_are_right_and_others_wrong():
     paths = sorted((DATA / "bbh").glob("*.json"))
     if not paths:
-        pytest.skip(f"the public data is not in {DATA}")
+        pytest.skip(ABSENT)
     for path in paths:
         targets = [example["target"] for example in json.loads(path.read_text())["examples"]]
         for target, other in zip(targets, [*targets[1:], targets[0]], strict=True):

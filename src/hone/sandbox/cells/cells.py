@@ -65,6 +65,8 @@ class Cells:
         self._scratch = Scratch()
         self._cgroups: Cgroups | None = None
         self._spawners: dict[tuple[RuntimeName, bool], Spawner] = {}
+        self._closings: set[asyncio.Task[None]] = set()
+        """Of spawners that were lost."""
         self._cells: set[Cell] = set()
         self._numbers = itertools.count(1)
         self._ids: set[int] = set()
@@ -85,10 +87,12 @@ class Cells:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            await asyncio.gather(*(cell.destroy() for cell in list(self._cells)))
+            ends = await asyncio.gather(*(cell.destroy() for cell in list(self._cells)), return_exceptions=True)
+            for problem in ends:
+                if isinstance(problem, BaseException):
+                    raise problem
         finally:
-            for spawner in self._spawners.values():
-                await spawner.close()
+            await asyncio.gather(*(spawner.close() for spawner in self._spawners.values()), *self._closings)
             if self._cgroups is not None:
                 self._cgroups.close()
             self._scratch.close()
@@ -215,7 +219,9 @@ class Cells:
         spawner = self._spawners.get((runtime, shares_host_network))
         if spawner is None or spawner.is_lost:
             if spawner is not None:
-                await spawner.close()
+                closing = asyncio.get_running_loop().create_task(spawner.close())
+                self._closings.add(closing)
+                closing.add_done_callback(self._closings.discard)
             prelude = self._prelude(runtime, shares_host_network=shares_host_network)
             spawner = self._spawners[runtime, shares_host_network] = Spawner(prelude, is_native=self.host.can_build)
         await spawner.until_started()

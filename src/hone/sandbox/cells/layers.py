@@ -98,7 +98,7 @@ class Layers:
         layer.descriptor = -1
         if layer.spawner.is_lost:  # with all that it held
             return
-        with contextlib.suppress(SandboxError):  # it is lost now
+        with contextlib.suppress(SandboxError, OSError):  # it is lost now, or keeps the mount
             await layer.spawner.carry_out(
                 (Operation(Code.KEEPER), Operation(Code.UNMOUNT, _path(layer.number) + b"\0"))
             )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hone.sandbox.cells.plan import SPAWN, Code, Operation, encode_operations
-from hone.sandbox.errors import SandboxError, Unsupported
+from hone.sandbox.errors import SHORTAGES, SandboxError, Unsupported
 from hone.sandbox.native.build import BuildError, build, cache_folder
 from hone.sandbox.readiness import until_ready
 
@@ -32,6 +32,7 @@ exit 127
 GUEST = Path(__file__).parents[1] / "guest"
 SPAWNED = struct.Struct("=Qii")
 LEAVE_SECONDS = 10.0
+ANSWER_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,8 @@ class Spawner:
         try:
             program = await asyncio.to_thread(_native if self.is_native else _in_python)
         except BuildError as error:
-            raise Unsupported(f"sandboxes need spawner and agent compiled once: {error}") from error
+            problem = f"sandboxes need spawner and agent compiled once: {error}"
+            raise (SandboxError(problem) if error.is_passing else Unsupported(problem)) from error
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._socket = ours
@@ -91,11 +93,15 @@ class Spawner:
         done = await self._carry_out(prelude, [])
         if done.error:
             problem = f"{prelude[done.num_steps]}: {os.strerror(done.error)}"
+            if done.error in SHORTAGES:
+                raise SandboxError(f"no sandboxes can be made now: {problem}")
             raise Unsupported(f"this machine does not let sandboxes be made: {problem}")
 
     @property
     def is_lost(self) -> bool:
-        """Whether it is dead."""
+        """Whether it is dead, or did not come to life."""
+        if self._started.done() and (self._started.cancelled() or self._started.exception() is not None):
+            return True
         return self._is_lost or (self._process is not None and self._process.poll() is not None)
 
     @property
@@ -141,9 +147,12 @@ class Spawner:
     async def _carry_out(self, operations: Sequence[Operation], descriptors: Sequence[int]) -> "_Done":
         done: asyncio.Future[_Done] = self._loop.create_future()
         order = SPAWN.pack(0, 0, -1, 0, 0, 0, 0, 0, len(operations)) + encode_operations(operations)
-        await self._send(order, descriptors, expected=done)
         try:
-            return await done
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self._send(order, descriptors, expected=done)
+                return await done
+        except TimeoutError as error:
+            raise SandboxError(f"the spawner of cells has not answered for {ANSWER_SECONDS:g} s") from error
         except asyncio.CancelledError:  # at the moment of the answer, perhaps: nobody else would close what it gave
             if done.done() and not done.cancelled() and done.exception() is None and done.result().descriptor >= 0:
                 os.close(done.result().descriptor)

@@ -16,6 +16,7 @@ from hone.sandbox.files.beneath import (
     NEW_FILE,
     BadArchive,
     LimitExceeded,
+    NotRegular,
     closing,
     file_system,
     make_folders,
@@ -138,7 +139,10 @@ class Packing:
             member.linkname = os.readlink("", dir_fd=located)
             self.archive.addfile(member)
         elif stat.S_ISREG(status.st_mode):
-            self.add_file(located, path)
+            try:
+                self.add_file(located, path)
+            except NotRegular:
+                self.budget.leave_out(path)
         else:
             self.budget.leave_out(path)
 

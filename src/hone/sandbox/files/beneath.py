@@ -41,7 +41,7 @@ class FileProblem(OSError):
 
 
 class NotRegular(FileProblem):
-    """A device, fifo, socket or file of the kernel stands where a regular file is wanted; it was not opened."""
+    """A device, fifo, socket, file of the kernel or file that a lease holds is where a regular one is wanted; not opened."""
 
     number = errno.EINVAL
 
@@ -165,7 +165,8 @@ def make_folders(root: int, path: str, *, follows_links: bool = True) -> int:
 def reopen_regular(located: int, flags: int, path: str) -> int:
     """Open, for good, a file that an O_PATH descriptor names, if it is a regular file of a file system with content.
 
-    Nothing else is ever opened: opening a fifo may block, opening a device may do anything.
+    Nothing else is ever opened: opening a fifo may block, opening a device may do anything. A file on which a program
+    has a lease (fcntl(2)), which would keep us waiting for it, is `NotRegular`, too.
     """
     mode = os.fstat(located).st_mode
     if stat.S_ISDIR(mode):
@@ -174,7 +175,10 @@ def reopen_regular(located: int, flags: int, path: str) -> int:
         raise NotRegular(f"{path} is a {kind_of(mode)}, not a regular file")
     if file_system(located) in KERNEL_FILE_SYSTEMS:
         raise NotRegular(f"{path} is a file of the kernel")
-    return os.open(f"/proc/self/fd/{located}", flags | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        return os.open(f"/proc/self/fd/{located}", flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except BlockingIOError as error:
+        raise NotRegular(f"{path} is held by a lease of a program inside") from error
 
 
 def kind_of(mode: int) -> str:

@@ -140,8 +140,8 @@ class Tree:
     def pack(self, path: str, into: BinaryIO, limits: Limits = Limits()) -> Transfer:
         """Write a folder's content, or one file, as a tar archive.
 
-        Links are packed as links. Devices, fifos, sockets and the kernel's file systems are left out. A file that
-        changes meanwhile has the length that it had when it was opened.
+        Links are packed as links. Devices, fifos, sockets, the kernel's file systems and files that a program holds by a
+        lease are left out. A file that changes meanwhile has the length that it had when it was opened.
         """
         with (
             self._access() as root,

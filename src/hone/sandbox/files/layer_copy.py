@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from hone.sandbox.files.beneath import FOLDER, NEW_FILE, LimitExceeded, closing, status_of
+from hone.sandbox.files.beneath import FOLDER, NEW_FILE, LimitExceeded, closing, reopen_regular, status_of
 
 OPAQUE = "user.overlay.opaque"
 OWN = "user.overlay."
@@ -25,12 +25,22 @@ def copy_layer(source: int, target: int, first_id: int = 0, below: Sequence[int]
     holes. first_id: the id that owns what root owns, which the target's shall not have. below: the folders that will lie
     below the target; marks are kept for what is in one of them, as an overlay shows other marks as files. Blocks.
 
-    Raises `OSError`, of the kernel (a full disk, for one) or `LimitExceeded`.
+    Raises `OSError`, of the kernel (a full disk, for one), `LimitExceeded`, or `NotRegular` for a file that a lease holds.
     """
     with closing(os.open(".", FOLDER, dir_fd=source)) as folder, closing(os.open(".", FOLDER, dir_fd=target)) as into:
         copying = _Copying(into, first_id)
         copying.folder(folder, into, "", 1, below)
         copying.finish_folder(folder, into)
+
+
+def drop_marks(layer: int) -> None:
+    """Remove what an overlay would take for its own marks from a layer that programs wrote without one above it.
+
+    layer: a descriptor of its folder, in which nothing changes meanwhile. Blocks. Raises `OSError` as `copy_layer` does.
+    """
+    with closing(os.open(".", FOLDER, dir_fd=layer)) as folder:
+        _drop_mark(f"/proc/self/fd/{folder}/.")
+        _drop_marks_in(folder, 1)
 
 
 @contextlib.contextmanager
@@ -109,7 +119,7 @@ class _Copying:
             os.link(known, name, src_dir_fd=self.root, dst_dir_fd=target, follow_symlinks=False)
             return
         with (
-            closing(os.open(f"/proc/self/fd/{located}", os.O_RDONLY | os.O_CLOEXEC)) as source,
+            closing(reopen_regular(located, os.O_RDONLY, path)) as source,
             closing(os.open(name, NEW_FILE, 0o600, dir_fd=target)) as into,
         ):
             _copy_content(source, into, status.st_size)
@@ -150,6 +160,31 @@ def _copy_attributes(source: int, target: int) -> None:
         for name in os.listxattr(source):
             if name.startswith("user.") and not name.startswith(OWN):
                 os.setxattr(target, name, os.getxattr(source, name))
+
+
+def _drop_marks_in(folder: int, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise LimitExceeded(f"the layer has a {depth}th folder inside one another; {MAX_DEPTH} go")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if is_folder or entry.is_file(follow_symlinks=False):  # others have none
+                _drop_mark(f"/proc/self/fd/{folder}/{entry.name}")
+            if is_folder:
+                with closing(os.open(entry.name, FOLDER, dir_fd=folder)) as inner:
+                    _drop_marks_in(inner, depth + 1)
+
+
+def _drop_mark(path: str) -> None:
+    try:
+        names = os.listxattr(path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return
+        raise
+    for name in names:
+        if name.startswith(OWN):
+            os.removexattr(path, name, follow_symlinks=False)
 
 
 def _is_opaque(folder: int) -> bool:

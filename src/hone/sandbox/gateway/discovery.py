@@ -64,7 +64,7 @@ class Lines:
         """Those of now. A line that is none is told and left out: others may be writing."""
         try:
             lines = self._path.read_text().splitlines()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a ValueError: it is no text
             logger.warning("the file %s of nodes is not to be had: %s", self._path, error)
             return self._known
         found = set()

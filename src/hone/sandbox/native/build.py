@@ -1,5 +1,6 @@
 """Compiles spawner, agent and the library of warm Pythons on first use into the user's cache folder."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -25,8 +26,17 @@ AGENT_FLAGS = ("-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pie"
 LIBRARY_FLAGS = ("-O2", "-std=gnu11", "-s", "-shared", "-fPIC")
 
 
+PASSING = tuple(
+    os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN, errno.EMFILE)
+)
+
+
 class BuildError(RuntimeError):
-    """There is no compiler, or it does not compile the programs."""
+    """There is no compiler, or it does not compile the programs. is_passing: it may well do so another time."""
+
+    def __init__(self, message: str, *, is_passing: bool = False) -> None:
+        super().__init__(message)
+        self.is_passing = is_passing
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +143,20 @@ def _compile_into(compiler: Path, folder: Path) -> None:
 def _compile(compiler: Path, arguments: list[str]) -> None:
     try:
         done = subprocess.run(
-            [str(compiler), *arguments], capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+            [str(compiler), *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=COMPILE_SECONDS,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{compiler} takes more than {COMPILE_SECONDS} seconds") from error
+        raise BuildError(f"{compiler} takes more than {COMPILE_SECONDS} seconds", is_passing=True) from error
     if done.returncode:
-        raise BuildError(f"{compiler} does not compile the programs of cells: {done.stderr.strip()[-2000:]}")
+        said = done.stderr.strip()[-2000:]
+        is_killed = done.returncode < 0 or "Killed" in said
+        raise BuildError(
+            f"{compiler} does not compile the programs of cells: {said}",
+            is_passing=is_killed or any(problem in said for problem in PASSING),
+        )

@@ -33,10 +33,14 @@ PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What the rules together allow for a host and port. is_private, is_tcp: as of `AllowRule`."""
+    """What the rules together allow for a host and port. is_private, is_tcp: as of `AllowRule`.
+
+    is_named: whether one names the host, and not only a wildcard covers it.
+    """
 
     is_private: bool
     is_tcp: bool
+    is_named: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,8 @@ class NetworkPolicy:
     """What a node grants to the sandboxes that ask for hosts.
 
     maps: addresses by name, `unix:/path` or `host:port`, for names that mean something to this node alone, such as
-    "model.internal". A sandbox reaches them where its allow-list names them, and their address is not checked.
+    "model.internal". A sandbox reaches them where its allow-list names them, not by a wildcard; their address is not
+    checked.
     is_private_allowed: whether rules may say `+private`, and sandboxes have the host's network. max_connections: of all
     sandboxes together; max_sandbox_connections: of one; more wait. max_requests_per_second, max_bytes_per_second: of one, so
     that it leaves the node its time. max_bytes: that one may have carried, up and down together. idle_seconds: after so long without a byte a connection is ended.
@@ -84,7 +89,11 @@ def grant(rules: Sequence[AllowRule], host: str, port: int) -> Grant | None:
     covering = [rule for rule in rules if rule.covers(host, port)]
     if not covering:
         return None
-    return Grant(any(rule.is_private for rule in covering), any(rule.is_tcp for rule in covering))
+    return Grant(
+        is_private=any(rule.is_private for rule in covering),
+        is_tcp=any(rule.is_tcp for rule in covering),
+        is_named=not all(rule.is_wildcard for rule in covering),
+    )
 
 
 def objection(address: Address, *, is_private: bool, is_own: bool) -> str:

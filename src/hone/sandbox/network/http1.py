@@ -9,6 +9,7 @@ from hone.schema.sandbox_network import normal_host, split_authority
 
 MAX_HEAD_BYTES = 32 << 10
 MAX_FIELDS = 128
+MAX_METHOD_CHARACTERS = 32
 MAX_CHUNK = 1 << 40
 
 # About one connection and not about the message (RFC 9110, 7.6.1); never handed on.
@@ -107,6 +108,8 @@ def parse_request(head: bytes) -> Request:
     words = first.split(b" ")
     if len(words) != 3 or not _TOKEN.fullmatch(words[0]) or not _TARGET.fullmatch(words[1]):
         raise BadMessage("not a request")
+    if len(words[0]) > MAX_METHOD_CHARACTERS:
+        raise BadMessage(f"a method of more than {MAX_METHOD_CHARACTERS} characters", 501)
     if words[2] not in (b"HTTP/1.0", b"HTTP/1.1"):
         raise BadMessage("neither HTTP/1.0 nor HTTP/1.1", 505)
     method, target, minor = words[0].decode(), words[1].decode(), int(words[2][-1:])

@@ -44,7 +44,7 @@ class Upstream:
 
     async def open(self, host: str, port: int, granted: Grant, lookups: asyncio.Semaphore) -> Peer:
         """A connection to a host that was granted; raises `Refused`. lookups: of one sandbox, so many at a time."""
-        if (mapped := self._policy.maps.get(host)) is not None:
+        if granted.is_named and (mapped := self._policy.maps.get(host)) is not None:
             return await self._open_mapped(host, mapped)
         addresses = await self._addresses(host, granted, lookups)
         problem: Exception | None = None

@@ -1,6 +1,7 @@
 """What each sandbox of a node used in all: a line in a file, and for a while in memory, so that use can be charged."""
 
 import collections
+import contextlib
 from pathlib import Path
 
 import msgspec
@@ -64,7 +65,8 @@ class Accounts:
     def _begin_anew(self) -> None:
         assert self._lines is not None
         assert self._path is not None
-        self._lines.close()
-        self._path.rename(self._path.with_name(f"{NAME}.1"))
-        self._lines = JsonLines(self._path)
+        with contextlib.suppress(FileNotFoundError):  # it is renamed already, and no new one could be opened
+            self._path.rename(self._path.with_name(f"{NAME}.1"))
+        full, self._lines = self._lines, JsonLines(self._path)
+        full.close()
         self._num_bytes = 0

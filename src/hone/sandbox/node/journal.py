@@ -78,9 +78,14 @@ class Journal:
         lines = [json.dumps({"begin": sandbox_id, "owner": owner}) + "\n" for sandbox_id, owner in self._open.items()]
         temporary = self._path.with_suffix(".new")
         temporary.write_text("".join(lines))
-        temporary.rename(self._path)
+        file = os.open(temporary, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            temporary.rename(self._path)
+        except OSError:
+            os.close(file)
+            raise
         os.close(self._file)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._file = file
         self._num_bytes = 0
         self._is_behind = False
 

@@ -20,6 +20,7 @@ from hone.schema.sandboxes import Outcome, SandboxSpec
 DEMAND_SECONDS = 5.0  # how far back a pool looks
 AHEAD_SECONDS = 2.0  # and how far ahead it provides
 MAX_REMEMBERED = 10_000
+SPARE_DEADLINES = 1024
 DRAINING_SECONDS = 5.0  # after which one may ask again a node that is being drained
 
 
@@ -461,6 +462,9 @@ class Lifecycle:
 
     def _watch(self, lease: Lease) -> None:
         heapq.heappush(self._deadlines, (lease.deadline(), lease.sandbox_id))
+        if len(self._deadlines) > SPARE_DEADLINES + 4 * len(self.leases):  # most are of what is over or was put off
+            self._deadlines = [(one.deadline(), one.sandbox_id) for one in self.leases.values()]
+            heapq.heapify(self._deadlines)
 
     def _pool(self, spec: SandboxSpec) -> _Pool:
         kind = kind_of(spec)

@@ -131,12 +131,17 @@ class NodeSandbox:
         async with self._use("python") as cell, self._session_turn:
             if self._session is not None and self._session.is_over:  # with a call that was given up
                 self._session = None
-            if self._session is None:
-                self._session = await (await self._warm(cell)).session(env=self._variables(None))
-            answer = await self._session.run(code, timeout_seconds)
+            if (session := self._session) is None:
+                session = await (await self._warm(cell)).session(env=self._variables(None))
+                if cell is not self.cell:
+                    await session.close()
+                    raise self._begun_anew()
+                self._session = session
+            answer = await session.run(code, timeout_seconds)
             if answer.is_over:
-                ended, self._session = self._session, None
-                await ended.close()
+                if self._session is session:
+                    self._session = None
+                await session.close()
             return PythonResult(answer.text, answer.is_fine, answer.is_late, answer.is_over)
 
     async def snippet(self, code: str, *, timeout_seconds: float = 60.0) -> ExecResult:
@@ -280,13 +285,13 @@ class NodeSandbox:
         used = self.cell.usage() if self.cell is not None else SandboxUsage()
         return msgspec.structs.replace(_both(self._past, used), num_calls=self._num_calls)
 
-    def problem(self) -> str | None:
+    def problem(self) -> SandboxError | None:
         """Why its cell is of no use any more, if so."""
         try:
             if self.cell is not None:
                 self.cell.require_alive()
         except SandboxError as error:
-            return str(error)
+            return error
         return None
 
     def receive(self, cell: Cell) -> None:
@@ -473,9 +478,18 @@ class NodeSandbox:
                 await python.close()
 
     async def _warm(self, cell: Cell) -> WarmPython:
-        if self._python is None:
-            self._python = await self._node.python_of(cell)
-        return self._python
+        if self._python is not None and cell is self.cell:
+            return self._python
+        python = await self._node.python_of(cell)
+        if cell is not self.cell:
+            with contextlib.suppress(SandboxError):
+                await python.close()
+            raise self._begun_anew()
+        self._python = python
+        return python
+
+    def _begun_anew(self) -> SandboxError:
+        return SandboxError(f"{self.sandbox_id}: it began anew while this call was under way")
 
 
 def _again(error: SandboxError) -> SandboxError:
