@@ -21,7 +21,7 @@ from hone.sandbox.errors import Busy, SandboxError, Unsupported
 from hone.sandbox.files.archives import Limits as TreeLimits
 from hone.sandbox.files.beneath import Owner
 from hone.sandbox.files.files import Tree
-from hone.sandbox.files.layer_copy import copy_layer, open_folders
+from hone.sandbox.files.layer_copy import copy_layer, drop_marks, open_folders
 from hone.sandbox.node.lifecycle import Limits
 from hone.schema.sandboxes import Outcome, SandboxSpec, SnapshotStatus
 
@@ -207,6 +207,12 @@ class Snapshots:
     async def take_over(self, cell: Cell, base: Base) -> Base:
         """The files of a cell in which nothing will run any more, made a layer: nothing is copied. `OSError` if not."""
         assert cell.spawner is not None
+        if not cell.image.layers:  # its programs wrote to it directly
+            own = os.dup(cell.layer_descriptor)  # the cell may end meanwhile
+            try:
+                await self._run(lambda: drop_marks(own))
+            finally:
+                os.close(own)
         cell.is_layer_held = True
         layer = await self.layers.take_over(cell.spawner, cell.layer_descriptor, self._first_id(cell))
         hold(base.layers)
