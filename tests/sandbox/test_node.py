@@ -140,6 +140,20 @@ async def test_a_terminal_and_signals(box):
     await process.close()
 
 
+async def test_the_token_of_an_address_is_that_of_the_environment_where_none_is_given(node, monkeypatch):
+    monkeypatch.setenv("HONE_SANDBOX_TOKEN", "secret")
+    async with NodeServer(node, "tcp://127.0.0.1:0", tokens={"secret": "me"}) as server:
+        async with Sandbox(spec=SMALL, node=server.address) as box:
+            assert (await box.exec(["true"])).is_success
+        with pytest.raises(ValueError, match="does not let you in"):  # who showed none to us has not this one
+            await Sandbox(spec=SMALL, node=server.address, token="").open()
+
+
+def test_what_is_given_beside_a_spec_is_refused():
+    with pytest.raises(ValueError, match="given memory_mb, env beside a spec"):
+        Sandbox(spec=SMALL, memory_mb=64, env={"A": "b"})
+
+
 async def test_the_callers_mistakes_are_the_callers(box):
     with pytest.raises(ValueError, match="argv is empty"):
         await box.exec([])

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -43,7 +42,7 @@ def sandboxes_at(where: str, token: str = "") -> SandboxProvider:
     if where == "processes":
         return LocalProcesses()
     if where == "cells" or where.startswith(("unix:", "tcp:", "tls:")):
-        return NodeSandboxes(None if where == "cells" else where, token or os.environ.get("HONE_SANDBOX_TOKEN", ""))
+        return NodeSandboxes(None if where == "cells" else where, token or None)
     raise ValueError(f"no sandboxes at {where!r}; say here, cells, processes, unix:/path, tcp:// or tls://host:port")
 
 
@@ -90,7 +89,7 @@ async def _best_here() -> SandboxProvider:
 class NodeSandboxes:
     """A `SandboxProvider` on a node: the one inside this process, or the one at `address`."""
 
-    def __init__(self, address: str | None = None, token: str = "") -> None:
+    def __init__(self, address: str | None = None, token: str | None = None) -> None:
         self._address = address
         self._token = token
 
