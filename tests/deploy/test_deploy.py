@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +312,17 @@ def test_rules_alert_when_they_should():
 
 
 def test_the_container_file_copies_what_there_is():
-    text = (DEPLOY / "Containerfile").read_text()
-    for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.M):
-        *sources, _ = line.split()
-        assert all((DEPLOY.parent / source).exists() for source in sources)
+    sources = container_sources()
+    assert all((DEPLOY.parent / source).exists() for source in sources)
+
+
+def test_the_container_file_copies_what_the_wheel_is_built_from():
+    settings = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())
+    hooks = settings["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]
+    wanted = {settings["project"]["readme"], *(hook.get("path", "hatch_build.py") for hook in hooks.values())}
+    assert wanted <= container_sources()
+
+
+def container_sources() -> set[str]:
+    lines = re.findall(r"^COPY (?!--from)(.*)$", (DEPLOY / "Containerfile").read_text(), re.M)
+    return {source for line in lines for source in line.split()[:-1]}

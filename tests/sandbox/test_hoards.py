@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import platform
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +19,7 @@ import pytest
 from hone.sandbox.cells import programs
 from hone.sandbox.cells.cell import ENDED, REPORT, Cell
 from hone.sandbox.cells.cells import Cells
-from hone.sandbox.cells.plan import Image
+from hone.sandbox.cells.plan import Bind, Image
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.node.journal import Journal
 from hone.sandbox.node.node import Node
@@ -32,6 +34,15 @@ async def python(cell: Cell, code: str, **options: float) -> ExecResult:
 
 async def assert_well(cell: Cell) -> None:
     assert (await cell.exec(["echo", "well"])).stdout == "well\n"
+
+
+async def assert_well_or_out_of_memory(cell: Cell) -> None:
+    """The kernel takes who uses most, which the agent does where programs hoard what is nobody's."""
+    try:
+        await assert_well(cell)
+    except SandboxError as error:
+        if error.outcome is not Outcome.OUT_OF_MEMORY:
+            raise
 
 
 HOARDS = {
@@ -85,7 +96,51 @@ async def test_a_hoard_ends_at_a_limit_and_the_agent_answers(cells: Cells, what:
     result = await python(cell, HOARDS[what], timeout_seconds=30)
     assert not result.is_success
     assert result.outcome is not Outcome.TIMEOUT, result
-    await assert_well(cell)
+    await assert_well_or_out_of_memory(cell)
+
+
+SMALLER_THAN_AGENTS = """
+static long call(long number, long a, long b, long c, long d)
+{
+    long result;
+    register long fourth __asm__("r10") = d;
+    __asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c), "r"(fourth) : "rcx", "r11", "memory");
+    return result;
+}
+void _start(void)
+{
+    for (;;) {
+        long file = call(319, (long)"hoard", 0, 0, 0); /* memfd_create */
+        if (file < 0 || call(285, file, 0, 0, 1 << 20)) /* fallocate */
+            call(231, 3, 0, 0, 0);
+    }
+}
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("gcc") is None, reason="needs gcc and x86_64")
+async def test_a_hoarder_smaller_than_the_agent_has_itself_run_out_of_memory(cells: Cells, tmp_path: Path) -> None:
+    (tmp_path / "hoard.c").write_text(SMALLER_THAN_AGENTS)
+    tmp_path.chmod(0o755)
+    subprocess.run(["gcc", "-static", "-nostdlib", "-O2", "-o", "hoard", "hoard.c"], cwd=tmp_path, check=True)
+    cell = await cells.create(SMALL, binds=[Bind(str(tmp_path), "/hoard")])
+    waiting = asyncio.create_task(cell.exec(["sleep", "0.05"]))
+    result = await cell.exec(["/hoard/hoard"], timeout_seconds=30)
+    assert (result.outcome, result.exit_code) == (Outcome.OUT_OF_MEMORY, -signal.SIGKILL)
+    assert not (await waiting).outcome.is_infra
+    await assert_well_or_out_of_memory(cell)
+
+
+async def test_an_agent_that_is_killed_without_a_lack_of_memory_is_infrastructure(cells: Cells) -> None:
+    cell = await cells.create(SMALL)
+    await python(cell, "x = bytearray(b'x') * (200 << 20)", timeout_seconds=30)  # long over by then
+    await assert_well_or_out_of_memory(cell)
+    waiting = asyncio.create_task(cell.exec(["sleep", "10"]))
+    await asyncio.sleep(0)
+    os.kill(cell.pid, signal.SIGKILL)
+    with pytest.raises(SandboxError) as error:
+        await waiting
+    assert error.value.outcome is Outcome.AGENT_LOST
 
 
 async def test_many_hogs_are_over_and_the_next_program_runs(cells: Cells) -> None:

@@ -70,7 +70,7 @@ async def node():
 
 @pytest.fixture
 async def client(node):
-    async with served(lambda spec, token: Sandbox(spec=spec, node=node)) as client:
+    async with served(lambda spec, token, owner: Sandbox(spec=spec, node=node)) as client:
         yield client
 
 
@@ -160,17 +160,38 @@ async def test_a_file_that_cannot_be_written_is_the_requests_fault(client):
 
 
 async def test_a_token_is_wanted_where_there_are_tokens(node):
-    async with served(lambda spec, token: Sandbox(spec=spec, node=node), tokens=TOKENS) as client:
+    async with served(lambda spec, token, owner: Sandbox(spec=spec, node=node), tokens=TOKENS) as client:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer "}):
             assert (await client.post({"code": "1", "language": "python"}, headers))[0] == 401
         right = {"authorization": "Bearer a-token-of-sixteen"}
         assert (await client.post({"code": "1", "language": "python"}, right))[0] == 200
 
 
+async def test_a_sandbox_belongs_to_whose_token_it_was(node):
+    seen = []
+
+    def open_box(spec, token, owner):
+        seen.append(owner)
+        return Sandbox(spec=spec, node=node, owner=owner)
+
+    async with served(open_box, tokens=TOKENS) as client:
+        right = {"authorization": "Bearer a-token-of-sixteen"}
+        asking = asyncio.create_task(
+            client.post({"code": "import time; time.sleep(60)", "language": "python", "run_timeout": 50}, right)
+        )
+        while not node.sandboxes("tests"):
+            assert not asking.done()
+            await asyncio.sleep(0.01)
+        assert node.sandboxes("") == ()
+        asking.cancel()
+        await asyncio.wait([asking])
+    assert seen == ["tests"]
+
+
 async def test_a_node_can_decide_whom_to_let_in(node):
     async with (
         NodeServer(node, "tcp://127.0.0.1:0", tokens=TOKENS) as server,
-        served(lambda spec, token: Sandbox(spec=spec, node=server.address, token=token)) as client,
+        served(lambda spec, token, owner: Sandbox(spec=spec, node=server.address, token=token)) as client,
     ):
         for _ in range(2):
             status, reply, _ = await client.post({"code": "1", "language": "python"}, {"authorization": "Bearer no"})
@@ -187,7 +208,7 @@ async def test_a_request_that_is_too_large_is_refused_however_it_comes(node):
             await asyncio.sleep(0)
 
     async with served(
-        lambda spec, token: Sandbox(spec=spec, node=node), limits=HttpLimits(max_body_bytes=9999)
+        lambda spec, token, owner: Sandbox(spec=spec, node=node), limits=HttpLimits(max_body_bytes=9999)
     ) as client:
         assert (await client.post(b" " * 10_000))[0] == 413
         with contextlib.suppress(aiohttp.ClientError):  # it may be cut off in the middle
@@ -196,7 +217,9 @@ async def test_a_request_that_is_too_large_is_refused_however_it_comes(node):
 
 
 async def test_a_server_that_is_full_says_when_to_come_again(node):
-    async with served(lambda spec, token: Sandbox(spec=spec, node=node), limits=HttpLimits(max_requests=1)) as client:
+    async with served(
+        lambda spec, token, owner: Sandbox(spec=spec, node=node), limits=HttpLimits(max_requests=1)
+    ) as client:
         first = asyncio.create_task(client.run("import time; time.sleep(60)", run_timeout=50))
         while not node.sandboxes():
             await asyncio.sleep(0.01)
@@ -211,14 +234,14 @@ async def test_a_node_that_is_full_is_passed_on(node):
         async def open(self):
             raise Busy("9 sandboxes wait already", 2.5)
 
-    async with served(lambda spec, token: Full(spec=spec, node=node)) as client:
+    async with served(lambda spec, token, owner: Full(spec=spec, node=node)) as client:
         status, reply, headers = await client.post({"code": "1", "language": "python"})
         assert (status, headers["retry-after"]) == (503, "3")
         assert b"9 sandboxes" in reply
 
 
 async def test_a_client_that_leaves_takes_its_sandbox_along(node):
-    async with served(lambda spec, token: Sandbox(spec=spec, node=node)) as client:
+    async with served(lambda spec, token, owner: Sandbox(spec=spec, node=node)) as client:
         asking = asyncio.create_task(client.run("import time; time.sleep(600)", run_timeout=500))
         while not (found := node.sandboxes()) or found[0].usage.num_calls < 3:
             await asyncio.sleep(0.01)
@@ -229,7 +252,7 @@ async def test_a_client_that_leaves_takes_its_sandbox_along(node):
 
 
 async def test_a_sandbox_that_dies_is_an_error_and_never_an_answer(node):
-    async with served(lambda spec, token: Sandbox(spec=spec, node=node)) as client:
+    async with served(lambda spec, token, owner: Sandbox(spec=spec, node=node)) as client:
         asking = asyncio.create_task(client.run("import time; time.sleep(600)", run_timeout=500))
         while not (found := node.sandboxes()) or found[0].usage.num_calls < 3:
             await asyncio.sleep(0.01)
@@ -250,9 +273,9 @@ async def test_a_missing_toolchain_is_an_error_and_never_an_answer(client):
 
 async def test_a_node_behind_an_address_does_as_well(node, tmp_path):
     address = f"unix:{tmp_path}/node"
-    async with NodeServer(node, address), served(lambda spec, token: Sandbox(spec=spec, node=address)) as client:
+    async with NodeServer(node, address), served(lambda spec, token, owner: Sandbox(spec=spec, node=address)) as client:
         assert (await client.run("print(1)"))["run_result"]["stdout"] == "1\n"
-    async with served(lambda spec, token: Sandbox(spec=spec, node=f"unix:{tmp_path}/gone")) as client:
+    async with served(lambda spec, token, owner: Sandbox(spec=spec, node=f"unix:{tmp_path}/gone")) as client:
         reply = await client.run("print(1)")
         assert reply["status"] == "SandboxError"
         assert Outcome.NODE_LOST in reply["message"]
@@ -274,6 +297,8 @@ def test_the_command_line_serves_it(tmp_path):
         url = serving.stdout.readline().strip().partition(", /run_code at ")[2]
         assert asyncio.run(_once(url, "wrong")) == 401
         assert asyncio.run(_once(url, "a-token-of-sixteen")) == 200
+        accounts = tmp_path / "node" / "sandboxes.jsonl"
+        assert [json.loads(line)["owner"] for line in accounts.read_text().splitlines()] == ["tests"]
     finally:
         serving.send_signal(signal.SIGTERM)
         serving.wait(timeout=30)

@@ -80,6 +80,35 @@ def test_layers_are_stacked_with_what_they_hide(store: ImageStore, layout: Layou
     assert image.working_folder == "/srv"
 
 
+@pytest.mark.parametrize(
+    ("said", "folder"),
+    [
+        ("/srv/../../../etc", "/etc"),
+        ("//a/./b/", "/a/b"),
+        ("/..", "/work"),
+        ("/", "/work"),
+        ("", "/work"),
+        ("a", "/work"),
+        ("../a", "/work"),
+    ],
+)
+def test_a_working_folder_leads_nowhere_else(store: ImageStore, layout: Layout, said: str, folder: str) -> None:
+    layout.add({"a": b"1"}, runtime={"WorkingDir": said})
+    assert store.find(f"oci:{layout.folder}").working_folder == folder
+
+
+@pytest.mark.parametrize("kind", ["tar", "oci", "build"])
+def test_what_has_no_end_or_waits_is_not_read(store: ImageStore, tmp_path: Path, kind: str) -> None:
+    fifo = tmp_path / ("index.json" if kind == "oci" else "fifo")
+    os.mkfifo(fifo)
+    with pytest.raises(ImageError, match="not a regular file"):
+        store.find(f"{kind}:{tmp_path if kind == 'oci' else fifo}")
+    fifo.unlink()
+    fifo.symlink_to("/dev/zero")
+    with pytest.raises(ImageError, match="not a regular file"):
+        store.find(f"{kind}:{tmp_path if kind == 'oci' else fifo}")
+
+
 def test_images_share_their_layers(store: ImageStore, layout: Layout) -> None:
     base: Files = {"base": b"1"}
     layout.add(base, {"one": b"1"}, tag="one")

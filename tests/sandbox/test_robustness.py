@@ -12,6 +12,7 @@ import pytest
 from hone.sandbox.cells import cells as cells_module
 from hone.sandbox.cells import spawner as spawner_module
 from hone.sandbox.cells.cells import Cells
+from hone.sandbox.client import Sandbox
 from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.gateway.discovery import Lines
 from hone.sandbox.native import build as build_module
@@ -21,6 +22,8 @@ from hone.sandbox.node.accounts import Accounts, EndedSandbox
 from hone.sandbox.node.journal import Journal
 from hone.sandbox.node.lifecycle import End, Lifecycle, Limits
 from hone.sandbox.node.node import Node
+from hone.sandbox.wire.remote import RemoteNode
+from hone.sandbox.wire.serve import NodeServer
 from hone.schema.sandboxes import Outcome, SandboxSpec, SandboxUsage
 
 SMALL = SandboxSpec(memory_mb=128, disk_mb=16, max_processes=64)
@@ -323,3 +326,44 @@ async def test_a_python_that_came_too_late_is_not_the_one_of_the_next_cell(node,
     assert (await box.snippet("print(2)")).stdout == "2\n"
     assert (await box.python("print(3)")).text == "3\n"
     await box.close()
+
+
+@pytest.mark.parametrize("key", ["", "mine"])
+async def test_a_sandbox_whose_asking_was_cancelled_is_gone_unless_it_may_be_asked_for_again(node, tmp_path, key):
+    async with NodeServer(node, f"unix:{tmp_path}/socket") as server:
+        client = RemoteNode(server.address)
+        await client.connected()
+        for _ in range(5):
+            asking = asyncio.create_task(client.create(SMALL, key=key))
+            async with asyncio.timeout(30):
+                while not node.sandboxes():
+                    await asyncio.sleep(0)
+                asking.cancel()  # the answer is on its way
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+                if key:
+                    break
+                while node.sandboxes():
+                    await asyncio.sleep(0.01)
+        if key:
+            await client.sandboxes()  # its answer comes after that one
+            assert (await client.create(SMALL, key=key)).sandbox_id == node.sandboxes()[0].sandbox_id
+        await client.close()
+
+
+async def test_a_snapshot_whose_taking_was_cancelled_returns_at_once_and_is_gone(node, tmp_path):
+    async with (
+        NodeServer(node, f"unix:{tmp_path}/socket") as server,
+        Sandbox(spec=SMALL, node=server.address) as box,
+    ):
+        await box.ready()
+        taking = asyncio.create_task(box.snapshot())
+        async with asyncio.timeout(30):
+            while not node.snapshots.count:
+                await asyncio.sleep(0)
+            taking.cancel()
+            for _ in range(2):  # no answer is waited for
+                await asyncio.sleep(0)
+            assert taking.cancelled()
+            while node.snapshots.count:
+                await asyncio.sleep(0.01)

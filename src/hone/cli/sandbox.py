@@ -119,6 +119,20 @@ def serve(
     max_sandboxes: Annotated[int, typer.Option(help="At once.")] = 4096,
     max_warm: Annotated[int, typer.Option(help="Cells kept ready; which ones follows the demand.")] = 16,
     runtime: Annotated[list[str] | None, typer.Option(help="One that sandboxes may ask for; default: cell.")] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image",
+            help="What sandboxes may be made from besides python: a pattern of names, as 'debian:*' or 'dir:/srv/images/*'; "
+            "repeat it. Default: public, all images in well-known public registries.",
+        ),
+    ] = None,
+    preloads: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--preload", help="A module that Python of sandboxes finds imported; repeat it, trusted ones only."
+        ),
+    ] = None,
     metrics_port: Annotated[int | None, typer.Option(help="For Prometheus: /metrics, and /health for probes.")] = None,
     metrics_host: Annotated[str, typer.Option(help="Who reaches them; 0.0.0.0 is everybody who can.")] = "127.0.0.1",
     spans: Annotated[Path | None, typer.Option(help="A file to tell each creation and call in, a line each.")] = None,
@@ -139,6 +153,7 @@ def serve(
 ) -> None:
     """Serve a node until SIGINT, which ends it at once as a second SIGTERM does; the first one drains it."""
     from hone.cli.sandbox_serve import Observation, serve_node
+    from hone.sandbox.images.policy import PUBLIC, ImagePolicy
     from hone.sandbox.network.egress import NetworkPolicy
     from hone.sandbox.node.lifecycle import Limits
 
@@ -160,7 +175,22 @@ def serve(
     network = NetworkPolicy(maps=_read_maps(maps or []), is_private_allowed=private_networks)
     observation = Observation(metrics_port, metrics_host, spans)
     offered = _runtimes(runtime or [])
-    asyncio.run(serve_node(name, place, limits, network, server_of, observation, drain_seconds, http_of, offered))
+    allowed = ImagePolicy(tuple(images or [PUBLIC]), is_private_allowed=private_networks)
+    asyncio.run(
+        serve_node(
+            name,
+            place,
+            limits,
+            network,
+            server_of,
+            observation,
+            drain_seconds,
+            http_of,
+            offered,
+            allowed,
+            preloads or [],
+        )
+    )
 
 
 def _runtimes(names: list[str]) -> "tuple[RuntimeName, ...]":

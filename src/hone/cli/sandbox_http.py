@@ -44,8 +44,8 @@ async def http_door(
     if not host or not port.isdecimal():
         raise ValueError(f"the HTTP address {listen!r} is not host:port")
 
-    def open_box(spec: SandboxSpec, token: str) -> Sandbox:
-        return Sandbox(spec=spec, node=where, token=token if node_token is None else node_token)
+    def open_box(spec: SandboxSpec, token: str, owner: str) -> Sandbox:
+        return Sandbox(spec=spec, node=where, token=token if node_token is None else node_token, owner=owner)
 
     app = code_app(open_box, tokens=tokens, spec=SandboxSpec(image=image, memory_mb=memory_mb))
     async with serving(app, host.strip("[]"), int(port)) as url:
@@ -62,7 +62,9 @@ def require_tokens(listen: str, tokens: Mapping[str, str], *, is_open: bool) -> 
 
 
 def http(
-    node: Annotated[str, typer.Option("--node", help="unix:/path or tcp://host:port of a node or a gateway.")],
+    node: Annotated[
+        str, typer.Option("--node", help="unix:/path, tcp://host:port or tls://host:port of a node or a gateway.")
+    ],
     listen: Annotated[str, typer.Option(help="host:port.")] = "127.0.0.1:8080",
     tokens: Annotated[Path | None, typer.Option(help="A file with a line `name token` for each owner.")] = None,
     without_token: WithoutToken = False,

@@ -12,6 +12,7 @@ import typer
 
 from hone.cli.sandbox_metrics import metrics_served
 from hone.observability.spans import Spans
+from hone.sandbox.images.policy import ImagePolicy
 from hone.sandbox.network.egress import NetworkPolicy
 from hone.sandbox.node.lifecycle import Limits
 from hone.sandbox.node.node import Node
@@ -43,12 +44,23 @@ async def serve_node(
     drain_seconds: float,
     http_of: Callable[[Node], contextlib.AbstractAsyncContextManager[str]],
     runtimes: tuple[RuntimeName, ...],
+    images_allowed: ImagePolicy,
+    preloads: Sequence[str],
 ) -> None:
     """Serve until SIGINT or SIGTERM. The first SIGTERM lets the sandboxes that are there live on for `drain_seconds`."""
     stops = _Stops()
     with _spans(observation.spans, name) as spans:
         async with (
-            Node(name, folder=folder, limits=limits, network=network, spans=spans, runtimes=runtimes) as node,
+            Node(
+                name,
+                folder=folder,
+                limits=limits,
+                network=network,
+                spans=spans,
+                runtimes=runtimes,
+                images_allowed=images_allowed,
+                preloads=preloads,
+            ) as node,
             _node_metrics(node, observation) as metrics,
             server_of(node) as server,
             http_of(node) as url,

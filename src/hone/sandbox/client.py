@@ -1,7 +1,6 @@
 """The door to sandboxes: on a node inside this process, or on one at an address."""
 
 import asyncio
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -115,10 +114,11 @@ class Sandbox:
     network: "none", a loopback of its own; "off", not even that; "host", this machine's; or "allow", the hosts that `allow`
     lists, which is the default where it lists any. node: where it shall be. By default inside this process, without a daemon
     and without root; or the address of a node or a gateway, `unix:/path`, `tcp://host:port` or `tls://host:port`, with a
-    `token` where that wants one, by default that in $HONE_SANDBOX_TOKEN; or a `Node`. key: one of your own makes asking
-    repeatable: while it lives, the same key is the same sandbox. reconnect_seconds: for how long a connection that broke is
-    made anew before all is lost; by default as long as the node waits. snapshot: what it begins from, on the snapshot's node
-    and with its image.
+    `token` where that wants one, by default that in $HONE_SANDBOX_TOKEN; or a `Node`, where `owner` is whose it is. key: one
+    of your own makes asking repeatable: while it lives, the same key is the same sandbox, and one whose asking was cancelled
+    is there until its lease or this client is over. reconnect_seconds: for how long a connection that broke is made anew
+    before all is lost; by default as long as the node waits. snapshot: what it begins from, on the snapshot's node and with
+    its image.
 
     Relative paths start at the working folder, where programs start, too. What a program does wrong is a result. Trouble of
     the infrastructure is a `SandboxError`, whose `outcome` says which. Files raise `OSError`.
@@ -142,6 +142,7 @@ class Sandbox:
         spec: SandboxSpec | None = None,
         node: "Node | str | None" = None,
         token: str | None = None,
+        owner: str = "",
         key: str = "",
         reconnect_seconds: float | None = None,
         snapshot: Snapshot | None = None,
@@ -180,8 +181,9 @@ class Sandbox:
             self._snapshot_id = snapshot.snapshot_id
             self.spec = msgspec.structs.replace(self.spec, image=snapshot.spec.image)
         self._token = token
+        self._owner = owner
         self._reconnect_seconds = reconnect_seconds
-        self._key = key or secrets.token_hex(16)
+        self._key = key
         self._inner: LeasedSandbox | None = None
         self._home: Node | RemoteNode | None = None
 
@@ -204,7 +206,7 @@ class Sandbox:
         if isinstance(node, RemoteNode):
             self._inner = await node.create(self.spec, key=self._key, snapshot_id=self._snapshot_id)
         else:
-            self._inner = node.create(self.spec, key=self._key, snapshot_id=self._snapshot_id)
+            self._inner = node.create(self.spec, key=self._key, owner=self._owner, snapshot_id=self._snapshot_id)
         self._home = node
 
     @property
@@ -329,7 +331,7 @@ class Sandbox:
         if count < 1:
             raise ValueError(f"{count} forks of a sandbox; ask for one at least")
         async with await self.snapshot() as snapshot:
-            forks = tuple(Sandbox(spec=self.spec, snapshot=snapshot) for _ in range(count))
+            forks = tuple(Sandbox(spec=self.spec, snapshot=snapshot, owner=self._owner) for _ in range(count))
             try:
                 for fork in forks:
                     await fork.open()

@@ -9,7 +9,10 @@ SHORTAGES = frozenset({errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, e
 
 
 class SandboxError(RuntimeError):
-    """Trouble of the infrastructure: nobody's answer, never a result. outcome: which trouble."""
+    """Trouble of the infrastructure: nobody's answer, never a result. outcome: which trouble.
+
+    Where `outcome.is_infra` is false it is no such trouble: the programs of the sandbox have brought its end about.
+    """
 
     def __init__(self, message: str, outcome: Outcome = Outcome.AGENT_LOST) -> None:
         super().__init__(message)

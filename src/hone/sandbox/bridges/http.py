@@ -25,7 +25,7 @@ SHUTDOWN_SECONDS = 10
 BUSY_SECONDS = 1.0
 BACKLOG = 2048
 T = TypeVar("T")
-OpenBox = Callable[[SandboxSpec, str], Sandbox]
+OpenBox = Callable[[SandboxSpec, str, str], Sandbox]
 
 logger = logging.getLogger("hone.sandbox.bridges.http")
 
@@ -64,8 +64,8 @@ def code_app(
 ) -> FastAPI:
     """The application: `POST /run_code`, and `GET /v1/ping`.
 
-    open_box: makes the sandbox of a spec, not yet opened, for whoever shows a bearer token. tokens: names of owners by
-    token; None leaves it to `open_box` whom to let in. spec: of the sandboxes; a request can change the memory.
+    open_box: makes the sandbox of a spec, not yet opened, for whoever shows a bearer token, and of which owner that is, empty
+    where `tokens` does not say. tokens: names of owners by token; None leaves it to `open_box` whom to let in. spec: of the sandboxes; a request can change the memory.
     """
     app = FastAPI(title="hone sandboxes", docs_url=None, redoc_url=None, openapi_url=None)
     places = asyncio.Semaphore(limits.max_requests)
@@ -78,12 +78,13 @@ def code_app(
     async def run(request: Request) -> Response:
         try:
             token = _token(request, tokens)
+            owner = (tokens or {}).get(token, "")
             if places.locked():
                 raise _come_again(f"{limits.max_requests} requests are under way already", BUSY_SECONDS)
             async with places:
                 asked = _decoded(await _body(request, limits.max_body_bytes), limits)
                 reply = await _while_connected(
-                    request, _answered(open_box(_spec(asked, spec, limits), token), asked, limits)
+                    request, _answered(open_box(_spec(asked, spec, limits), token, owner), asked, limits)
                 )
         except Refused as refused:
             content = msgspec.json.encode({"detail": str(refused)})

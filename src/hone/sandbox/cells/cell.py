@@ -22,7 +22,7 @@ from hone.sandbox.cells.plan import (
     Operation,
     encode_operations,
 )
-from hone.sandbox.cells.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Process, Tally, ending_of
+from hone.sandbox.cells.programs import KILL_SECONDS, MAX_OUTPUT_BYTES, Ending, Process, Tally, ending_of
 from hone.sandbox.cells.runtimes.known import features
 from hone.sandbox.cells.runtimes.runtime import Feature, Launch
 from hone.sandbox.cells.spawner import Born, Spawner
@@ -85,6 +85,7 @@ class Cell:
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._failure: tuple[int, int] | None = None
         self._over: str | None = None
+        self._loss_outcome = Outcome.AGENT_LOST
         self._programs: dict[int, Process] = {}
         self._num_owed = 0
         """How many programs were started of whose end the agent has not told: it cannot tell of more."""
@@ -326,7 +327,7 @@ class Cell:
             raise SandboxError(f"{self.name}: its first process is gone") from error
 
     def _loss(self) -> SandboxError:
-        return SandboxError(f"{self.name}: {self._over or 'it was never opened'}")
+        return SandboxError(f"{self.name}: {self._over or 'it was never opened'}", self._loss_outcome)
 
     def register(self, identity: int, program: "Process") -> None:
         """A program is about to be started."""
@@ -367,11 +368,26 @@ class Cell:
                 message = Message(b"", [])
             if len(message.data) != REPORT.size:
                 close_all(message.descriptors)
-                self._lose("its agent is gone" if not message.data else "its agent talks nonsense")
+                if message.data:
+                    self._lose("its agent talks nonsense")
+                else:
+                    self._miss_agent()
                 return
             self._hear(REPORT.unpack(message.data), message)
             if self._over is not None:
                 return
+
+    def _miss_agent(self) -> None:
+        """The agent is gone. Where memory ran out under what runs, the kernel may take the agent for it, which is larger
+        than some programs: then it is these that ran out of memory, and nobody's trouble but theirs.
+        """
+        began = min((program.began for program in self._programs.values()), default=time.perf_counter())
+        if not self._ready.done() or Outcome.OUT_OF_MEMORY not in self.limits_hit_since(began):
+            self._lose("its agent is gone")
+            return
+        for program in list(self._programs.values()):
+            program.end(Ending(signal.SIGKILL, 0, 0.0, 0))
+        self._lose("it ended when its programs had used up its memory", Outcome.OUT_OF_MEMORY)
 
     def _hear(self, report: tuple[int, ...], message: Message) -> None:
         kind, identity, status, error, *usage = report
@@ -428,11 +444,11 @@ class Cell:
         self.files_folder = self.launch.files_folder or self.image.working_folder
         self._disk = open_beneath(self.root_descriptor, self.files_folder, os.O_PATH | os.O_DIRECTORY)
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, outcome: Outcome = Outcome.AGENT_LOST) -> None:
         """Whoever waits for something in here, and whoever comes later, learns the reason."""
         if self._over is not None:
             return
-        self._over = reason
+        self._over, self._loss_outcome = reason, outcome
         self._stop_listening()
         if self._control is not None:
             self._loop.remove_reader(self._control.fileno())

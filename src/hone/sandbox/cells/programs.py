@@ -65,6 +65,7 @@ class Process:
     ) -> None:
         self._cell = cell
         self._channel: Channel = channel or cell
+        self.began = time.perf_counter()
         self._identity = identity
         self._max_output_bytes = max_output_bytes
         self._loop = asyncio.get_running_loop()

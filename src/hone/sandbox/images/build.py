@@ -12,6 +12,7 @@ import msgspec
 from hone.sandbox.cells.plan import Image
 from hone.sandbox.errors import ImageError
 from hone.sandbox.images.debian_packages import Packages
+from hone.sandbox.images.regular_files import read_regular
 
 VERSION = 1  # of how layers are built: another one does not find those of this one
 PACKAGES = "/opt/packages"
@@ -39,11 +40,11 @@ def build_image(
 ) -> Image:
     """The image that a TOML file defines. find: an image by name; keep: `ImageStore.keep`."""
     try:
-        definition = msgspec.toml.decode(path.read_bytes(), type=ImageDefinition)
+        definition = msgspec.toml.decode(read_regular(path), type=ImageDefinition)
     except msgspec.MsgspecError as error:
         raise ImageError(f"{path}: {error}") from error
     sources = {target: path.parent / source for target, source in sorted(definition.files.items())}
-    contents = {_inside(target): source.read_bytes() for target, source in sources.items()}
+    contents = {_inside(target): read_regular(source) for target, source in sources.items()}
     base = find(definition.base)
     env = {**base.env, **definition.env}
     layers = list(base.layers)

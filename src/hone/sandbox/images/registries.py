@@ -13,6 +13,7 @@ PULL_SECONDS = 3600.0
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 REFERENCE = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9._/:@\[\]-]*")
 LOCAL_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?/")
+HUB_NAME = re.compile(r"(?!localhost$)[a-z0-9_-]+")
 MESSAGE = re.compile(r'msg=("(?:[^"\\]|\\.)*")')
 HINTS = (
     (("manifest unknown", "MANIFEST_UNKNOWN", "name unknown", "NAME_UNKNOWN"), "the registry has no such image or tag"),
@@ -42,6 +43,12 @@ def pull(reference: str, layout: Path) -> None:
             _run(reference, program, [found, *arguments])
             return
     raise ImageError(f"image {reference!r} is in a registry; install skopeo or crane to fetch it")
+
+
+def registry_of(reference: str) -> str:
+    """Where a reference is to be asked for, as the programs understand it: a first part without dots is no host's name."""
+    first, slash, _ = reference.partition("/")
+    return "docker.io" if not slash or HUB_NAME.fullmatch(first) else first
 
 
 def architecture() -> str:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import lzma
 import os
+import posixpath
 import re
 import secrets
 import stat
@@ -24,9 +25,10 @@ from hone.sandbox.files.beneath import BadArchive, closing, open_beneath
 from hone.sandbox.files.compression import Hashed, decompressed
 from hone.sandbox.files.files import Tree
 from hone.sandbox.images.build import build_image
+from hone.sandbox.images.policy import HOST_NAMES, split_tag
 from hone.sandbox.images.registries import architecture, pull
+from hone.sandbox.images.regular_files import open_regular
 
-HOST_NAMES = ("python", "host")
 LAYER_LIMITS = Limits(total_bytes=64 << 30, num_entries=4_000_000)
 MANIFEST_BYTES = 8 << 20
 MAX_INDEX_DEPTH = 4
@@ -65,7 +67,8 @@ class ImageStore:
             if kind == "build":
                 return build_image(Path(rest), self.find, self.keep)
             if kind == "oci":
-                return self._of_layout(*_split_tag(rest))
+                path, tag = split_tag(rest)
+                return self._of_layout(Path(path), tag)
             return self._of_registry(name)
         except (OSError, msgspec.MsgspecError) as error:
             raise ImageError(f"image {name!r}: {error}") from error
@@ -101,7 +104,7 @@ class ImageStore:
         return _image((folder,))
 
     def _layer_of_archive(self, archive: Path) -> Path:
-        with archive.open("rb") as file:
+        with open_regular(archive) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return self.keep(digest, lambda folder: _unpack_file(archive, folder))
 
@@ -190,13 +193,10 @@ def _default_folder() -> Path:
 
 def _image(layers: tuple[Path, ...], variables: dict[str, str] | None = None, working_folder: str = "") -> Image:
     env = {"PATH": DEFAULT_PATH, **(variables or {})}
-    folder = working_folder if working_folder.startswith("/") and working_folder != "/" else "/work"
-    return Image(layers=tuple(str(layer) for layer in layers), env=env, working_folder=folder)
-
-
-def _split_tag(text: str) -> tuple[Path, str | None]:
-    path, separator, tag = text.rpartition(":")
-    return (Path(path), tag) if separator and "/" not in tag else (Path(text), None)
+    folder = posixpath.normpath("/" + working_folder.lstrip("/")) if working_folder.startswith("/") else "/"
+    return Image(
+        layers=tuple(str(layer) for layer in layers), env=env, working_folder=folder if folder != "/" else "/work"
+    )
 
 
 def _choose(manifests: list[_Descriptor], tag: str | None, layout: Path) -> _Descriptor:
@@ -221,9 +221,11 @@ def _hex(digest: str) -> str:
 
 
 def _read(path: Path, kind: type[T]) -> T:
-    if path.stat().st_size > MANIFEST_BYTES:
+    with open_regular(path) as file:
+        document = file.read(MANIFEST_BYTES + 1)
+    if len(document) > MANIFEST_BYTES:
         raise ImageError(f"{path} is longer than {MANIFEST_BYTES} bytes")
-    return _decode(path.read_bytes(), kind)
+    return _decode(document, kind)
 
 
 def _decode(document: bytes, kind: type[T]) -> T:
@@ -238,7 +240,7 @@ def _blob(layout: Path, descriptor: _Descriptor) -> bytes:
 
 def _verified(layout: Path, descriptor: _Descriptor) -> Path:
     path = layout / "blobs" / "sha256" / _hex(descriptor.digest)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if size != descriptor.size or found != _hex(descriptor.digest):
@@ -248,7 +250,7 @@ def _verified(layout: Path, descriptor: _Descriptor) -> Path:
 
 def _unpack_file(archive: Path, folder: Path) -> str:
     """Unpack a layer; returns the hash of its content without compression."""
-    with archive.open("rb") as file, decompressed(file, archive) as content:
+    with open_regular(archive) as file, decompressed(file, archive) as content:
         hashed = Hashed(content)
         try:
             unpack_layer(hashed, folder)

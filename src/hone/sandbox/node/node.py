@@ -7,7 +7,8 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Collection, Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,12 +17,14 @@ from typing import Self, TypeVar
 from hone.observability.spans import Spans
 from hone.sandbox.cells.cell import Cell
 from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.plan import Image
 from hone.sandbox.cells.runtimes.known import features
 from hone.sandbox.cells.runtimes.runtime import Feature
 from hone.sandbox.descriptors import provide_for_cells
 from hone.sandbox.errors import SHORTAGES, ImageError, SandboxError, Unsupported
 from hone.sandbox.files.beneath import Owner, file_threads
 from hone.sandbox.files.files import Files, Tree
+from hone.sandbox.images.policy import ImagePolicy
 from hone.sandbox.images.store import ImageStore
 from hone.sandbox.network.egress import NetworkPolicy
 from hone.sandbox.network.network_log import NetworkLog
@@ -45,6 +48,7 @@ from hone.schema.sandboxes import (
 
 TICK_SECONDS = 1.0
 NUM_FILE_THREADS = 4
+NUM_IMAGE_THREADS = 16
 MAX_IMAGES_TOLD = 1000
 T = TypeVar("T")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
@@ -58,7 +62,9 @@ class Node:
     name: small letters, digits and dashes; the first part of the ids of its sandboxes, which also say which start of the
     node they are of. folder: for its journal, its accounts and the log of what sandboxes asked of the network; None keeps
     none. network: what sandboxes with an allow-list get. spans: where its pieces of work are told, None nowhere; the
-    caller's to close. runtimes, is_weak_allowed: as of `Cells`. Raises `SandboxError` where another node has the folder.
+    caller's to close. images_allowed: what sandboxes may be made from, by default everything; whoever serves a node to others
+    says less, as names of images can be paths of its disk. preloads: modules that Python of this machine's image finds
+    imported; that happens outside of cells, so name only what is trusted. runtimes, is_weak_allowed: as of `Cells`. Raises `SandboxError` where another node has the folder.
     """
 
     def __init__(
@@ -72,6 +78,8 @@ class Node:
         runtimes: Collection[RuntimeName] = DEFAULT_RUNTIMES,
         spans: Spans | None = None,
         network: NetworkPolicy = NetworkPolicy(),
+        images_allowed: ImagePolicy = ImagePolicy(),
+        preloads: Sequence[str] = (),
     ) -> None:
         if not NAME.fullmatch(name):
             raise ValueError(f"the node's name {name!r} is not of small letters, digits and dashes")
@@ -88,6 +96,9 @@ class Node:
         self.gate = Gate(network, NetworkLog(folder))
         """The way out for the sandboxes with an allow-list."""
         self._zygotes = Zygotes(host=self._cells.host)
+        self._images_allowed = images_allowed
+        self._preloads = tuple(preloads)
+        self._image_threads = ThreadPoolExecutor(NUM_IMAGE_THREADS, thread_name_prefix="hone-images")
         self._threads = file_threads(NUM_FILE_THREADS)
         self.snapshots = Snapshots(self.prefix, self._cells.host, self._threads, limits)
         self._by_number: dict[int, Cell] = {}
@@ -113,6 +124,8 @@ class Node:
                 self._journal.close()
             raise
         await self._zygotes.__aenter__()
+        if self._preloads:
+            await self._preload()
         self._ticking = asyncio.get_running_loop().create_task(self._tick())
         return self
 
@@ -136,11 +149,19 @@ class Node:
             await self._cells.__aexit__(kind, error, trace)
         finally:
             await self._zygotes.__aexit__(kind, error, trace)
+            self._image_threads.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self._threads.shutdown)
             self.records.close()
             self.gate.close()
             if self._journal is not None:
                 self._journal.close()
+
+    async def _preload(self) -> None:
+        try:
+            await self._zygotes.prepare(self._preloads)
+        except BaseException:  # a cancellation too: undo, then pass it on
+            await asyncio.shield(self.__aexit__(None, None, None))
+            raise
 
     def _make_room(self) -> None:
         limits = self._lifecycle.limits
@@ -167,7 +188,8 @@ class Node:
     def create(self, spec: SandboxSpec, *, key: str = "", owner: str = "", snapshot_id: str = "") -> NodeSandbox:
         """A sandbox that will be ready; returns at once. key: asked twice by one owner, it is the same sandbox.
 
-        snapshot_id: of what it begins from, instead of the image alone. Raises `Busy` when as many wait as may.
+        snapshot_id: of what it begins from, instead of the image alone. Raises `Busy` when as many wait as may, and
+        `Unsupported` for what this node does not give.
         """
         if self._is_closing:
             raise SandboxError(f"the node {self.name} is stopping", Outcome.NODE_LOST)
@@ -175,6 +197,7 @@ class Node:
             raise Unsupported(f"runtime {spec.runtime!r} has no allow-lists of hosts; take runtime='cell'")
         if refused := self.gate.policy.refuses(spec):
             raise Unsupported(f"the node {self.name} gives no sandbox {refused}; serve it with --private-networks")
+        self._images_allowed.admitted(spec.image)
         base = None
         if snapshot_id and not self._lifecycle.knows(key, owner):
             base = self.snapshots.base_for(spec, snapshot_id)
@@ -325,7 +348,7 @@ class Node:
 
     async def python_of(self, cell: Cell) -> WarmPython:
         """The warm Python of a cell."""
-        return await self._zygotes.warm(cell)
+        return await self._zygotes.warm(cell, self._preloads)
 
     def _obey(self) -> None:
         while commands := self._lifecycle.take():
@@ -384,7 +407,8 @@ class Node:
         if sandbox is None or sandbox.base is None:
             image = None
             if command.spec.image != "python":
-                image = await asyncio.to_thread(self._images.find, command.spec.image)
+                loop = asyncio.get_running_loop()
+                image = await loop.run_in_executor(self._image_threads, self._image, command.spec.image)
             return await self._cells.create(command.spec, image)
         cell = await self._cells.create(command.spec, self.snapshots.image(sandbox.base))
         try:
@@ -393,6 +417,9 @@ class Node:
             await asyncio.shield(cell.destroy())
             raise
         return cell
+
+    def _image(self, name: str) -> Image:
+        return self._images.find(self._images_allowed.admitted(name))
 
     async def _destroy(self, number: int) -> None:
         cell = self._by_number[number]
@@ -432,7 +459,7 @@ class Node:
         """End what is over."""
         for sandbox in list(self._sandboxes.values()):
             if sandbox.cell is not None and (problem := sandbox.problem()) is not None:
-                self._lifecycle.end(sandbox.sandbox_id, time.monotonic(), problem)
+                self._lifecycle.end(sandbox.sandbox_id, time.monotonic(), str(problem), problem.outcome)
         self._lifecycle.tick(time.monotonic())
         self._obey()
         if self._forgetting is None or self._forgetting.done():

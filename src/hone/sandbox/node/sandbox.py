@@ -285,13 +285,13 @@ class NodeSandbox:
         used = self.cell.usage() if self.cell is not None else SandboxUsage()
         return msgspec.structs.replace(_both(self._past, used), num_calls=self._num_calls)
 
-    def problem(self) -> str | None:
+    def problem(self) -> SandboxError | None:
         """Why its cell is of no use any more, if so."""
         try:
             if self.cell is not None:
                 self.cell.require_alive()
         except SandboxError as error:
-            return str(error)
+            return error
         return None
 
     def receive(self, cell: Cell) -> None:

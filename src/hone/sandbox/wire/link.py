@@ -1,6 +1,7 @@
 """The client's side of a session with a node: its calls, over one connection after another."""
 
 import asyncio
+import contextlib
 import errno
 import functools
 import itertools
@@ -45,7 +46,10 @@ class Streams(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A call without an answer. is_quiet: nothing is said to it before the node has told how far it is."""
+    """A call without an answer. is_quiet: nothing is said to it before the node has told how far it is.
+
+    undo: what is done with an answer that comes after it was cancelled.
+    """
 
     message: Any
     answer: "asyncio.Future[msgspec.Raw]"
@@ -54,6 +58,7 @@ class Pending:
     is_quiet: bool = True
     is_cancelled: bool = False
     num_resumed: int = 0
+    undo: Callable[[msgspec.Raw], None] | None = None
 
 
 class Link:
@@ -107,12 +112,23 @@ class Link:
         """Of the next call."""
         return next(self._numbers)
 
-    async def call(self, message: Any, kind: type[T], streams: Streams | None = None) -> T:
-        """Ask, and wait for the answer. A call that is cancelled here is cancelled there."""
+    async def call(
+        self,
+        message: Any,
+        kind: type[T],
+        streams: Streams | None = None,
+        undo: Callable[[T], Coroutine[object, object, None]] | None = None,
+    ) -> T:
+        """Ask, and wait for the answer. A call that is cancelled here is cancelled there.
+
+        undo: of what was done nevertheless, as the answer was on its way already; nobody waits for it.
+        """
         if self._problem is not None:
             raise self._loss()
         frame = framed(message)
         pending = Pending(message, asyncio.get_running_loop().create_future(), streams)
+        if undo is not None:
+            pending.undo = functools.partial(self._undo, undo, kind)
         self._calls[message.call] = pending
         if self._stream is not None:
             self._ask(pending, frame)
@@ -120,6 +136,8 @@ class Link:
             return msgspec.msgpack.decode(await pending.answer, type=kind)
         except asyncio.CancelledError:
             pending.is_cancelled = True
+            if pending.undo is not None and not pending.answer.cancelled() and pending.answer.exception() is None:
+                pending.undo(pending.answer.result())  # it came at this very moment
             if not pending.is_sent:
                 self._calls.pop(message.call, None)
             self.say(message.call, calls.Cancel(message.call))
@@ -316,10 +334,19 @@ class Link:
         for one in again:
             self._write(framed(one))
 
+    def _undo(self, undo: Callable[[T], Coroutine[object, object, None]], kind: type[T], answer: msgspec.Raw) -> None:
+        self._begin(self._undone(undo(msgspec.msgpack.decode(answer, type=kind))))
+
+    async def _undone(self, work: Coroutine[object, object, None]) -> None:
+        with contextlib.suppress(SandboxError):  # with the node, it is gone
+            await work
+
     def _settle(self, pending: Pending, outcome: msgspec.Raw | Exception) -> None:
         call = pending.message.call
         del self._calls[call]
         self._acknowledge(call)
+        if pending.undo is not None and pending.answer.cancelled() and not isinstance(outcome, Exception):
+            pending.undo(outcome)
         if pending.answer.done():
             return
         if isinstance(outcome, Exception):

@@ -1,6 +1,7 @@
 """A node behind an address and its sandboxes, as its clients have them: one method for each call."""
 
 import asyncio
+import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,10 +30,17 @@ from hone.schema.sandboxes import (
 class RemoteNode(Link):
     """A node behind an address, and the session with it."""
 
-    async def create(self, spec: SandboxSpec, *, key: str, snapshot_id: str = "") -> "RemoteSandbox":
-        """As `Node.create`."""
-        sandbox_id = await self.call(calls.Create(self.number(), spec, key, snapshot_id), str)
-        return RemoteSandbox(self, sandbox_id)
+    async def create(self, spec: SandboxSpec, *, key: str = "", snapshot_id: str = "") -> "RemoteSandbox":
+        """As `Node.create`.
+
+        Cancelled, it leaves no sandbox, unless it has a key: by that it may be asked for again. Then it is there until
+        its lease or this session is over.
+        """
+        message = calls.Create(self.number(), spec, key or secrets.token_hex(16), snapshot_id)
+        return RemoteSandbox(self, await self.call(message, str, undo=None if key else self._end_sandbox))
+
+    async def _end_sandbox(self, sandbox_id: str) -> None:
+        await self.call(calls.Destroy(self.number(), sandbox_id), SandboxUsage)
 
     async def hold_snapshot(self, snapshot_id: str, seconds: float) -> None:
         """As `Node.hold_snapshot`. With its node, a snapshot is gone already."""
@@ -150,13 +158,10 @@ class RemoteSandbox:
 
     async def snapshot(self, *, ttl_seconds: float) -> SnapshotStatus:
         message = calls.TakeSnapshot(self._link.number(), self.sandbox_id, ttl_seconds)
-        taking = asyncio.ensure_future(self._link.call(message, SnapshotStatus))
-        try:
-            return await asyncio.shield(taking)
-        except asyncio.CancelledError:  # it may be there already, with nobody who would let go of it
-            status = await taking
-            await self._link.call(calls.HoldSnapshot(self._link.number(), status.snapshot_id, 0), type(None))
-            raise
+        return await self._link.call(message, SnapshotStatus, undo=self._let_go)
+
+    async def _let_go(self, status: SnapshotStatus) -> None:
+        await self._link.call(calls.HoldSnapshot(self._link.number(), status.snapshot_id, 0), type(None))
 
     async def reset(self, snapshot_id: str) -> None:
         await self._link.call(calls.Reset(self._link.number(), self.sandbox_id, snapshot_id), type(None))
