@@ -24,5 +24,9 @@ def test_every_name_and_what_it_has_is_explained(entry: Entry) -> None:
     assert [member.signature for member in entry.members if not member.doc] == []
 
 
+def test_no_line_is_so_long_that_the_formatter_breaks_it() -> None:
+    assert [line for entry in EVERYTHING for line in entry.code.splitlines() if len(line) > 120] == []
+
+
 def test_the_page_in_the_documentation_is_up_to_date() -> None:
     assert (ROOT / "docs" / "reference" / PAGE.name).read_text() == PAGE.text(), "run `make docs`"

@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[2]
         "test_state",
         "test_observation",
         "test_images",
+        "test_image_policy",
         "test_registries",
         "test_debian",
     ],

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 LINE_LENGTH = 100
+FORMATTED_LENGTH = 120
 HIDDEN_BASES = ("msgspec.Struct", "ABC")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -164,15 +165,19 @@ def _class(name: str, node: ast.ClassDef, source: _Source) -> Entry:
     constructor = [inner for inner in node.body if isinstance(inner, Function) and inner.name == "__init__"]
     code = title
     if fields:
-        code += ":\n" + "\n".join(
-            f"    {field.signature}" + (f"  # {field.doc}" if field.doc else "") for field in fields
-        )
+        code += ":\n" + "\n".join(map(_field_line, fields))
     elif constructor and _parameters(constructor[0].args, source, is_method=True):
         code += "\n\n" + _signature(constructor[0], source, called=node.name, is_shown_whole=True, is_method=True)
     known = {field.signature.partition(":")[0]: None for field in fields}
     known |= dict.fromkeys([*_parameter_names(constructor), *_assigned(constructor)])
     others = tuple(member for member in members if not member.is_field)
     return Entry(name, code, ast.get_docstring(node) or "", tuple(known), others)
+
+
+def _field_line(field: Member) -> str:
+    """With its text behind it, or above where the formatter of code would break the line."""
+    line = f"    {field.signature}" + (f"  # {field.doc}" if field.doc else "")
+    return line if len(line) <= FORMATTED_LENGTH else f"    # {field.doc}\n    {field.signature}"
 
 
 def _assigned(constructor: Sequence[Function]) -> list[str]:

@@ -106,10 +106,10 @@ class NodeSandboxes:
             except BaseException:  # a cancellation too: undo, then pass it on
                 await sandbox.close()
                 raise
-        return NodeSandbox(sandbox)
+        return ProvidedSandbox(sandbox)
 
 
-class NodeSandbox:
+class ProvidedSandbox:
     """A `Sandbox` of `NodeSandboxes`."""
 
     def __init__(self, inner: "client.Sandbox") -> None:
@@ -175,7 +175,7 @@ class NodeSandbox:
 
 
 class NodeProcess:
-    """A `Process` of a `NodeSandbox`."""
+    """A `Process` of a `ProvidedSandbox`."""
 
     def __init__(self, inner: "client.Process") -> None:
         self._inner = inner

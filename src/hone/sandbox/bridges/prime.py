@@ -75,8 +75,9 @@ class _Record:
 class AsyncSandboxClient:
     """Makes sandboxes and works in them by their ids; `aclose` it, or use it as an async context manager.
 
-    api_key: the token of the node or gateway, by default that in $HONE_SANDBOX_TOKEN. node: its address, or a `Node`; by default that of HONE_SANDBOX_NODE, or
-    else the node inside this process. It knows the sandboxes that it asked for itself; closing it ends them.
+    api_key: the token of the node or gateway, by default that in $HONE_SANDBOX_TOKEN. node: its address, or a `Node`;
+    by default that of HONE_SANDBOX_NODE, or else the node inside this process. It knows the sandboxes that it asked for
+    itself; closing it ends them.
     """
 
     def __init__(self, api_key: str | None = None, *, node: Node | str | None = None) -> None:
