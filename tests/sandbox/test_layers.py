@@ -13,7 +13,7 @@ from hone.sandbox.cells.cell import Cell
 from hone.sandbox.cells.cells import Cells
 from hone.sandbox.cells.host import can_share_layers, host_image, look
 from hone.sandbox.cells.layers import Layer, Layers, Used, hold, is_too_deep, over, used
-from hone.sandbox.cells.plan import Image
+from hone.sandbox.cells.plan import Bind, Image
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.files.layer_copy import OPAQUE, copy_layer, open_folders
 from hone.schema.sandboxes import SandboxSpec
@@ -209,3 +209,49 @@ def test_sixteen_layers_are_enough() -> None:
     assert is_too_deep(Image(), [one] * 16)
     assert is_too_deep(Image(layers=("/a",) * 60), [one] * 4)
     assert over(Image(layers=("/a",), links=(("/b", "c"),)), [one]) == Image(layers=("sys/1", "/a"))
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        "touch /opt",
+        "mkfifo /opt",
+        "ln -s opt /opt",
+        "ln -s nowhere /opt",
+        "ln -s /dev /opt",
+        "ln -s /usr /opt",
+        "ln -s /etc/passwd /opt",
+        "mkdir /opt; touch /opt/tool",
+        "mkdir /opt; ln -s /x /opt/tool",
+        "mv /work /y; touch /work",
+        "mv /work /y; ln -s /proc/self /work",
+        "rm -r /tmp; touch /tmp",
+    ],
+)
+async def test_no_cell_is_kept_from_being_made_by_what_lies_in_the_way_of_its_mounts(
+    cells: Cells, layers: Layers, tmp_path: Path, poison: str
+) -> None:
+    (tmp_path / "tool").write_text("the tool\n")
+    tmp_path.chmod(0o755)
+    bind = Bind(str(tmp_path), "/opt/tool")
+    image = Image(binds=host_image().binds[:2], links=host_image().links, env=host_image().env)  # /usr and /etc
+    first = await cells.create(SPEC, image, binds=[bind])
+    made = await first.exec(["sh", "-c", f"mkdir /work/inner; mv /opt /x; {poison}"], cwd="/")
+    assert made.is_success, made
+    layer = await taken(layers, first)
+    second = await cells.create(SPEC, over(image, [layer]), binds=[bind])
+    assert await sh(second, "cat /opt/tool/tool; touch /work/a") == "the tool\n"
+    await second.destroy()
+    await layers.release(layer)
+
+
+async def test_a_link_to_a_folder_of_its_own_stays_where_nothing_is_mounted(cells: Cells, layers: Layers) -> None:
+    first = await cells.create(
+        SPEC, Image(binds=host_image().binds[:2], links=host_image().links, env=host_image().env)
+    )
+    assert (await first.exec(["sh", "-c", "mv /work /home; ln -s home /work; echo 1 > /work/a"], cwd="/")).is_success
+    layer = await taken(layers, first)
+    second = await cells.create(SPEC, over(first.image, [layer]))
+    assert await sh(second, "readlink /work; cat /home/a") == "home\n1\n"
+    await second.destroy()
+    await layers.release(layer)

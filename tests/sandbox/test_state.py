@@ -418,6 +418,25 @@ async def test_a_lease_on_a_file_keeps_nobody_waiting(box, tmp_path):
         await holder.close()
 
 
+async def test_what_only_an_overlay_may_mark_means_nothing_in_a_snapshot(box):
+    code = """
+import os
+os.makedirs('real/inner')
+open('real/inner/file', 'w').write('content')
+for path, name in (('real', 'redirect'), ('real/inner', 'opaque'), ('real/inner/file', 'metacopy'), ('/work', 'origin')):
+    os.setxattr(path, f'user.overlay.{name}', b'y')
+os.setxattr('real', 'user.kept', b'1')
+"""
+    made = await box.exec(["python3", "-c", code])
+    if "not supported" in made.stderr:
+        pytest.skip("files in memory have no attributes of programs here: Linux before 6.6")
+    assert made.is_success, made
+    async with await box.snapshot() as snapshot, Sandbox(spec=SMALL, snapshot=snapshot) as fork:
+        for one in (box, fork):
+            assert await sh(one, "cat real/inner/file") == "content"
+            assert await sh(one, "python3 -c 'import os; print(os.listxattr(\"real\"))'") == "['user.kept']\n"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root acts as others")
 async def test_file_threads_are_in_no_group_of_the_nodes(node):
     loop, before = asyncio.get_running_loop(), os.getgroups()

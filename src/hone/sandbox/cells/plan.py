@@ -267,7 +267,7 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
         yield Operation(Code.KEEP, _text(STAGE))
         yield Operation(Code.PIVOT, _text(STAGE))
     tree = _Tree()
-    yield from tree.folder("/dev")
+    yield from tree.folder("/dev", is_mounted_on=True)
     yield Operation(Code.PUT_TREE, _text("/dev"), a=DEVICE_FOLDER, b=ATTRIBUTE_READ_ONLY)
     yield Operation(Code.PUT_TREE, _text("/dev/shm"), a=SHARED_MEMORY, b=ATTRIBUTE_NO_SETUID | ATTRIBUTE_NO_DEVICES)
     yield mount("devpts", "/dev/pts", "devpts", NO_SETUID | NO_PROGRAMS, "newinstance,ptmxmode=0666,mode=620")
@@ -279,7 +279,7 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
     for path, target in image.links:
         yield from tree.link(path, target)
     yield from tree.folder(image.working_folder)
-    yield from tree.folder("/proc")
+    yield from tree.folder("/proc", is_mounted_on=True)
     yield mount("proc", "/proc", "proc", NO_SETUID | NO_DEVICES | NO_PROGRAMS)
     yield Operation(Code.WRITE, _text("/proc/sys/user/max_user_namespaces") + b"0")
     if grants.limits_inotify:
@@ -347,12 +347,17 @@ class _Tree:
     def __init__(self) -> None:
         self._made = {"/"}
 
-    def folder(self, path: str, mode: int = 0o755) -> Iterator[Operation]:
-        """It and those above it; one that the image has will do."""
+    def folder(self, path: str, mode: int = 0o755, *, is_mounted_on: bool = False) -> Iterator[Operation]:
+        """It and those above it; one that the image has will do, and a link to one where nothing is mounted on it.
+
+        What else is there is removed: it may be what the programs of an earlier cell have left in a layer.
+        """
         for part in [*reversed(PurePosixPath(path).parents), PurePosixPath(path)]:
             if str(part) not in self._made:
                 self._made.add(str(part))
-                yield Operation(Code.MAKE_FOLDER, _text(str(part)), a=mode if str(part) == path else 0o755, b=1)
+                is_last = str(part) == path
+                will_do = 3 if is_last and is_mounted_on else 2
+                yield Operation(Code.MAKE_FOLDER, _text(str(part)), a=mode if is_last else 0o755, b=will_do)
 
     def link(self, path: str, target: str) -> Iterator[Operation]:
         yield from self.folder(str(PurePosixPath(path).parent))
@@ -363,7 +368,7 @@ class _Tree:
         yield Operation(Code.WRITE, _text(path) + content, a=0o644)
 
     def bind(self, slot: int, bind: Bind) -> Iterator[Operation]:
-        yield from self.file(bind.target, b"") if bind.is_file else self.folder(bind.target)
+        yield from self.file(bind.target, b"") if bind.is_file else self.folder(bind.target, is_mounted_on=True)
         attributes = ATTRIBUTE_NO_SETUID | ATTRIBUTE_NO_DEVICES | (0 if bind.is_writable else ATTRIBUTE_READ_ONLY)
         yield Operation(Code.PUT_TREE, _text(bind.target), a=slot, b=attributes)
 

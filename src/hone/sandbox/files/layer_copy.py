@@ -33,6 +33,16 @@ def copy_layer(source: int, target: int, first_id: int = 0, below: Sequence[int]
         copying.finish_folder(folder, into)
 
 
+def drop_marks(layer: int) -> None:
+    """Remove what an overlay would take for its own marks from a layer that programs wrote without one above it.
+
+    layer: a descriptor of its folder, in which nothing changes meanwhile. Blocks. Raises `OSError` as `copy_layer` does.
+    """
+    with closing(os.open(".", FOLDER, dir_fd=layer)) as folder:
+        _drop_mark(f"/proc/self/fd/{folder}/.")
+        _drop_marks_in(folder, 1)
+
+
 @contextlib.contextmanager
 def open_folders(paths: Iterable[str]) -> Iterator[list[int]]:
     """Descriptors of folders."""
@@ -150,6 +160,31 @@ def _copy_attributes(source: int, target: int) -> None:
         for name in os.listxattr(source):
             if name.startswith("user.") and not name.startswith(OWN):
                 os.setxattr(target, name, os.getxattr(source, name))
+
+
+def _drop_marks_in(folder: int, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise LimitExceeded(f"the layer has a {depth}th folder inside one another; {MAX_DEPTH} go")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if is_folder or entry.is_file(follow_symlinks=False):  # others have none
+                _drop_mark(f"/proc/self/fd/{folder}/{entry.name}")
+            if is_folder:
+                with closing(os.open(entry.name, FOLDER, dir_fd=folder)) as inner:
+                    _drop_marks_in(inner, depth + 1)
+
+
+def _drop_mark(path: str) -> None:
+    try:
+        names = os.listxattr(path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return
+        raise
+    for name in names:
+        if name.startswith(OWN):
+            os.removexattr(path, name, follow_symlinks=False)
 
 
 def _is_opaque(folder: int) -> bool:

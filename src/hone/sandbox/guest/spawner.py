@@ -17,6 +17,7 @@ import resource
 import select
 import signal
 import socket
+import stat
 import struct
 import sys
 
@@ -247,11 +248,15 @@ class Steps:
         call(NUMBERS["mount"], source or None, target, kind or None, a, options or None)
 
     def make_folder(self, data: bytes, a: int, b: int) -> None:
+        path = data[:-1]
         try:
-            os.mkdir(data[:-1], a)
+            os.mkdir(path, a)
         except FileExistsError:
             if not b:
                 raise
+            if b > 1 and not is_folder(path, may_be_link=b == 2):
+                os.unlink(path)  # noqa: PTH108
+                os.mkdir(path, a)
 
     def link(self, data: bytes, a: int, b: int) -> None:
         target, path = data.split(b"\0")[:2]
@@ -399,6 +404,20 @@ class Steps:
             end_all(awaited)
         finally:
             os._exit(0)
+
+
+def is_folder(path: bytes, *, may_be_link: bool) -> bool:
+    """Whether a folder is there, or a link to one in the root's own file system."""
+    try:
+        there = os.lstat(path)
+        if stat.S_ISLNK(there.st_mode):
+            there = os.stat(path)  # noqa: PTH116
+            may_be_link = may_be_link and there.st_dev == os.stat("/").st_dev  # noqa: PTH116
+        else:
+            may_be_link = True
+    except OSError:
+        return False
+    return may_be_link and stat.S_ISDIR(there.st_mode)
 
 
 def has_ended(first: int) -> bool:

@@ -46,7 +46,8 @@ struct operation {
 
 enum {
     OPERATION_MOUNT = 1,      /* source\0 target\0 type\0 data\0; a: flags */
-    OPERATION_MAKE_FOLDER,    /* path; a: mode; b: one that is there already will do */
+    OPERATION_MAKE_FOLDER,    /* path; a: mode; b: what is there already will do: 1 anything, 2 a folder or a link to one in
+                                 the root's own file system, 3 a folder only; all else is removed for it */
     OPERATION_LINK,           /* target\0 path\0 */
     OPERATION_WRITE,          /* path\0 content; a: mode, or 0 for a file that is there */
     OPERATION_TAKE_TREE,      /* path; a: slot for a copy of the mount there; b: with the mounts below */

@@ -144,9 +144,27 @@ static int leave_old_root(void)
     return syscall(SYS_umount2, ".", 2 /* MNT_DETACH */) ? -1 : chdir("/");
 }
 
+static int is_folder(const char *path, int may_be_link)
+{
+    struct stat there, root;
+    if (lstat(path, &there))
+        return 0;
+    if (S_ISLNK(there.st_mode))
+        return may_be_link && !stat(path, &there) && S_ISDIR(there.st_mode) && !stat("/", &root) &&
+               there.st_dev == root.st_dev;
+    return S_ISDIR(there.st_mode);
+}
+
+/* Programs of an earlier cell may have left anything at the path. */
 static int make_folder(const struct operation *operation, const char *path)
 {
-    return mkdir(path, operation->a) && !(operation->b && errno == EEXIST) ? -1 : 0;
+    if (!mkdir(path, operation->a))
+        return 0;
+    if (!operation->b || errno != EEXIST)
+        return -1;
+    if (operation->b == 1 || is_folder(path, operation->b == 2))
+        return 0;
+    return unlink(path) || mkdir(path, operation->a) ? -1 : 0;
 }
 
 static int bring_loopback_up(void)
