@@ -5,6 +5,8 @@ import errno
 import math
 import os
 import signal
+import threading
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,7 +16,10 @@ from hone.sandbox.cells import spawner as spawner_module
 from hone.sandbox.cells.cells import Cells
 from hone.sandbox.client import Sandbox
 from hone.sandbox.errors import ImageError, SandboxError, Unsupported
+from hone.sandbox.files.files import Tree
 from hone.sandbox.gateway.discovery import Lines
+from hone.sandbox.images.registries import explain
+from hone.sandbox.images.store import ImageStore
 from hone.sandbox.native import build as build_module
 from hone.sandbox.native.build import BuildError, build
 from hone.sandbox.node import accounts
@@ -367,3 +372,111 @@ async def test_a_snapshot_whose_taking_was_cancelled_returns_at_once_and_is_gone
             assert taking.cancelled()
             while node.snapshots.count:
                 await asyncio.sleep(0.01)
+
+
+async def test_an_image_is_looked_for_once_and_holds_up_nobody_who_does_not_want_it(node, monkeypatch):
+    wanted, goes_on = [], threading.Event()
+    images = node._images
+
+    def find(name):
+        wanted.append(name)
+        goes_on.wait(30)
+        return type(images).find(images, "python")
+
+    monkeypatch.setattr(images, "find", find)
+    boxes = [node.create(msgspec.structs.replace(SMALL, image="x:1")) for _ in range(5)]
+    async with asyncio.timeout(30):
+        other = node.create(SMALL)
+        await other.ready()  # two may start at once, and five wait for the image
+        hurried = node.create(msgspec.structs.replace(SMALL, image="x:1"))
+        await hurried.close()
+        assert node._lifecycle.num_making >= 5
+        goes_on.set()
+        for box in (*boxes, other):
+            await box.ready()
+            await box.close()
+        while node._lifecycle.num_making:
+            await asyncio.sleep(0.01)
+    assert wanted == ["x:1"]
+    assert node.num_unmatched == 0
+
+
+async def test_who_waits_for_an_image_waits_no_longer_than_its_lease(node, monkeypatch):
+    goes_on = threading.Event()
+    monkeypatch.setattr(node._images, "find", lambda name: goes_on.wait(30))
+    box = node.create(msgspec.structs.replace(SMALL, image="x:1"))
+    await asyncio.sleep(0.05)
+    await box.close()
+    async with asyncio.timeout(10):
+        while node._lifecycle.num_making:
+            await asyncio.sleep(0.01)
+    goes_on.set()
+
+
+def _is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def test_a_node_that_stops_takes_what_fetches_images_along(cells, tmp_path, monkeypatch):
+    program = tmp_path / "skopeo"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nsleep 600 & wait\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    async with Node("n", images=ImageStore(tmp_path / "images")) as own:
+        own.create(msgspec.structs.replace(SMALL, image="somewhere.test/x:1"))
+        async with asyncio.timeout(30):
+            while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+                await asyncio.sleep(0.01)
+        child = (tmp_path / "pid").read_text().strip()
+        assert _is_running(child)
+    async with asyncio.timeout(10):
+        while _is_running(child):
+            await asyncio.sleep(0.01)  # what it started is seen to by `cells`
+
+
+@pytest.mark.parametrize("said", [r'msg="odd \x00 quoting"', "\udcff", "plain"])
+def test_whatever_a_program_complains_of_is_a_line(said):
+    assert "\n" not in explain("skopeo", said)
+
+
+async def test_letting_go_of_a_snapshot_goes_on_when_nobody_waits_for_it(node, monkeypatch):
+    if not node.snapshots.can_hold:
+        pytest.skip("no cell can lie over another's files here")
+    box = node.create(SMALL)
+    await box.ready()
+    status = await box.snapshot()
+    await box.close()
+    layers = node.snapshots.layers
+    release = layers.release
+
+    async def slowly(layer):
+        await asyncio.sleep(0.05)
+        await release(layer)
+
+    monkeypatch.setattr(layers, "release", slowly)
+    letting = asyncio.create_task(node.hold_snapshot(status.snapshot_id, 0))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    letting.cancel()
+    await asyncio.wait([letting])
+    async with asyncio.timeout(10):
+        while layers.held:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_the_node_lacks_is_no_answer_to_whoever_works_in_a_sandbox(tmp_path, monkeypatch, number):
+    root = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
+    tree = Tree(root)
+
+    def refuse(*arguments, **more):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("hone.sandbox.files.files.open_beneath", refuse)
+    with pytest.raises(SandboxError, match="the node has not enough"):
+        tree.list("/")
+    tree.close()
+    os.close(root)

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import itertools
 import os
+import select
 import signal
 import socket
 import struct
@@ -29,6 +30,8 @@ from hone.schema.sandboxes import ExecResult
 GUEST = Path(__file__).parent / "guest"
 START_SECONDS = 60.0
 INTERRUPT_SECONDS = 2.0
+ROOM_SECONDS = 10.0
+LOOK_SECONDS = 0.01
 MAX_ANSWER_BYTES = 1 << 20
 MAX_CODE_BYTES = 64 << 20
 ORDER = struct.Struct("=III")  # of native/warm.c
@@ -104,7 +107,7 @@ class Zygotes:
 class WarmPython:
     """The warm Python of one cell: a process in it that runs nothing itself and forks for each snippet and session.
 
-    Programs in the cell may kill it, as they may kill one another. Then what was running ends as killed, and the next
+    Programs in the cell may kill or stop it, as they may one another. Then what was running ends as killed, and the next
     call warms another one up.
     """
 
@@ -112,6 +115,7 @@ class WarmPython:
         self._cell = cell
         self._zygote = zygote
         self._line: _Line | None = None
+        self._turn = asyncio.Lock()
         self._numbers = itertools.count(1)
 
     async def run(
@@ -175,13 +179,16 @@ class WarmPython:
         return session
 
     async def _ready(self) -> "_Line":
-        self._cell.require_alive()
-        if self._line is None or self._line.is_lost:
-            if self._line is not None:
-                await self._line.close()
-            self._line = _Line(self._cell)
-            await self._line.open(self._zygote)
-        return self._line
+        async with self._turn:
+            while True:
+                self._cell.require_alive()
+                if self._line is None or self._line.is_lost:
+                    if self._line is not None:
+                        await self._line.close()
+                    self._line = _Line(self._cell, self._zygote)
+                    await self._line.open()
+                if await self._line.has_room():
+                    return self._line
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,16 +227,19 @@ class PythonSession:
         """Wait until it is there; called once, by `WarmPython`."""
         try:
             async with asyncio.timeout(START_SECONDS):
-                if await self._receive() is None:
+                if await self._first_word() is None:
                     code = (
                         await self._program.wait()
                     )  # raises where it is not the programs of the cell that are to blame
-                    self._is_over = True
-                    self._reason = (
-                        f"no session of Python can begin beside what runs in the sandbox (exit code {code})\n"
-                    )
+                    self._fail(f"exit code {code}")
         except TimeoutError as error:
-            raise SandboxError(f"a session of Python is not there within {START_SECONDS:g} s") from error
+            if not self._python._cell.has_run:
+                raise SandboxError(f"a session of Python is not there within {START_SECONDS:g} s") from error
+            self._fail(f"none within {START_SECONDS:g} s")
+            await self._program.close()
+        except ValueError as error:  # in the place of the session something else speaks
+            self._fail(str(error))
+            await self._program.close()
 
     async def run(self, code: str, timeout_seconds: float = 60.0) -> Answer:
         """Run a snippet. One that is late is interrupted, and killed with its session if it does not heed that.
@@ -262,6 +272,17 @@ class PythonSession:
         """End it, and what it started."""
         async with self._turn:
             await self._end()
+
+    async def _first_word(self) -> bytes | None:
+        """Its first message; None when it ended before, whoever holds its streams open."""
+        reading, ending = asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._program.wait())
+        try:
+            await asyncio.wait((reading, ending), return_when=asyncio.FIRST_COMPLETED)
+            return reading.result() if reading.done() else None
+        finally:
+            for one in (reading, ending):
+                one.cancel()
+            await asyncio.gather(reading, ending, return_exceptions=True)
 
     async def _exchange(self, message: bytes, timeout_seconds: float) -> Answer:
         is_late = False
@@ -297,16 +318,24 @@ class PythonSession:
         del self._read[:size]
         return message
 
+    def _fail(self, why: str) -> None:
+        self._is_over = True
+        self._reason = f"no session of Python can begin beside what runs in the sandbox ({why})\n"
+
     async def _end(self) -> None:
         self._is_over = True
         await self._program.close()
 
 
 class _Line:
-    """The socket to a warm Python: starts programs there and hears how they end."""
+    """The socket to a warm Python: starts programs there and hears how they end.
 
-    def __init__(self, cell: Cell) -> None:
+    Without a zygote the other end is the cell's own Python, which may be whatever programs in the cell made of it.
+    """
+
+    def __init__(self, cell: Cell, zygote: "_Zygote | None") -> None:
         self._cell = cell
+        self._zygote = zygote
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
         self._programs: dict[int, Process] = {}
@@ -319,20 +348,36 @@ class _Line:
         """Whether nobody listens any more."""
         return self._socket is None
 
-    async def open(self, zygote: "_Zygote | None") -> None:
+    @property
+    def takes_cgroups(self) -> bool:
+        """Whether a fork of a zygote listens, which runs nothing; one starts programs in cgroups by their folders only."""
+        return self._zygote is not None and not self._cell.joins_cgroups
+
+    async def open(self) -> None:
         """Have a warm Python at the other end. It need not be there yet: what is sent waits for it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._socket = ours
         self._loop.add_reader(ours.fileno(), self._receive)
         try:
-            if zygote is not None:
-                await zygote.enter(self._cell, theirs.fileno())
+            if self._zygote is not None:
+                await self._zygote.enter(self._cell, theirs.fileno())
             else:
-                command = ["python3", "-I", "-c", _warm("__main__")]
+                command, ran_before = ["python3", "-I", "-c", _warm("__main__")], self._cell.has_run
                 self._server = await self._cell.spawn(command, stdin_descriptor=theirs.fileno())
+                self._cell.has_run = ran_before  # this one does what it was told to
         finally:
             theirs.close()
+
+    async def has_room(self) -> bool:
+        """Whether it can be asked for something; one that has not listened for long is abandoned."""
+        deadline = self._loop.time() + ROOM_SECONDS
+        while self._socket is not None and not _is_writable(self._socket):
+            if self._loop.time() > deadline:
+                self.abandon()
+            else:
+                await asyncio.sleep(LOOK_SECONDS)
+        return self._socket is not None
 
     def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Ask the warm Python for something."""
@@ -342,6 +387,8 @@ class _Line:
             socket.send_fds(self._socket, [data], descriptors)
         except (BrokenPipeError, ConnectionResetError):
             self._lose(None)
+        except BlockingIOError:  # whoever waits in vain for what comes of it abandons this line
+            return
         except OSError as error:
             raise SandboxError(f"{self._cell.name}: its Python does not listen ({error})") from error
 
@@ -354,12 +401,16 @@ class _Line:
         """Nobody waits for this program any more."""
         self._programs.pop(identity, None)
 
-    async def close(self) -> None:
-        """Hang up; the warm Python ends then, and its children are ended here."""
-        for program in list(self._programs.values()):
+    def abandon(self) -> None:
+        """Hang up; the warm Python ends then, unless it was stopped, and its children are ended here."""
+        for program in [*self._programs.values(), *([self._server] if self._server is not None else [])]:
             with contextlib.suppress(SandboxError):
                 program.kill()
         self._lose(None)
+
+    async def close(self) -> None:
+        """Hang up and end what is there."""
+        self.abandon()
         if self._server is not None:
             await self._server.close()
 
@@ -372,24 +423,34 @@ class _Line:
         except OSError:
             message = b""
         if len(message) != REPORT.size:
-            problem = None if self._is_ready else f"{self._cell.name}: Python does not start in it"
-            self._lose(problem)
+            self._lose(None if self._is_programs_doing() else f"{self._cell.name}: Python does not start in it")
             return
         kind, identity, status, error, *usage = REPORT.unpack(message)
         if kind == READY and not self._is_ready:
-            self._is_ready = True
-        elif kind == FAILED and error == errno.EAGAIN:  # there are as many processes as may be
-            for waiting in list(self._programs.values()):
-                waiting.end(Ending(0, error, 0.0, 0))
-            self._lose(None)
-        elif kind == FAILED:
-            self._lose(f"{self._cell.name}: Python cannot enter it: {os.strerror(error)}")
+            self._is_ready = self._cell.has_run = True
+        elif kind == FAILED and not self._is_ready:
+            self._fail(error)
         elif kind == ENDED and self._num_owed and (ending := ending_of(status, error, usage)) is not None:
             self._num_owed -= 1
             if (program := self._programs.get(identity)) is not None:
                 program.end(ending)
         else:  # somebody else speaks in its place
             self._lose(None)
+
+    def _is_programs_doing(self) -> bool:
+        """Whether programs of the cell may be why no warm Python is at the other end: some have run, with all they could
+        kill, take up or remove, and the zygote is well.
+        """
+        return self._cell.has_run and not (self._zygote is not None and self._zygote.is_lost)
+
+    def _fail(self, error: int) -> None:
+        """A zygote's fork has not come into the cell; with EAGAIN there are as many processes as may be."""
+        if error != errno.EAGAIN and not self._is_programs_doing():
+            self._lose(f"{self._cell.name}: Python cannot enter it: {os.strerror(error)}")
+            return
+        for waiting in list(self._programs.values()):
+            waiting.end(Ending(0, error, 0.0, 0))
+        self._lose(None)
 
     def _lose(self, problem: str | None) -> None:
         """Nobody is at the other end. Without a problem of ours it was a program's doing: what ran was killed."""
@@ -486,6 +547,12 @@ class _Zygote:
             self._process.kill()
             wanted = f"with {', '.join(self._preloads)}" if self._preloads else "without preloads"
             raise SandboxError(f"a Python {wanted} does not start; see whether {sys.executable} can import them")
+
+
+def _is_writable(control: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(control, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 def _has_this_python(image: Image) -> bool:

@@ -71,6 +71,8 @@ class Cell:
         self.cores: frozenset[int] = frozenset()
         self.spawner: Spawner | None = None
         self.is_layer_held = False
+        self.has_run = False
+        """Whether programs have run in it, or in a cell whose files it began with: what fails now may be their doing."""
         self.operations: tuple[Operation, ...] = ()
         self.tally = Tally()
         self._final: SandboxUsage | None = None
@@ -331,6 +333,7 @@ class Cell:
 
     def register(self, identity: int, program: "Process") -> None:
         """A program is about to be started."""
+        self.has_run = True
         self._programs[identity] = program
         self._num_owed += 1
 
@@ -338,9 +341,14 @@ class Cell:
         """Nobody waits for this program any more."""
         self._programs.pop(identity, None)
 
-    def give_up(self, reason: str) -> None:
-        """It is of no use any more."""
-        self._lose(reason)
+    @property
+    def takes_cgroups(self) -> bool:
+        """Whether its agent can have a program enter a cgroup."""
+        return self.launch is None or self.launch.has_program_cgroups
+
+    def abandon(self) -> None:
+        """Its agent is silent about a program that was killed: it is of no use any more."""
+        self._lose("a program in it does not die")
 
     def limits_hit_since(self, when: float) -> frozenset[Outcome]:
         """Which limits were hit after a moment of `time.perf_counter`, or after the last time somebody asked."""

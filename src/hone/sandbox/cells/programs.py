@@ -38,6 +38,12 @@ DEFAULT_ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/work", "LANG": 
 class Channel(Protocol):
     """Who starts programs in a cell and says how they ended: its agent, or a warm Python in it."""
 
+    @property
+    def takes_cgroups(self) -> bool:
+        """Whether it can have a program enter a cgroup, and nothing that ran in the cell gets hold of the descriptor:
+        from a folder of cgroups there is a way to all other files of the machine.
+        """
+
     def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Ask for something; raises `SandboxError`."""
 
@@ -46,6 +52,9 @@ class Channel(Protocol):
 
     def unregister(self, identity: int) -> None:
         """Nobody waits for this program any more."""
+
+    def abandon(self) -> None:
+        """It does not say of a program that was killed that it ended: nobody is to wait for it any more."""
 
 
 class Process:
@@ -95,7 +104,7 @@ class Process:
                 stdio = self._open_terminal(theirs, terminal)
             else:
                 stdio = self._open_pipes(theirs, has_stdin, stdin_descriptor)
-            if self._cell.cgroup is not None and self._can_enter():
+            if self._cell.cgroup is not None and self._channel.takes_cgroups:
                 self._cgroup = self._cell.cgroup.enter()
             if self._cgroup is not None:
                 stdio.append(self._cgroup.open(joins=self._cell.joins_cgroups))
@@ -108,13 +117,6 @@ class Process:
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
-
-    def _can_enter(self) -> bool:
-        """Whether who starts it can have it enter a cgroup: by writing to a file, only agents do."""
-        launch = self._cell.launch
-        if launch is not None and not launch.has_program_cgroups:
-            return False
-        return self._channel is self._cell or not self._cell.joins_cgroups
 
     async def write(self, data: bytes) -> None:
         """Give it input; returns when its pipe has taken all of it. `BrokenPipeError` if nobody reads."""
@@ -172,9 +174,9 @@ class Process:
                 self.kill()
                 async with asyncio.timeout(KILL_SECONDS):
                     await asyncio.shield(self._ended)
-        except TimeoutError as error:
-            self._cell.give_up("a program in it does not die")
-            raise SandboxError(f"{self._cell.name}: a program does not die") from error
+        except TimeoutError:
+            self._channel.abandon()
+            self._ended.result()  # raises where it is the cell that is lost
         except SandboxError:
             pass  # it is gone with its cell
         finally:
@@ -293,8 +295,7 @@ class Process:
 
     def _require_dead(self) -> None:
         if not self._ended.done():
-            self._cell.give_up("a program in it does not die")
-            self.lose(SandboxError(f"{self._cell.name}: a program does not die"))
+            self._channel.abandon()
 
     def _own_outcome(self, ending: "Ending", started: float) -> Outcome:
         """How it ended; one that failed when a limit was hit failed at that limit."""

@@ -15,6 +15,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar, cast
 
+from hone.sandbox.errors import SandboxError
 from hone.sandbox.files.archives import NUM_NAMED, Budget, Limits, Packing, Unpacking
 from hone.sandbox.files.beneath import (
     FOLDER,
@@ -40,6 +41,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 READ_BYTES = 16 << 20
+OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # shortages of the node's, which no sandbox is to hear of as its own
 SPOOL_BYTES = 16 << 20
 
 
@@ -202,6 +204,8 @@ class Tree:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, FileProblem):
                 raise DiskFull(f"the sandbox's disk is full ({error})") from error
+            if error.errno in OURS:
+                raise SandboxError(f"the node has not enough for this: {error}") from error
             raise
         finally:
             self._release()

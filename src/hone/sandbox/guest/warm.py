@@ -35,25 +35,14 @@ LINE = 3  # where a session finds its socket to the process that forked it
 
 OWN_FILE = sys._getframe().f_code.co_filename  # as tracebacks name it; there is no __file__ behind -c
 SET_DUMPABLE = 4
-CLONE_PARENT, CLONE_INTO_CGROUP = 0x8000, 0x200000000
+CLONE_PARENT = 0x8000
 CLONE = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
-CLONE3 = 435
 
 libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock: a clone must not lose it
 
 
-class CloneArguments(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_uint64)
-        for name in (
-            *("flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls"),
-            *("set_tid", "set_tid_size", "cgroup"),
-        )
-    )
-
-
 class Start:
-    """A request to start something, with its descriptors: stdin, stdout, stderr and, maybe, a cgroup to be born in."""
+    """A request to start something, with its descriptors: stdin, stdout and stderr."""
 
     def __init__(
         self, identity: int, folder: str, arguments: list[str], variables: dict[str, str], fds: list[int]
@@ -62,9 +51,7 @@ class Start:
         self.folder = folder
         self.arguments = arguments
         self.variables = variables
-        self.stdio = fds[:3]
-        self.cgroup = fds[3] if len(fds) > 3 else -1
-        self.descriptors = fds
+        self.stdio = fds
 
 
 def parse(message: bytes, descriptors: list[int]) -> Start:
@@ -75,17 +62,11 @@ def parse(message: bytes, descriptors: list[int]) -> Start:
     return Start(identity, parts[0], parts[1 : 1 + num_arguments], variables, descriptors)
 
 
-def fork(cgroup: int = -1, *, as_sibling: bool = False) -> int:
-    """os.fork, into a cgroup, or with this process's parent as the parent."""
+def fork(*, as_sibling: bool = False) -> int:
+    """os.fork, maybe with this process's parent as the parent."""
     flags = CLONE_PARENT if as_sibling else 0
     ctypes.pythonapi.PyOS_BeforeFork()
-    if cgroup >= 0:
-        wanted = CloneArguments(
-            flags=flags | CLONE_INTO_CGROUP, exit_signal=0 if as_sibling else signal.SIGCHLD, cgroup=cgroup
-        )
-        pid: int = libc.syscall(CLONE3, ctypes.byref(wanted), ctypes.sizeof(wanted))
-    else:
-        pid = libc.syscall(CLONE, flags | signal.SIGCHLD, 0, 0, 0, 0)
+    pid: int = libc.syscall(CLONE, flags | signal.SIGCHLD, 0, 0, 0, 0)
     if pid == 0:
         ctypes.pythonapi.PyOS_AfterFork_Child()
         return 0
@@ -147,14 +128,14 @@ class Server:
         except OSError as error:
             self.report(start.identity, 0, error.errno or 1)
         finally:
-            for descriptor in start.descriptors:
+            for descriptor in start.stdio:
                 os.close(descriptor)
 
     def fork_self(self, start: Start) -> int:
         ours = theirs = None
         if start.arguments[0] == SESSION:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = fork(start.cgroup)
+        pid = fork()
         if pid == 0:
             self.become(start, theirs)
         if ours is not None and theirs is not None:
@@ -183,7 +164,7 @@ class Server:
             raise ProcessLookupError(3, "there is no such session")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            socket.send_fds(line, [b"fork"], [theirs.fileno(), *start.descriptors])
+            socket.send_fds(line, [b"fork"], [theirs.fileno(), *start.stdio])
         pid: int
         pid, number = struct.unpack("=ii", line.recv(8))
         if pid <= 0:
@@ -429,7 +410,7 @@ class Session:
             os._exit(0)
         line, *streams = descriptors
         try:
-            pid, number = fork(streams[3] if len(streams) > 3 else -1, as_sibling=True), 0
+            pid, number = fork(as_sibling=True), 0
         except OSError as error:
             pid, number = -1, error.errno or 1
         if pid == 0:
@@ -445,7 +426,7 @@ class Session:
         self.line = socket.socket(fileno=line)
         for descriptor in (self.source, self.sink, self.printed):
             os.close(descriptor)
-        for standard, descriptor in enumerate(streams[:3]):
+        for standard, descriptor in enumerate(streams):
             os.dup2(descriptor, standard)
         for descriptor in streams:
             os.close(descriptor)

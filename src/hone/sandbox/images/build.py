@@ -11,6 +11,7 @@ import msgspec
 
 from hone.sandbox.cells.plan import Image
 from hone.sandbox.errors import ImageError
+from hone.sandbox.images.children import run
 from hone.sandbox.images.debian_packages import Packages
 from hone.sandbox.images.regular_files import read_regular
 
@@ -91,7 +92,7 @@ def _install(requirements: list[str], layer: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--quiet"]
     command += ["--only-binary=:all:", "--target", str(layer / PACKAGES.lstrip("/")), "--", *requirements]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
+        done = run(command, PIP_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise ImageError(f"pip takes more than {PIP_SECONDS:g} s for {', '.join(requirements)}") from error
     if done.returncode:

@@ -20,6 +20,7 @@ from hone.sandbox.files.beneath import BadArchive, closing, make_folders
 from hone.sandbox.files.compression import decompressed
 from hone.sandbox.files.files import Tree
 from hone.sandbox.files.stacked import Stacked
+from hone.sandbox.images.children import run
 from hone.sandbox.images.debian_sources import Source, sources_of
 from hone.sandbox.images.registries import architecture
 
@@ -165,14 +166,10 @@ def _apt(root: Path, arguments: Sequence[str], names: Sequence[str]) -> None:
             f"apt: there is no apt-get here to fetch {', '.join(names)}; build the image on Debian or Ubuntu"
         )
     try:
-        done = subprocess.run(
+        done = run(
             [program, "--quiet", "--yes", *arguments],
+            APT_SECONDS,
             env={"APT_CONFIG": str(root / "apt.conf"), "LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=APT_SECONDS,
-            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise ImageError(f"apt-get takes more than {APT_SECONDS:g} s for {', '.join(names)}") from error

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from hone.sandbox.errors import ImageError
+from hone.sandbox.images.children import run
 
 PULL_SECONDS = 3600.0
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -59,9 +60,16 @@ def architecture() -> str:
 def explain(program: str, said: str) -> str:
     """What a program's complaint is about, in a line."""
     found = MESSAGE.findall(said)
-    last = json.loads(found[-1]) if found else next(iter(reversed(said.strip().splitlines())), "nothing")
+    last = _unquoted(found[-1]) if found else next(iter(reversed(said.strip().splitlines())), "nothing")
     hint = next((f"{hint}; " for words, hint in HINTS if any(word in said for word in words)), "")
     return f"{hint}{program} says: {' '.join(last.split())[-500:]}"
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return str(json.loads(text))
+    except ValueError:  # quoted as Go does it, not as JSON is
+        return text.strip('"')
 
 
 def _commands(reference: str, layout: Path) -> dict[str, list[str]]:
@@ -93,9 +101,7 @@ def _without_idle_tag(reference: str) -> str:
 
 def _run(reference: str, program: str, command: list[str]) -> None:
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PULL_SECONDS, check=False
-        )
+        done = run(command, PULL_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise ImageError(f"image {reference!r}: {program} takes more than {PULL_SECONDS:g} s") from error
     if done.returncode:

@@ -202,23 +202,55 @@ static int open_line(int ends[2])
     return 0;
 }
 
-/* Have an idle session fork itself; it answers with the pid, as it is here, of what is now a child of this process. */
+/* Whether a process is a child of this one, and none that is known. */
+static int is_new_child(pid_t pid)
+{
+    siginfo_t seen;
+    for (int i = 0; i < num_programs; i++)
+        if (programs[i].pid == pid)
+            return 0;
+    return pid > 0 && !waitid(P_PID, pid, &seen, WEXITED | WNOHANG | WNOWAIT);
+}
+
+static int move_into(int cgroup, pid_t pid)
+{
+    char text[16];
+    int procs = openat(cgroup, "cgroup.procs", O_WRONLY | O_CLOEXEC);
+    if (procs < 0)
+        return -1;
+    int size = snprintf(text, sizeof text, "%d", pid), result = write(procs, text, size) == size ? 0 : -1;
+    int kept = errno;
+    close(procs);
+    errno = kept;
+    return result;
+}
+
+/* Have an idle session fork itself; it answers with the pid, as it is here, of what is now a child of this process. It has
+   run what it was sent: a folder of cgroups, from which there is a way to all other files of the machine, is not for it,
+   and nothing it answers is to be believed. */
 static pid_t fork_session(int session, int line)
 {
     struct {
         int32_t pid, error;
     } answer = {-1, 0};
-    int passed[MAX_DESCRIPTORS];
     errno = ESRCH;
     if (session < 0 || programs[session].line < 0)
         return -1;
-    passed[0] = line;
-    memcpy(passed + 1, descriptors, num_descriptors * sizeof(int));
-    if (pass(programs[session].line, "fork", 4, passed, num_descriptors + 1) ||
+    int passed[] = {line, descriptors[0], descriptors[1], descriptors[2]};
+    if (pass(programs[session].line, "fork", 4, passed, 4) ||
         recv(programs[session].line, &answer, sizeof answer, 0) != sizeof answer)
         return -1;
-    errno = answer.error ? answer.error : ESRCH;
-    return answer.pid > 0 ? answer.pid : -1;
+    if (answer.pid <= 0 || !is_new_child(answer.pid)) {
+        errno = answer.error > 0 ? answer.error : ESRCH;
+        return -1;
+    }
+    if (num_descriptors > 3 && move_into(descriptors[3], answer.pid) && errno != ESRCH) {
+        int kept = errno;
+        kill(answer.pid, SIGKILL);
+        errno = kept;
+        return -1;
+    }
+    return answer.pid;
 }
 
 /* Start what a request asks for; whether this is the process that is to run it. */

@@ -171,6 +171,7 @@ class Lifecycle:
         self._by_key: dict[tuple[str, str], str] = {}
         self._queue: collections.OrderedDict[str, Lease] = collections.OrderedDict()
         self._makings: dict[int, str | bytes] = {}
+        self._waiting: set[int] = set()
         self._dying: set[int] = set()
         self._pools: dict[bytes, _Pool] = {}
         self._num_given = 0
@@ -228,6 +229,15 @@ class Lifecycle:
         else:  # its lease has ended meanwhile
             self._destroy(number)
         self._advance(now)
+
+    def waits(self, number: int, now: float) -> None:
+        """A cell is not being made yet: its image is to be had first. Others may start meanwhile."""
+        self._waiting.add(number)
+        self._advance(now)
+
+    def goes_on(self, number: int) -> None:
+        """It is being made now."""
+        self._waiting.discard(number)
 
     def failed(self, number: int, now: float, problem: str, outcome: Outcome) -> None:
         """A cell could not be made. Nothing of it is left."""
@@ -354,6 +364,10 @@ class Lifecycle:
         return len(self._makings)
 
     @property
+    def _num_starting(self) -> int:
+        return len(self._makings) - len(self._waiting)
+
+    @property
     def num_warm(self) -> int:
         """Cells that are ready for whoever comes."""
         return sum(len(pool.ready) for pool in self._pools.values())
@@ -382,7 +396,7 @@ class Lifecycle:
                 self._num_warm -= 1
                 self._give(lease, pool.ready.pop(), now, is_warm=True)
                 continue
-            if len(self._makings) >= self.limits.max_starting:
+            if self._num_starting >= self.limits.max_starting:
                 return
             if room <= 0:
                 self._drop_one_warm()
@@ -399,7 +413,7 @@ class Lifecycle:
         for key, pool in self._pools.items():
             missing = pool.target(now) - len(pool.ready) - pool.num_starting
             free = min(
-                self.limits.max_warm - self._num_warm, self.limits.max_starting - len(self._makings), room, missing
+                self.limits.max_warm - self._num_warm, self.limits.max_starting - self._num_starting, room, missing
             )
             for _ in range(free):
                 pool.num_starting += 1
@@ -452,6 +466,7 @@ class Lifecycle:
     def _end_making(self, number: int, now: float) -> str | bytes:
         self._making_seconds += 0.1 * (now - self._begun.pop(number) - self._making_seconds)
         purpose = self._makings.pop(number)
+        self._waiting.discard(number)
         if isinstance(purpose, bytes):
             self._pools[purpose].num_starting -= 1
         return purpose

@@ -8,7 +8,6 @@ import re
 import secrets
 import time
 from collections.abc import Collection, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from hone.sandbox.descriptors import provide_for_cells
 from hone.sandbox.errors import SHORTAGES, ImageError, SandboxError, Unsupported
 from hone.sandbox.files.beneath import Owner, file_threads
 from hone.sandbox.files.files import Files, Tree
+from hone.sandbox.images.finding import Findings
 from hone.sandbox.images.policy import ImagePolicy
 from hone.sandbox.images.store import ImageStore
 from hone.sandbox.network.egress import NetworkPolicy
@@ -48,7 +48,6 @@ from hone.schema.sandboxes import (
 
 TICK_SECONDS = 1.0
 NUM_FILE_THREADS = 4
-NUM_IMAGE_THREADS = 16
 MAX_IMAGES_TOLD = 1000
 T = TypeVar("T")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
@@ -98,7 +97,9 @@ class Node:
         self._zygotes = Zygotes(host=self._cells.host)
         self._images_allowed = images_allowed
         self._preloads = tuple(preloads)
-        self._image_threads = ThreadPoolExecutor(NUM_IMAGE_THREADS, thread_name_prefix="hone-images")
+        self._findings = Findings(self._image)
+        self._turns = asyncio.Semaphore(limits.max_starting)
+        """Of those whose image has come: all who waited for one would start at once."""
         self._threads = file_threads(NUM_FILE_THREADS)
         self.snapshots = Snapshots(self.prefix, self._cells.host, self._threads, limits)
         self._by_number: dict[int, Cell] = {}
@@ -149,7 +150,7 @@ class Node:
             await self._cells.__aexit__(kind, error, trace)
         finally:
             await self._zygotes.__aexit__(kind, error, trace)
-            self._image_threads.shutdown(wait=False, cancel_futures=True)
+            self._findings.close()
             await asyncio.to_thread(self._threads.shutdown)
             self.records.close()
             self.gate.close()
@@ -405,11 +406,12 @@ class Node:
     async def _cell(self, command: Make) -> Cell:
         sandbox = self._sandboxes.get(command.sandbox_id)
         if sandbox is None or sandbox.base is None:
-            image = None
-            if command.spec.image != "python":
-                loop = asyncio.get_running_loop()
-                image = await loop.run_in_executor(self._image_threads, self._image, command.spec.image)
-            return await self._cells.create(command.spec, image)
+            if command.spec.image == "python":
+                return await self._cells.create(command.spec)
+            image = await self._awaited(command, sandbox)
+            async with self._turns:
+                self._lifecycle.goes_on(command.number)
+                return await self._cells.create(command.spec, image)
         cell = await self._cells.create(command.spec, self.snapshots.image(sandbox.base))
         try:
             await self.snapshots.fill(cell, self._owner_of(cell), sandbox.base)
@@ -417,6 +419,16 @@ class Node:
             await asyncio.shield(cell.destroy())
             raise
         return cell
+
+    async def _awaited(self, command: Make, sandbox: NodeSandbox | None) -> Image:
+        """The image of a cell, which takes nobody's turn to start meanwhile, and is waited for as long as its lease lasts."""
+        self._lifecycle.waits(command.number, time.monotonic())
+        self._obey()
+        over = None if sandbox is None else sandbox.over
+        image = await self._findings.image(command.spec.image, over, self._lifecycle.limits.queue_seconds)
+        if image is None:
+            raise SandboxError(f"the image {command.spec.image!r} was not there in time; it may be for the next one")
+        return image
 
     def _image(self, name: str) -> Image:
         return self._images.find(self._images_allowed.admitted(name))

@@ -87,6 +87,7 @@ class Snapshots:
         self._numbers = itertools.count(1)
         self._snapshots: dict[str, Snapshot] = {}
         self._archives: set[Archive] = set()
+        self._releasing: set[asyncio.Task[None]] = set()
 
     @property
     def count(self) -> int:
@@ -146,6 +147,8 @@ class Snapshots:
         """Forget all."""
         for snapshot in list(self._snapshots.values()):
             await self.let_go(snapshot)
+        while self._releasing:
+            await asyncio.wait(set(self._releasing))
 
     def hold(self, base: Base) -> None:
         """Want what is in a base kept; `release` it."""
@@ -154,7 +157,13 @@ class Snapshots:
             base.archive.num_holders += 1
 
     async def release(self, base: Base) -> None:
-        """Want it no longer."""
+        """Want it no longer. It is done also where whoever waits for it is cancelled."""
+        releasing = asyncio.get_running_loop().create_task(self._release(base))
+        self._releasing.add(releasing)
+        releasing.add_done_callback(self._releasing.discard)
+        await asyncio.shield(releasing)
+
+    async def _release(self, base: Base) -> None:
         for layer in base.layers:
             await self.layers.release(layer)
         if base.archive is not None:
@@ -186,6 +195,7 @@ class Snapshots:
     async def fill(self, cell: Cell, owner: Owner | None, base: Base) -> None:
         """Give a new cell, whose files are an owner's, what it does not lie over."""
         archive = base.archive
+        cell.has_run = bool(base.layers) or archive is not None
         if archive is None:
             return
         tree = Tree(cell.layer_descriptor, owner)  # in which nothing of the host's is bound
@@ -257,12 +267,11 @@ class Snapshots:
             try:
                 await self._run(lambda: _copy_all(sources, made.descriptor, image.layers))
             except BaseException:  # a cancellation too: undo, then pass it on
-                await self.layers.release(made)
+                await self.release(Base(image, (made,)))
                 raise
         finally:
             os.close(own)
-            for layer in below:
-                await self.layers.release(layer)
+            await self.release(Base(image, below))
         return made
 
     async def _archived(self, cell: Cell, base: Base) -> Base:
