@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from hone.envs.failures import RolloutFailure, failures_as
 from hone.envs.local_processes import LocalProcesses
 from hone.envs.rollout import underway
 from hone.envs.sandboxes import Process, Sandbox, SandboxProvider
-from hone.schema.sandboxes import MAX_ROLLOUT, ExecResult, PythonResult, SandboxSpec
+from hone.schema.sandboxes import MAX_ROLLOUT, ExecResult, PythonResult, SandboxSpec, Usage
 from hone.schema.traces import FailureClass
 
 if TYPE_CHECKING:
@@ -125,11 +126,18 @@ class ProvidedSandbox:
         timeout_seconds: float = 60.0,
         kept_bytes: int = 64 << 10,
     ) -> ExecResult:
-        """As `Sandbox.exec`."""
+        """As `Sandbox.exec`. Where earlier programs brought the sandbox to its end, theirs is the outcome of later ones."""
+        from hone.sandbox.client import SandboxError  # `import hone.envs` stays light
+
         with _Boundary("exec"):
-            return await self._inner.exec(
-                argv, stdin=stdin, env=env, cwd=cwd, timeout_seconds=timeout_seconds, kept_bytes=kept_bytes
-            )
+            try:
+                return await self._inner.exec(
+                    argv, stdin=stdin, env=env, cwd=cwd, timeout_seconds=timeout_seconds, kept_bytes=kept_bytes
+                )
+            except SandboxError as error:
+                if error.outcome.is_infra:
+                    raise
+                return ExecResult(error.outcome, -signal.SIGKILL, "", f"{error}\n", Usage(0.0, 0.0, 0))
 
     async def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
         """As `Sandbox.start`."""
