@@ -19,7 +19,7 @@ from hone.sandbox import client
 from hone.sandbox.client import SandboxError, Unsupported, embedded_node
 from hone.sandbox.node.node import Node
 from hone.sandbox.wire.serve import NodeServer
-from hone.schema.sandboxes import SandboxSpec
+from hone.schema.sandboxes import Outcome, SandboxSpec
 from hone.schema.traces import FailureClass
 
 TASK = Task(prompt=(user("work"),))
@@ -75,11 +75,6 @@ async def test_trouble_with_cells_does_not_make_weaker_sandboxes_of_them(monkeyp
         await SandboxesHere().create(SMALL)
 
 
-def test_the_token_of_an_address_comes_from_the_environment(monkeypatch):
-    monkeypatch.setenv("HONE_SANDBOX_TOKEN", "t")
-    assert sandboxes_at("tls://gateway:7300")._token == "t"
-
-
 async def test_what_the_protocol_says_holds(provider):
     async with LazySandbox(provider, SMALL) as box:
         await box.write("deep/a.txt", b"hello")
@@ -93,6 +88,22 @@ async def test_what_the_protocol_says_holds(provider):
         await process.write(b"echo")
         assert await process.read() == b"echo"
         await process.close()
+
+
+async def test_a_sandbox_that_its_programs_ended_gives_results_and_no_failure(provider, monkeypatch):
+    outcome = Outcome.OUT_OF_MEMORY
+
+    async def refuse(self, *args, **options):
+        raise SandboxError("its memory was used up", outcome)
+
+    async with LazySandbox(provider, SMALL) as box:
+        assert (await box.exec(["true"])).is_success
+        monkeypatch.setattr(client.Sandbox, "exec", refuse)
+        result = await box.exec(["true"])
+        assert (result.outcome, result.exit_code, result.is_success) == (outcome, -signal.SIGKILL, False)
+        outcome = Outcome.AGENT_LOST
+        with pytest.raises(RolloutFailure, match="agent_lost"):
+            await box.exec(["true"])
 
 
 async def test_a_python_session_runs_in_a_cell(provider):

@@ -9,6 +9,7 @@ import pytest
 
 from hone.sandbox.cells.cell import Cell
 from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.host import host_image
 from hone.sandbox.cells.plan import Bind, Image
 from hone.sandbox.errors import SandboxError, Unsupported
 from hone.sandbox.files.beneath import closing, open_beneath
@@ -246,7 +247,9 @@ async def test_links_in_an_image_do_not_lead_its_making_outside(cells: Cells, tm
     (tmp_path / "outside").chmod(0o777)
     (tmp_path / "image").mkdir()
     (tmp_path / "image" / "etc").symlink_to(tmp_path / "outside")
-    image = Image(layers=(str(tmp_path / "image"),), files=(("/etc/probe", b"x"),))
+    host = host_image()
+    layers, files = (str(tmp_path / "image"),), (("/etc/probe", b"x"),)
+    image = Image(layers=layers, files=files, binds=host.binds[:1], links=host.links)  # with /usr, for agents in Python
     cell = await cells.create(SMALL, image)  # in which the link leads nowhere, and has made way for a folder
     with closing(open_beneath(cell.root_descriptor, "/etc/probe", os.O_RDONLY, follows_links=False)) as probe:
         assert os.read(probe, 10) == b"x"

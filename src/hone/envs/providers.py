@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from hone.envs.failures import RolloutFailure, failures_as
 from hone.envs.local_processes import LocalProcesses
 from hone.envs.rollout import underway
 from hone.envs.sandboxes import Process, Sandbox, SandboxProvider
-from hone.schema.sandboxes import MAX_ROLLOUT, ExecResult, PythonResult, SandboxSpec
+from hone.schema.sandboxes import MAX_ROLLOUT, ExecResult, PythonResult, SandboxSpec, Usage
 from hone.schema.traces import FailureClass
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def sandboxes_at(where: str, token: str = "") -> SandboxProvider:
     if where == "processes":
         return LocalProcesses()
     if where == "cells" or where.startswith(("unix:", "tcp:", "tls:")):
-        return NodeSandboxes(None if where == "cells" else where, token or os.environ.get("HONE_SANDBOX_TOKEN", ""))
+        return NodeSandboxes(None if where == "cells" else where, token or None)
     raise ValueError(f"no sandboxes at {where!r}; say here, cells, processes, unix:/path, tcp:// or tls://host:port")
 
 
@@ -90,7 +90,7 @@ async def _best_here() -> SandboxProvider:
 class NodeSandboxes:
     """A `SandboxProvider` on a node: the one inside this process, or the one at `address`."""
 
-    def __init__(self, address: str | None = None, token: str = "") -> None:
+    def __init__(self, address: str | None = None, token: str | None = None) -> None:
         self._address = address
         self._token = token
 
@@ -107,10 +107,10 @@ class NodeSandboxes:
             except BaseException:  # a cancellation too: undo, then pass it on
                 await sandbox.close()
                 raise
-        return NodeSandbox(sandbox)
+        return ProvidedSandbox(sandbox)
 
 
-class NodeSandbox:
+class ProvidedSandbox:
     """A `Sandbox` of `NodeSandboxes`."""
 
     def __init__(self, inner: "client.Sandbox") -> None:
@@ -126,11 +126,18 @@ class NodeSandbox:
         timeout_seconds: float = 60.0,
         kept_bytes: int = 64 << 10,
     ) -> ExecResult:
-        """As `Sandbox.exec`."""
+        """As `Sandbox.exec`. Where earlier programs brought the sandbox to its end, theirs is the outcome of later ones."""
+        from hone.sandbox.client import SandboxError  # `import hone.envs` stays light
+
         with _Boundary("exec"):
-            return await self._inner.exec(
-                argv, stdin=stdin, env=env, cwd=cwd, timeout_seconds=timeout_seconds, kept_bytes=kept_bytes
-            )
+            try:
+                return await self._inner.exec(
+                    argv, stdin=stdin, env=env, cwd=cwd, timeout_seconds=timeout_seconds, kept_bytes=kept_bytes
+                )
+            except SandboxError as error:
+                if error.outcome.is_infra:
+                    raise
+                return ExecResult(error.outcome, -signal.SIGKILL, "", f"{error}\n", Usage(0.0, 0.0, 0))
 
     async def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str = ".") -> Process:
         """As `Sandbox.start`."""
@@ -176,7 +183,7 @@ class NodeSandbox:
 
 
 class NodeProcess:
-    """A `Process` of a `NodeSandbox`."""
+    """A `Process` of a `ProvidedSandbox`."""
 
     def __init__(self, inner: "client.Process") -> None:
         self._inner = inner
