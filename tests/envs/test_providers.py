@@ -75,11 +75,6 @@ async def test_trouble_with_cells_does_not_make_weaker_sandboxes_of_them(monkeyp
         await SandboxesHere().create(SMALL)
 
 
-def test_the_token_of_an_address_comes_from_the_environment(monkeypatch):
-    monkeypatch.setenv("HONE_SANDBOX_TOKEN", "t")
-    assert sandboxes_at("tls://gateway:7300")._token == "t"
-
-
 async def test_what_the_protocol_says_holds(provider):
     async with LazySandbox(provider, SMALL) as box:
         await box.write("deep/a.txt", b"hello")

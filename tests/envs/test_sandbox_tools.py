@@ -24,11 +24,11 @@ from hone.envs import (
 )
 from hone.envs.local_processes import LocalProcesses
 from hone.envs.providers import sandboxes_at
-from hone.envs.sandbox_tools import SandboxState, SandboxToolUse
+from hone.envs.sandbox_tools import SandboxState, SandboxToolUse, shell_text
 from hone.envs.sandboxes import LazySandbox
 from hone.envs.sessions import PythonSession
 from hone.schema.sampling import FinishReason
-from hone.schema.sandboxes import SandboxSpec
+from hone.schema.sandboxes import ExecResult, Outcome, SandboxSpec, Usage
 
 STOP = FinishReason.STOP
 TASK = Task(prompt=(user("compute"),))
@@ -248,6 +248,19 @@ async def test_a_late_command_is_shown_as_killed():
     )
     assert trace.messages[2].content == "begun\n[Killed after 0 s.]"
     assert trace.reward == 0.0
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason"),
+    [
+        (Outcome.OUT_OF_MEMORY, "out of memory"),
+        (Outcome.DISK_FULL, "the disk is full"),
+        (Outcome.PIDS_LIMIT, "too many processes"),
+    ],
+)
+def test_a_command_that_failed_at_a_limit_says_at_which(outcome, reason):
+    result = ExecResult(outcome, 1, "", "no\n", Usage(0.0, 0.0, 0))
+    assert shell_text(result) == f"no\n[Exit code 1, {reason}.]"
 
 
 async def test_the_first_turn_hides_the_creation():

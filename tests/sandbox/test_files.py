@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hone.sandbox.files.archives import Limits
+from hone.sandbox.files.archives import TreeLimits
 from hone.sandbox.files.beneath import BadArchive, LimitExceeded, NotRegular, Owner, file_threads, open_beneath
 from hone.sandbox.files.files import Files, Tree
 
@@ -181,7 +181,7 @@ def test_long_files_are_refused_before_they_are_read(root: Path, tree: Tree) -> 
     with pytest.raises(LimitExceeded, match="longer than"):
         tree.read("sparse", max_bytes=1 << 20)
     with pytest.raises(LimitExceeded, match="bytes"):
-        tree.pack("/", io.BytesIO(), Limits(total_bytes=1 << 30))
+        tree.pack("/", io.BytesIO(), TreeLimits(total_bytes=1 << 30))
 
 
 def test_folders_with_too_many_names_and_too_deep_ones_are_refused(root: Path, tree: Tree) -> None:
@@ -190,7 +190,7 @@ def test_folders_with_too_many_names_and_too_deep_ones_are_refused(root: Path, t
     with pytest.raises(LimitExceeded, match="more than 10 names"):
         tree.list("/", max_entries=10)
     with pytest.raises(LimitExceeded, match="more than 10 "):
-        tree.pack("/", io.BytesIO(), Limits(num_entries=10))
+        tree.pack("/", io.BytesIO(), TreeLimits(num_entries=10))
     deep = root.joinpath(*["d"] * 120)
     deep.mkdir(parents=True)
     with pytest.raises(LimitExceeded, match="inside one another"):
@@ -311,9 +311,9 @@ def test_a_link_in_an_archive_does_not_lead_its_next_member_out(root: Path, tree
 
 def test_an_archive_with_more_than_the_limits_is_refused(tree: Tree) -> None:
     with pytest.raises(LimitExceeded, match="bytes"):
-        tree.unpack("/", tar((member("a"), b"x" * 600), (member("b"), b"x" * 600)), Limits(total_bytes=1000))
+        tree.unpack("/", tar((member("a"), b"x" * 600), (member("b"), b"x" * 600)), TreeLimits(total_bytes=1000))
     with pytest.raises(LimitExceeded, match="files and folders"):
-        tree.unpack("/", tar(*[(member(f"{i}"), b"") for i in range(11)]), Limits(num_entries=10))
+        tree.unpack("/", tar(*[(member(f"{i}"), b"") for i in range(11)]), TreeLimits(num_entries=10))
     with pytest.raises(LimitExceeded, match="inside one another"):
         tree.unpack("/", tar((member("d/" * 200 + "f"), b"")))
 
@@ -331,7 +331,7 @@ def test_a_broken_archive_is_told_and_leads_nowhere(root: Path, tree: Tree, data
         packed[position] = byte
     is_confined = data.draw(st.booleans())
     with contextlib.suppress(OSError):
-        tree.unpack("target", io.BytesIO(bytes(packed)), Limits(total_bytes=1 << 20), is_confined=is_confined)
+        tree.unpack("target", io.BytesIO(bytes(packed)), TreeLimits(total_bytes=1 << 20), is_confined=is_confined)
     assert names_in(root.parent) == {"root", "secret"}
     assert names_in(root) <= {"target"}
     assert (root.parent / "secret").read_bytes() == SECRET

@@ -47,6 +47,11 @@ async def replace_python(cell: Cell, code: str) -> None:
     assert (await cell.exec(["sh", "-c", put], stdin=script.encode())).is_success
 
 
+def has_cgroups(cell: Cell) -> bool:
+    """Whether what a fork of a zygote starts has a cgroup, and is killed with its daemons whatever the warm Python does."""
+    return cell.can_pause and not cell.joins_cgroups
+
+
 async def assert_well(cell: Cell) -> None:
     assert (await cell.exec(["echo", "well"])).stdout == "well\n"
 
@@ -96,7 +101,7 @@ async def test_a_fork_of_a_session_dies_with_the_daemons_it_started_and_the_sess
         assert (await session.run("1 + 1")).text == "2\n"
         await session.close()
         await python.close()
-    if cell.can_pause:
+    if has_cgroups(cell):
         async with asyncio.timeout(5):
             while not cell.is_quiet():
                 await asyncio.sleep(0.01)
@@ -141,7 +146,8 @@ async def test_a_session_that_stops_the_warm_python_ends_and_so_does_what_else_r
     session, other = await python.session(), await python.session()
     assert (await session.run(STOPS_ITS_PARENT)).is_fine
     await session.close()
-    assert (await other.run("1")).is_over
+    if has_cgroups(cell):  # or what the stopped one would have to kill lives on, as a daemon does
+        assert (await other.run("1")).is_over
     assert (await python.run("print(1)")).stdout == "1\n"
     await assert_well(cell)
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from hone.sandbox.cache import cache_folder
 from hone.sandbox.cells.cells import Cells
 from hone.sandbox.client import Sandbox, embedded_node
 from hone.sandbox.errors import Busy, SandboxError
+from hone.sandbox.images.store import ImageStore
 from hone.sandbox.node.journal import Journal
 from hone.sandbox.node.lifecycle import Limits
 from hone.sandbox.node.node import Node
@@ -138,6 +140,32 @@ async def test_a_terminal_and_signals(box):
     process.interrupt()
     assert await process.wait() != 0
     await process.close()
+
+
+async def test_the_token_of_an_address_is_that_of_the_environment_where_none_is_given(node, monkeypatch):
+    monkeypatch.setenv("HONE_SANDBOX_TOKEN", "secret")
+    async with NodeServer(node, "tcp://127.0.0.1:0", tokens={"secret": "me"}) as server:
+        async with Sandbox(spec=SMALL, node=server.address) as box:
+            assert (await box.exec(["true"])).is_success
+        with pytest.raises(ValueError, match="does not let you in"):  # who showed none to us has not this one
+            await Sandbox(spec=SMALL, node=server.address, token="").open()
+
+
+def test_the_cache_is_elsewhere_where_there_is_no_home_to_write_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "wanted"))
+    assert cache_folder("images") == tmp_path / "wanted/hone/images"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert ImageStore().folder == tmp_path / f"hone-cache-{os.getuid()}/images"
+    (tmp_path / f"hone-cache-{os.getuid()}").chmod(0o777)
+    with pytest.raises(ValueError, match="not this user's alone"):
+        cache_folder("images")
+
+
+def test_what_is_given_beside_a_spec_is_refused():
+    with pytest.raises(ValueError, match="given memory_mb, env beside a spec"):
+        Sandbox(spec=SMALL, memory_mb=64, env={"A": "b"})
 
 
 async def test_the_callers_mistakes_are_the_callers(box):

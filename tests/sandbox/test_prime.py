@@ -132,6 +132,12 @@ async def test_what_nobody_can_keep_is_refused(client):
         await client.execute_command("other.1.1", "true")
     with pytest.raises(ValueError, match="or their labels"):
         await client.bulk_delete()
+    for argument, value in (("team_id", "t"), ("user_id", "u"), ("all_users", True)):
+        with pytest.raises(ValueError, match=f"{argument}={value!r}"):
+            await client.bulk_delete(labels=["probe"], **{argument: value})
+    for argument in ("team_id", "user_id"):
+        with pytest.raises(ValueError, match=argument):
+            await client.list(**{argument: "x"})
 
 
 def theirs(module: str) -> dict[str, ast.ClassDef]:

@@ -14,6 +14,8 @@ import pytest
 from hone.sandbox.cells import cells as cells_module
 from hone.sandbox.cells import spawner as spawner_module
 from hone.sandbox.cells.cells import Cells
+from hone.sandbox.cells.cgroups import Cgroups
+from hone.sandbox.cells.host import CgroupFolders
 from hone.sandbox.client import Sandbox
 from hone.sandbox.errors import ImageError, SandboxError, Unsupported
 from hone.sandbox.files.files import Tree
@@ -480,3 +482,41 @@ def test_what_the_node_lacks_is_no_answer_to_whoever_works_in_a_sandbox(tmp_path
         tree.list("/")
     tree.close()
     os.close(root)
+
+
+async def test_a_forked_child_holds_nothing_of_the_cells(cells):
+    async with Cells() as own:
+        cell = await own.create(SMALL)
+        program = await cell.spawn(["cat"])
+        ours = {Path(f"/proc/self/fd/{one.fileno()}").readlink() for one in (cell._control, cell.spawner._socket)}
+        ours |= {Path(f"/proc/self/fd/{one}").readlink() for one in (program._stdin, program._stdout)}
+        reads, writes = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(writes, b"x")
+            signal.pause()
+            os._exit(0)
+        try:
+            os.read(reads, 1)
+            theirs = {path.readlink() for path in Path(f"/proc/{child}/fd").iterdir()}
+            assert not ours & theirs
+            program.end_input()
+            async with asyncio.timeout(10):
+                assert await program.wait() == 0
+            await program.close()
+            assert (await cell.exec(["cat"], stdin=b"in", timeout_seconds=10)).stdout == "in"
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.close(reads)
+            os.close(writes)
+        await cell.destroy()
+
+
+def test_a_process_that_moved_into_a_folder_of_its_own_does_not_go_deeper_the_next_time(tmp_path):
+    leaf = tmp_path / "hone-cells-1-2-0-owner"
+    leaf.mkdir()
+    cgroups = Cgroups(CgroupFolders(unified=leaf))
+    assert cgroups.unified is not None
+    assert cgroups.unified.parent == tmp_path
+    cgroups.close()

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
         "test_grading",
         "test_hoards",
         "test_hostile_agents",
+        "test_hostile_python",
         "test_http",
         "test_layers",
         "test_network",

@@ -153,11 +153,12 @@ def serve(
 ) -> None:
     """Serve a node until SIGINT, which ends it at once as a second SIGTERM does; the first one drains it."""
     from hone.cli.sandbox_serve import Observation, serve_node
+    from hone.sandbox.cache import cache_folder
     from hone.sandbox.images.policy import PUBLIC, ImagePolicy
     from hone.sandbox.network.egress import NetworkPolicy
     from hone.sandbox.node.lifecycle import Limits
 
-    place = folder or _cache() / f"node-{name}"
+    place = folder or cache_folder(f"node-{name}")
     address = listen or f"unix:{place}/socket"
     known, gateways = read_tokens(tokens) if tokens is not None else ({}, set())
     limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
@@ -415,10 +416,11 @@ async def _bench(rounds: int) -> dict[str, float]:
 
 
 async def connected(address: str) -> "RemoteNode":
+    from hone.sandbox.cache import cache_folder
     from hone.sandbox.client import SandboxError
     from hone.sandbox.wire.remote import RemoteNode
 
-    client = RemoteNode(address or f"unix:{_cache()}/node-local/socket", own_token())
+    client = RemoteNode(address or f"unix:{cache_folder('node-local')}/socket", own_token())
     try:
         await client.connected()
     except SandboxError as error:
@@ -446,8 +448,3 @@ def read_tokens(path: Path) -> tuple[dict[str, str], set[str]]:
         if words[2:]:
             gateways.add(words[0])
     return tokens, gateways
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hone"

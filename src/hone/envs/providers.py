@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -44,7 +43,7 @@ def sandboxes_at(where: str, token: str = "") -> SandboxProvider:
     if where == "processes":
         return LocalProcesses()
     if where == "cells" or where.startswith(("unix:", "tcp:", "tls:")):
-        return NodeSandboxes(None if where == "cells" else where, token or os.environ.get("HONE_SANDBOX_TOKEN", ""))
+        return NodeSandboxes(None if where == "cells" else where, token or None)
     raise ValueError(f"no sandboxes at {where!r}; say here, cells, processes, unix:/path, tcp:// or tls://host:port")
 
 
@@ -91,7 +90,7 @@ async def _best_here() -> SandboxProvider:
 class NodeSandboxes:
     """A `SandboxProvider` on a node: the one inside this process, or the one at `address`."""
 
-    def __init__(self, address: str | None = None, token: str = "") -> None:
+    def __init__(self, address: str | None = None, token: str | None = None) -> None:
         self._address = address
         self._token = token
 
@@ -108,10 +107,10 @@ class NodeSandboxes:
             except BaseException:  # a cancellation too: undo, then pass it on
                 await sandbox.close()
                 raise
-        return NodeSandbox(sandbox)
+        return ProvidedSandbox(sandbox)
 
 
-class NodeSandbox:
+class ProvidedSandbox:
     """A `Sandbox` of `NodeSandboxes`."""
 
     def __init__(self, inner: "client.Sandbox") -> None:
@@ -184,7 +183,7 @@ class NodeSandbox:
 
 
 class NodeProcess:
-    """A `Process` of a `NodeSandbox`."""
+    """A `Process` of a `ProvidedSandbox`."""
 
     def __init__(self, inner: "client.Process") -> None:
         self._inner = inner

@@ -104,6 +104,13 @@ def shell_tool(sandbox: Callable[[Rollout], Sandbox], timeout_seconds: float) ->
 BASH_OR_SH = 'exec "$(command -v bash || command -v sh)" -c "$1"'
 
 
+LIMITS = {
+    Outcome.OUT_OF_MEMORY: ", out of memory",
+    Outcome.DISK_FULL: ", the disk is full",
+    Outcome.PIDS_LIMIT: ", too many processes",
+}
+
+
 def shell_text(result: ExecResult) -> str:
     """What a command did, as the policy reads it."""
     parts = [result.stdout.removesuffix("\n"), result.stderr.removesuffix("\n")]
@@ -112,6 +119,5 @@ def shell_text(result: ExecResult) -> str:
     elif result.outcome is Outcome.OUTPUT_LIMIT:
         parts.append("[Killed: too much output.]")
     elif not result.is_success:
-        reason = ", out of memory" if result.outcome is Outcome.OUT_OF_MEMORY else ""
-        parts.append(f"[Exit code {result.exit_code}{reason}.]")
+        parts.append(f"[Exit code {result.exit_code}{LIMITS.get(result.outcome, '')}.]")
     return "\n".join(part for part in parts if part)

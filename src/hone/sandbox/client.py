@@ -60,6 +60,9 @@ __all__ = [
     "session_program",
 ]
 
+_DEFAULT = SandboxSpec()
+_FIELDS = SandboxSpec.__struct_fields__
+
 
 class Snapshot:
     """The files of a sandbox as they were, which its node holds; an async context manager. Leaving it lets go of it.
@@ -111,10 +114,11 @@ class Sandbox:
     network: "none", a loopback of its own; "off", not even that; "host", this machine's; or "allow", the hosts that `allow`
     lists, which is the default where it lists any. node: where it shall be. By default inside this process, without a daemon
     and without root; or the address of a node or a gateway, `unix:/path`, `tcp://host:port` or `tls://host:port`, with a
-    `token` where that wants one; or a `Node`, where `owner` is whose it is. key: one of your own makes asking repeatable:
-    while it lives, the same key is the same sandbox, and one whose asking was cancelled is there until its lease or this
-    client is over. reconnect_seconds: for how long a connection that broke is made anew before all is lost; by default as
-    long as the node waits. snapshot: what it begins from, on the snapshot's node and with its image.
+    `token` where that wants one, by default that in $HONE_SANDBOX_TOKEN; or a `Node`, where `owner` is whose it is. key: one
+    of your own makes asking repeatable: while it lives, the same key is the same sandbox, and one whose asking was cancelled
+    is there until its lease or this client is over. reconnect_seconds: for how long a connection that broke is made anew
+    before all is lost; by default as long as the node waits. snapshot: what it begins from, on the snapshot's node and with
+    its image.
 
     Relative paths start at the working folder, where programs start, too. What a program does wrong is a result. Trouble of
     the infrastructure is a `SandboxError`, whose `outcome` says which. Files raise `OSError`.
@@ -137,7 +141,7 @@ class Sandbox:
         rollout: str = "",
         spec: SandboxSpec | None = None,
         node: "Node | str | None" = None,
-        token: str = "",
+        token: str | None = None,
         owner: str = "",
         key: str = "",
         reconnect_seconds: float | None = None,
@@ -148,7 +152,7 @@ class Sandbox:
             raise ValueError(f"network {network!r} of a sandbox is none of none, off, host, allow")
         if runtime not in RUNTIMES:
             raise ValueError(f"runtime {runtime!r} of a sandbox is none of {', '.join(RUNTIMES)}")
-        self.spec = spec or SandboxSpec(
+        asked = SandboxSpec(
             image=image,
             memory_mb=memory_mb,
             cpus=cpus,
@@ -162,6 +166,13 @@ class Sandbox:
             allow=tuple(allow),
             rollout=rollout,
         )
+        if spec is not None and (
+            beside := [name for name in _FIELDS if getattr(asked, name) != getattr(_DEFAULT, name)]
+        ):
+            raise ValueError(
+                f"a sandbox is given {', '.join(beside)} beside a spec, which has its own; change the spec"
+            )
+        self.spec = spec or asked
         if snapshot is not None and node not in (None, snapshot.node):
             raise ValueError("a sandbox from a snapshot is on the snapshot's node; leave node out")
         self._node: Node | RemoteNode | str | None = node if snapshot is None else snapshot.node

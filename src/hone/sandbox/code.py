@@ -12,7 +12,7 @@ LOOK_SECONDS = 30.0
 LACKS_IT = 3
 
 
-class Box(Protocol):
+class RunsPrograms(Protocol):
     """What a sandbox must be able to do for code to run in it."""
 
     async def exec(
@@ -68,7 +68,7 @@ class Built:
         return self.compiled is None or self.compiled.is_success
 
     async def run(
-        self, box: Box, stdin: bytes = b"", *, timeout_seconds: float = 10.0, kept_bytes: int = 64 << 10
+        self, box: RunsPrograms, stdin: bytes = b"", *, timeout_seconds: float = 10.0, kept_bytes: int = 64 << 10
     ) -> ExecResult:
         """Run it in the sandbox in which it was built."""
         return await box.exec(
@@ -81,7 +81,7 @@ class Built:
 
 
 async def run_code(
-    box: Box,
+    box: RunsPrograms,
     code: str,
     *,
     language: str | Language = "python",
@@ -109,7 +109,7 @@ async def run_code(
 
 
 async def build_code(
-    box: Box,
+    box: RunsPrograms,
     code: str,
     *,
     language: str | Language = "python",
@@ -131,7 +131,7 @@ async def build_code(
     return Built(chosen, compiled)
 
 
-async def _require(box: Box, language: Language) -> None:
+async def _require(box: RunsPrograms, language: Language) -> None:
     """Look for the toolchain before any of the code has run, which could make it disappear.
 
     An image without a shell cannot be asked; what is missing there shows as the exit code 127.

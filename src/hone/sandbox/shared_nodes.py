@@ -1,6 +1,7 @@
 """The nodes that all sandboxes of an event loop share: the one inside this process, and one session with each address."""
 
 import asyncio
+import os
 import weakref
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -50,8 +51,13 @@ async def _running_node() -> AsyncGenerator[Node]:
 _embedded: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Embedded] = weakref.WeakKeyDictionary()
 
 
-async def remote_node(address: str, token: str, reconnect_seconds: float | None) -> RemoteNode:
-    """One session for all sandboxes of an event loop at one address, which the loop closes when it shuts down."""
+async def remote_node(address: str, token: str | None, reconnect_seconds: float | None) -> RemoteNode:
+    """One session for all sandboxes of an event loop at one address, which the loop closes when it shuts down.
+
+    token: None is that in $HONE_SANDBOX_TOKEN; an empty one is none.
+    """
+    if token is None:
+        token = os.environ.get("HONE_SANDBOX_TOKEN", "")
     links = _remote.setdefault(asyncio.get_running_loop(), {})
     key = (address, token, reconnect_seconds)
     link = links.get(key)

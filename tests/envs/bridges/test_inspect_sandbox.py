@@ -8,7 +8,7 @@ from inspect_ai.util import SandboxUnavailableError
 from inspect_ai.util._sandbox.self_check import *  # noqa: F403
 
 from hone.envs.bridges.inspect_sandbox import CellConfig, CellEnvironment
-from hone.sandbox.client import SandboxError
+from hone.sandbox.client import SandboxError, SandboxSpec
 
 REASONS = {
     "test_exec_large_command": "the arguments of a program hold 160 KB in all",
@@ -32,6 +32,13 @@ async def sandbox_env(request):
         pytest.skip(str(error))
     yield box
     await CellEnvironment.sample_cleanup("task", None, environments, False)
+
+
+def test_a_task_sets_whatever_a_spec_can_have():
+    config = CellConfig(network="off", runtime="process", idle_seconds=60, env={"A": "b"})
+    assert set(SandboxSpec.__struct_fields__) - set(CellConfig.model_fields) == {"rollout"}
+    made = SandboxSpec(**config.model_dump(exclude={"node"}))
+    assert (made.network, made.runtime, made.idle_seconds, made.env) == ("off", "process", 60, {"A": "b"})
 
 
 async def test_a_sandbox_that_is_over_is_unavailable(sandbox_env):

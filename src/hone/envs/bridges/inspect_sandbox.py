@@ -20,13 +20,17 @@ from inspect_ai.util import (
 from pydantic import BaseModel, ConfigDict
 
 from hone.sandbox.client import LimitExceeded, Outcome, Sandbox, SandboxError, SandboxSpec
+from hone.schema.sandboxes import RuntimeName
 
 DEFAULT_SECONDS = 3600.0
 CANNOT_RUN = 126
 
 
 class CellConfig(BaseModel):
-    """What the sandboxes of a task are. node: an address; empty is the node inside this process."""
+    """What the sandboxes of a task are. node: an address; empty is the node inside this process.
+
+    The token is in $HONE_SANDBOX_TOKEN. The other fields are those of `SandboxSpec`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,9 +40,12 @@ class CellConfig(BaseModel):
     cpus: float = 1.0
     disk_mb: int = 1024
     max_processes: int = 256
-    network: Literal["none", "host", "allow"] = "none"
+    network: Literal["none", "off", "host", "allow"] = "none"
     allow: tuple[str, ...] = ()
+    runtime: RuntimeName = "cell"
+    env: dict[str, str] = {}
     ttl_seconds: float = 24 * 3600.0
+    idle_seconds: float | None = None
 
 
 @sandboxenv(name="hone")
@@ -54,8 +61,7 @@ class CellEnvironment(SandboxEnvironment):
         """A fresh sandbox for a sample; it may not be ready yet."""
         settings = config if isinstance(config, CellConfig) else CellConfig(node=config or "")
         spec = SandboxSpec(**settings.model_dump(exclude={"node"}))
-        token = os.environ.get("HONE_SANDBOX_TOKEN", "")
-        return {"default": await cls(Sandbox(spec=spec, node=settings.node or None, token=token)).opened()}
+        return {"default": await cls(Sandbox(spec=spec, node=settings.node or None)).opened()}
 
     @classmethod
     async def sample_cleanup(

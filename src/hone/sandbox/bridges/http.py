@@ -25,7 +25,7 @@ SHUTDOWN_SECONDS = 10
 BUSY_SECONDS = 1.0
 BACKLOG = 2048
 T = TypeVar("T")
-OpenBox = Callable[[SandboxSpec, str, str], Sandbox]
+MakeSandbox = Callable[[SandboxSpec, str, str], Sandbox]
 
 logger = logging.getLogger("hone.sandbox.bridges.http")
 
@@ -56,7 +56,7 @@ class Refused(Exception):
 
 
 def code_app(
-    open_box: OpenBox,
+    open_box: MakeSandbox,
     *,
     tokens: Mapping[str, str] | None = None,
     spec: SandboxSpec = SandboxSpec(),
@@ -64,8 +64,9 @@ def code_app(
 ) -> FastAPI:
     """The application: `POST /run_code`, and `GET /v1/ping`.
 
-    open_box: makes the sandbox of a spec, not yet opened, for whoever shows a bearer token, and of which owner that is, empty
-    where `tokens` does not say. tokens: names of owners by token; None leaves it to `open_box` whom to let in. spec: of the sandboxes; a request can change the memory.
+    open_box: makes the sandbox of a spec, not yet opened, for whoever shows a bearer token, and of which owner that is,
+    empty where `tokens` does not say. tokens: names of owners by token; None leaves it to `open_box` whom to let in.
+    spec: of the sandboxes; a request can change the memory.
     """
     app = FastAPI(title="hone sandboxes", docs_url=None, redoc_url=None, openapi_url=None)
     places = asyncio.Semaphore(limits.max_requests)

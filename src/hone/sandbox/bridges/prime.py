@@ -1,6 +1,7 @@
 """Our sandboxes behind the names of the public `prime-sandboxes` SDK, so that code written for it runs here.
 
-What a request can say there and nobody can keep here (GPUs, volumes, checkpoints, SSH) is a `ValueError`, never ignored.
+What a request can say there and nobody can keep here (GPUs, volumes, checkpoints, SSH, teams and other users) is a
+`ValueError`, never ignored.
 """
 
 import asyncio
@@ -74,12 +75,13 @@ class _Record:
 class AsyncSandboxClient:
     """Makes sandboxes and works in them by their ids; `aclose` it, or use it as an async context manager.
 
-    api_key: the token of the node or gateway. node: its address, or a `Node`; by default that of HONE_SANDBOX_NODE, or
-    else the node inside this process. It knows the sandboxes that it asked for itself; closing it ends them.
+    api_key: the token of the node or gateway, by default that in $HONE_SANDBOX_TOKEN. node: its address, or a `Node`;
+    by default that of HONE_SANDBOX_NODE, or else the node inside this process. It knows the sandboxes that it asked for
+    itself; closing it ends them.
     """
 
     def __init__(self, api_key: str | None = None, *, node: Node | str | None = None) -> None:
-        self._token = api_key or os.environ.get("HONE_SANDBOX_TOKEN", "")
+        self._token = api_key or None
         self._node = node if node is not None else os.environ.get("HONE_SANDBOX_NODE") or None
         self._records: dict[str, _Record] = {}
 
@@ -147,6 +149,7 @@ class AsyncSandboxClient:
         user_id: str | None = None,
     ) -> SandboxListResponse:
         """The sandboxes that this client asked for, the first one first; with all of the labels."""
+        _refuse(team_id=team_id, user_id=user_id)
         shown = [self._shown(one) for one in self._records]
         kept = [
             one
@@ -177,6 +180,7 @@ class AsyncSandboxClient:
         all_users: bool = False,
     ) -> BulkDeleteSandboxResponse:
         """End those with these ids, or those with all of these labels."""
+        _refuse(team_id=team_id, user_id=user_id, all_users=all_users)
         if (sandbox_ids is None) == (labels is None):
             raise ValueError("give the ids of the sandboxes to delete, or their labels")
         if labels is not None:
@@ -358,6 +362,12 @@ class AsyncSandboxClient:
             error_message=record.problem,
             environment_vars=request.environment_vars,
         )
+
+
+def _refuse(**whose: str | bool | None) -> None:
+    for name, value in whose.items():
+        if value:
+            raise ValueError(f"{name}={value!r}: a client here knows the sandboxes that it asked for itself, no others")
 
 
 def _shell_code(result: ExecResult) -> int:

@@ -40,8 +40,9 @@ class CommandTimeoutError(RuntimeError):
 class CreateSandboxRequest:
     """What a sandbox shall be.
 
-    docker_image: as of `SandboxSpec.image`; None is this machine's Python. network_allowlist: hosts as of `SandboxSpec.allow`; without it there is no network.
-    secrets are environment variables like the others. idempotency_key: asked twice, it is the same sandbox.
+    docker_image: as of `SandboxSpec.image`; None is this machine's Python. network_allowlist: hosts as of
+    `SandboxSpec.allow`; without it there is no network. secrets are environment variables like the others.
+    idempotency_key: asked twice, it is the same sandbox.
     """
 
     name: str

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import msgspec
 
 from hone.sandbox.cells.cgroups import CellCgroup, Counters
+from hone.sandbox.cells.forks import keep_from_forks
 from hone.sandbox.cells.messages import MAX_DESCRIPTORS, Message, ask_for_sender, close_all, receive
 from hone.sandbox.cells.plan import (
     CONFINING,
@@ -78,6 +79,7 @@ class Cell:
         self._final: SandboxUsage | None = None
         self._nothing = nothing
         self._forget = forget
+        keep_from_forks(self)
         self._control: socket.socket | None = None
         self._listener: socket.socket | None = None
         self._has_called = False
@@ -497,9 +499,19 @@ class Cell:
             self._final = msgspec.structs.replace(self._measure(), memory_bytes=0, num_processes=0)
             await self._forget(self)
         finally:
-            own = (self._pidfd, self._agent, self._disk, self._said, self.root_descriptor, self.layer_descriptor)
-            close_all([descriptor for descriptor in own if descriptor >= 0])
-            self._pidfd = self._agent = self._disk = self._said = self.root_descriptor = self.layer_descriptor = -1
+            self._close_descriptors()
+
+    def close_in_child(self) -> None:
+        """In a forked child: close all that is open of it."""
+        for one in (self._control, self._listener):
+            if one is not None:
+                one.close()
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        own = (self._pidfd, self._agent, self._disk, self._said, self.root_descriptor, self.layer_descriptor)
+        self._pidfd = self._agent = self._disk = self._said = self.root_descriptor = self.layer_descriptor = -1
+        close_all([descriptor for descriptor in own if descriptor >= 0])
 
     async def _end_processes(self) -> None:
         """The kernel ends an agent that is process 1 when all others in its namespace are gone; a guardian ends itself

@@ -213,6 +213,7 @@ class Cells:
             has_sockets=network != "off",
             scopes_abstract_sockets=network == "off" and can_share,
             masked=self.host.masked,
+            limits_inotify=self.host.limits_inotify,
         )
 
     async def _spawner(self, runtime: RuntimeName, *, shares_host_network: bool) -> Spawner:

@@ -47,10 +47,10 @@ class Cgroups:
         self.controllers: dict[str, Path] = {}
         self.unified_controllers: frozenset[str] = frozenset()
         self._spares: dict[Limits, list[CellCgroup]] = {}
-        if folders.unified is not None:
-            self.unified = _make(folders.unified / self.name)
-        if self.unified is not None and folders.unified is not None:
-            self.unified_controllers = _enable(folders.unified, self.unified, folders.unified_controllers)
+        if (parent := _home(folders.unified)) is not None:
+            self.unified = _make(parent / self.name)
+            if self.unified is not None:
+                self.unified_controllers = _enable(parent, self.unified, folders.unified_controllers)
         for controller, folder in folders.v1.items():
             if (made := _make(folder / self.name)) is not None:
                 self.controllers[controller] = made
@@ -378,7 +378,7 @@ def _limits(spec: SandboxSpec) -> Limits:
 def sweep(folders: CgroupFolders) -> int:
     """Kill and remove what processes that are no more left behind; how many cells that were."""
     num_cells = 0
-    for parent in (folders.unified, *folders.v1.values()):
+    for parent in (_home(folders.unified), *folders.v1.values()):
         for own in parent.glob(f"{PREFIX}*") if parent is not None else ():
             if not is_orphan(own.name):
                 continue
@@ -387,7 +387,7 @@ def sweep(folders: CgroupFolders) -> int:
                 _wait_until_empty(own)
             for name, _, _ in os.walk(own, topdown=False):  # another process may be sweeping, too
                 folder = Path(name)
-                if _remove(folder) and folder.parent == own and parent == folders.unified:
+                if _remove(folder) and folder.parent == own and parent == _home(folders.unified):
                     num_cells += 1
     return num_cells
 
@@ -440,6 +440,12 @@ def _enable(parent: Path, own: Path, wanted: frozenset[str]) -> frozenset[str]:
     except OSError:
         return frozenset()
     return wanted
+
+
+def _home(unified: Path | None) -> Path | None:
+    """Where this process's folders are to be: beside the one that it left its parent for before (`_enable`)."""
+    is_leaf = unified is not None and re.fullmatch(rf"{PREFIX}\d+-\d+-\d+-owner", unified.name)
+    return unified.parent if unified is not None and is_leaf else unified
 
 
 def _make(folder: Path) -> Path | None:

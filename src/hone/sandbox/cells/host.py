@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hone.sandbox.cells.plan import MASKED, Bind, Image
+from hone.sandbox.cells.plan import MASKED, MAX_INOTIFY, Bind, Image
 from hone.sandbox.native.build import cache_folder, can_build
 
 LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
@@ -62,6 +62,7 @@ class Host:
     masked: tuple[str, ...]
     cgroups: CgroupFolders
     has_whole_proc: bool = True
+    limits_inotify: bool = True
     programs: Mapping[str, Path] = field(default_factory=dict)
     """Other runtimes' programs that are installed, by name."""
 
@@ -98,6 +99,7 @@ def look() -> Host:
         cores=frozenset(os.sched_getaffinity(0)),
         masked=tuple(name for name in MASKED if _is_open_to_all(Path("/proc", name))),
         cgroups=find_cgroups(),
+        limits_inotify=all(Path(f"/proc/sys/user/max_inotify_{what}").exists() for what in MAX_INOTIFY),
         has_whole_proc=_has_whole_proc(Path("/proc/self/mountinfo")),
         programs=_find_programs(),
     )

@@ -45,8 +45,9 @@ class Layer:
 class Layers:
     """Holds layers for the cells of some spawners.
 
-    They are mounts in a view that no process works in, so that cells, which copy the mounts there are, do not copy them.
-    held: all of them. The memory of a layer that was taken over is counted where the cell's cgroup was, of a copied one with this process.
+    They are mounts in a view that no process works in, so that cells, which copy the mounts there are, do not copy
+    them. held: all of them. The memory of a layer that was taken over is counted where the cell's cgroup was, of a
+    copied one with this process.
     """
 
     def __init__(self) -> None:

@@ -36,6 +36,7 @@ WORK = "/work"
 INODES_PER_MB = 256
 NUM_NETWORKS = 16  # kept ready; an empty one costs the kernel about 100 KB
 MAX_OPEN_FILES = 4096
+MAX_INOTIFY = {"instances": 8, "watches": 4096}  # the kernel counts them against who runs the node, too
 SPAWN = struct.Struct("=QQiIIIIII4x")
 OPERATION = struct.Struct("=IIQQ")
 
@@ -150,7 +151,7 @@ class Grants:
     has_memory_limit, has_process_limit: whether a cgroup keeps them. allow_clone3: the agent needs it for cgroups.
     own_network: a network namespace with a loopback of its own; otherwise it shares its spawner's.
     has_sockets: whether programs may make other sockets than local ones.
-    max_namespaces: nested user namespaces are forbidden where this file can be written.
+    limits_inotify: whether this kernel can limit what watches files.
     """
 
     uid: int
@@ -165,6 +166,7 @@ class Grants:
     has_sockets: bool = True
     scopes_abstract_sockets: bool = False
     masked: tuple[str, ...] = MASKED
+    limits_inotify: bool = True
 
 
 def plan_cell(spec: SandboxSpec, image: Image, grants: Grants, binds: Sequence[Bind] = ()) -> Plan:
@@ -280,6 +282,9 @@ def _root(spec: SandboxSpec, image: Image, binds: Sequence[Bind], grants: Grants
     yield from tree.folder("/proc", is_mounted_on=True)
     yield mount("proc", "/proc", "proc", NO_SETUID | NO_DEVICES | NO_PROGRAMS)
     yield Operation(Code.WRITE, _text("/proc/sys/user/max_user_namespaces") + b"0")
+    if grants.limits_inotify:
+        for what, number in MAX_INOTIFY.items():
+            yield Operation(Code.WRITE, _text(f"/proc/sys/user/max_inotify_{what}") + str(number).encode())
     # Its owner inside could make the agent the kernel's first choice when memory runs out.
     yield Operation(Code.PUT_TREE, _text("/proc/1"), a=NOTHING, b=ATTRIBUTE_READ_ONLY)
     for name in grants.masked:

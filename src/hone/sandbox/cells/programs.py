@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from hone.sandbox.cells.cgroups import ProgramCgroup
+from hone.sandbox.cells.forks import keep_from_forks
 from hone.sandbox.errors import SandboxError
 from hone.sandbox.readiness import until_ready
 from hone.schema.sandboxes import ExecResult, Outcome, Usage
@@ -81,6 +82,7 @@ class Process:
         self._ended: asyncio.Future[Ending] = self._loop.create_future()
         self._stdin = self._stdout = self._stderr = -1
         self._kept = (_Kept(kept_bytes // 2), _Kept(kept_bytes // 2))
+        keep_from_forks(self)
         self._cgroup: ProgramCgroup | None = None
         self._outcome: Outcome | None = None
         self._is_started = False
@@ -318,9 +320,17 @@ class Process:
         if self._cgroup is not None:
             self._cgroup.leave()
             self._cgroup = None
-        for descriptor in {self._stdin, self._stdout, self._stderr} - {-1}:
-            os.close(descriptor)
+        self._close_streams()
+
+    def close_in_child(self) -> None:
+        """As `Holder`."""
+        self._close_streams()
+
+    def _close_streams(self) -> None:
+        descriptors = {self._stdin, self._stdout, self._stderr} - {-1}
         self._stdin = self._stdout = self._stderr = -1
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)

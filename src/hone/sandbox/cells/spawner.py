@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hone.sandbox.cells.forks import keep_from_forks
 from hone.sandbox.cells.plan import SPAWN, Code, Operation, encode_operations
 from hone.sandbox.errors import SHORTAGES, SandboxError, Unsupported
 from hone.sandbox.native.build import BuildError, build, cache_folder
@@ -55,6 +56,7 @@ class Spawner:
         self._loop = asyncio.get_running_loop()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        keep_from_forks(self)
         self._waiting: dict[int, asyncio.Future[Born]] = {}
         self._own: collections.deque[asyncio.Future[_Done]] = collections.deque()
         self._sending = asyncio.Lock()
@@ -157,6 +159,11 @@ class Spawner:
             if done.done() and not done.cancelled() and done.exception() is None and done.result().descriptor >= 0:
                 os.close(done.result().descriptor)
             raise
+
+    def close_in_child(self) -> None:
+        """In a forked child: close its socket."""
+        if self._socket is not None:
+            self._socket.close()
 
     async def close(self) -> None:
         """End it, and with it what is left of its cells."""

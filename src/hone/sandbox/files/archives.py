@@ -34,7 +34,7 @@ HEADER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class TreeLimits:
     """What one operation on a tree takes at most; more is `LimitExceeded`.
 
     total_bytes: of all files as they are long, so that holes count. num_entries: files, folders and links.
@@ -55,7 +55,7 @@ class Limits:
 class Budget:
     """Counts what an operation has touched, and stops it at its limits."""
 
-    limits: Limits
+    limits: TreeLimits
     num_files: int = 0
     num_bytes: int = 0
     num_entries: int = 0
@@ -168,7 +168,7 @@ def _member(path: str, status: os.stat_result, kind: bytes) -> tarfile.TarInfo:
 class _Bounded:
     """A stream of which no more is read than a tree within the limits can need, however its headers lie."""
 
-    def __init__(self, source: BinaryIO, limits: Limits) -> None:
+    def __init__(self, source: BinaryIO, limits: TreeLimits) -> None:
         self._source = source
         self._rest = limits.archive_bytes
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar, cast
 
 from hone.sandbox.errors import SandboxError
-from hone.sandbox.files.archives import NUM_NAMED, Budget, Limits, Packing, Unpacking
+from hone.sandbox.files.archives import NUM_NAMED, Budget, Packing, TreeLimits, Unpacking
 from hone.sandbox.files.beneath import (
     FOLDER,
     NEW_FILE,
@@ -123,7 +123,7 @@ class Tree:
         with self._access() as root, closing(make_folders(root, self._absolute(path))):
             pass
 
-    def remove(self, path: str, *, is_recursive: bool = False, limits: Limits = Limits()) -> None:
+    def remove(self, path: str, *, is_recursive: bool = False, limits: TreeLimits = TreeLimits()) -> None:
         """Remove a file or link, or a folder if it is empty or the removal is recursive.
 
         Other file systems below it are an error of the kernel; what was removed until then is gone.
@@ -139,7 +139,7 @@ class Tree:
                 _empty(parent, name, Budget(limits), depth=1)
             os.rmdir(name, dir_fd=parent)
 
-    def pack(self, path: str, into: BinaryIO, limits: Limits = Limits()) -> Transfer:
+    def pack(self, path: str, into: BinaryIO, limits: TreeLimits = TreeLimits()) -> Transfer:
         """Write a folder's content, or one file, as a tar archive.
 
         Links are packed as links. Devices, fifos, sockets, the kernel's file systems and files that a program holds by a
@@ -162,7 +162,7 @@ class Tree:
         self,
         path: str,
         source: BinaryIO,
-        limits: Limits = Limits(),
+        limits: TreeLimits = TreeLimits(),
         *,
         is_confined: bool = False,
         takes_over: Callable[[int, str], bool] | None = None,
@@ -267,19 +267,19 @@ class Files:
         """As `Tree.remove`."""
         await self._run(lambda: self.tree.remove(path, is_recursive=is_recursive))
 
-    async def pack(self, path: str, into: BinaryIO, limits: Limits = Limits()) -> Transfer:
+    async def pack(self, path: str, into: BinaryIO, limits: TreeLimits = TreeLimits()) -> Transfer:
         """As `Tree.pack`."""
         return await self._run(self.tree.pack, path, into, limits)
 
-    async def unpack(self, path: str, source: BinaryIO, limits: Limits = Limits()) -> Transfer:
+    async def unpack(self, path: str, source: BinaryIO, limits: TreeLimits = TreeLimits()) -> Transfer:
         """As `Tree.unpack`."""
         return await self._run(self.tree.unpack, path, source, limits)
 
-    async def upload(self, local: Path, path: str, limits: Limits = Limits()) -> Transfer:
+    async def upload(self, local: Path, path: str, limits: TreeLimits = TreeLimits()) -> Transfer:
         """Copy a local folder's content, or one local file, into a folder of the sandbox."""
         return await self._run(_copy_in, local, self.tree, path, limits)
 
-    async def download(self, path: str, local: Path, limits: Limits = Limits()) -> Transfer:
+    async def download(self, path: str, local: Path, limits: TreeLimits = TreeLimits()) -> Transfer:
         """Copy a folder's content, or one file, into a local folder, out of which none of what arrives leads."""
         return await self._run(_copy_out, self.tree, path, local, limits)
 
@@ -287,14 +287,14 @@ class Files:
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
 
 
-def pack_local(local: Path, into: BinaryIO, limits: Limits = Limits()) -> Transfer:
+def pack_local(local: Path, into: BinaryIO, limits: TreeLimits = TreeLimits()) -> Transfer:
     """As `Tree.pack`, of a local folder's content or of one local file. Blocks."""
     is_folder = local.is_dir()
     with _local_tree(local if is_folder else local.parent) as source:
         return source.pack("." if is_folder else local.name, into, limits)
 
 
-def unpack_local(source: BinaryIO, local: Path, limits: Limits = Limits()) -> Transfer:
+def unpack_local(source: BinaryIO, local: Path, limits: TreeLimits = TreeLimits()) -> Transfer:
     """As `Tree.unpack`, into a local folder, out of which none of what arrives leads. Blocks."""
     local.mkdir(parents=True, exist_ok=True)
     with _local_tree(local) as target:
@@ -307,7 +307,7 @@ def joined(packed: Transfer, unpacked: Transfer) -> Transfer:
     return Transfer(num_files=unpacked.num_files, num_bytes=unpacked.num_bytes, left_out=left_out)
 
 
-def _copy_in(local: Path, tree: Tree, path: str, limits: Limits) -> Transfer:
+def _copy_in(local: Path, tree: Tree, path: str, limits: TreeLimits) -> Transfer:
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
         archive = cast(BinaryIO, spool)
         packed = pack_local(local, archive, limits)
@@ -315,7 +315,7 @@ def _copy_in(local: Path, tree: Tree, path: str, limits: Limits) -> Transfer:
         return joined(packed, tree.unpack(path, archive, limits))
 
 
-def _copy_out(tree: Tree, path: str, local: Path, limits: Limits) -> Transfer:
+def _copy_out(tree: Tree, path: str, local: Path, limits: TreeLimits) -> Transfer:
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
         archive = cast(BinaryIO, spool)
         packed = tree.pack(path, archive, limits)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from hone.sandbox.errors import ImageError
-from hone.sandbox.files.archives import Limits
+from hone.sandbox.files.archives import TreeLimits
 from hone.sandbox.files.beneath import BadArchive, closing, make_folders
 from hone.sandbox.files.compression import decompressed
 from hone.sandbox.files.files import Tree
@@ -29,7 +29,7 @@ TRUSTED = "/etc/apt/trusted.gpg.d"
 USUAL_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr/lib64", "var/run", "var/lock")
 NAME = re.compile(r"[a-z0-9][a-z0-9+.-]*(=[A-Za-z0-9.+:~-]+)?")
 APT_SECONDS = 1800.0
-LIMITS = Limits(total_bytes=16 << 30, num_entries=1_000_000)
+LIMITS = TreeLimits(total_bytes=16 << 30, num_entries=1_000_000)
 MAX_CONTROL_BYTES = 16 << 20
 AR_MAGIC, AR_HEADER = b"!<arch>\n", 60
 HOST_SETTINGS = ("Acquire::http", "Acquire::https", "Acquire::Retries")

@@ -16,11 +16,12 @@ from typing import BinaryIO, TypeVar
 
 import msgspec
 
+from hone.sandbox.cache import cache_folder
 from hone.sandbox.cells.host import host_image
 from hone.sandbox.cells.plan import Image
 from hone.sandbox.cells.scratch import remove_tree
 from hone.sandbox.errors import ImageError
-from hone.sandbox.files.archives import Limits
+from hone.sandbox.files.archives import TreeLimits
 from hone.sandbox.files.beneath import BadArchive, closing, open_beneath
 from hone.sandbox.files.compression import Hashed, decompressed
 from hone.sandbox.files.files import Tree
@@ -29,7 +30,7 @@ from hone.sandbox.images.policy import HOST_NAMES, split_tag
 from hone.sandbox.images.registries import architecture, pull
 from hone.sandbox.images.regular_files import open_regular
 
-LAYER_LIMITS = Limits(total_bytes=64 << 30, num_entries=4_000_000)
+LAYER_LIMITS = TreeLimits(total_bytes=64 << 30, num_entries=4_000_000)
 MANIFEST_BYTES = 8 << 20
 MAX_INDEX_DEPTH = 4
 DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
@@ -43,13 +44,14 @@ class ImageStore:
 
     Names: "python" or "host", this machine's programs and Python; "dir:PATH", a folder as it is; "tar:PATH", a tar
     archive of a root file system, compressed or not; "oci:PATH" or "oci:PATH:TAG", a folder in the OCI image layout;
-    "build:PATH", what a TOML file defines (`ImageDefinition`); anything else is a reference to a registry ("debian:12", "ghcr.io/name/image@sha256:..."), fetched by skopeo or crane.
+    "build:PATH", what a TOML file defines (`ImageDefinition`); anything else is a reference to a registry ("debian:12",
+    "ghcr.io/name/image@sha256:..."), fetched by skopeo or crane.
 
     folder: by default in this user's cache. Several processes may use one folder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or _default_folder()
+        self.folder = folder or cache_folder("images")
 
     def find(self, name: str) -> Image:
         """The image of a name. Blocks, for the time it takes to unpack it where that has not been done before.
@@ -184,11 +186,6 @@ class _Runtime(msgspec.Struct, frozen=True):
 class _Configuration(msgspec.Struct, frozen=True):
     rootfs: _RootFileSystem
     config: _Runtime = _Runtime()
-
-
-def _default_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hone" / "images"
 
 
 def _image(layers: tuple[Path, ...], variables: dict[str, str] | None = None, working_folder: str = "") -> Image:

@@ -1,1 +1,1 @@
-"""The two small programs in C that make cells and live in them, their build, and the same in Python."""
+"""Spawner, agent and the library of warm Pythons in C, and their build."""

@@ -87,7 +87,10 @@ def compile_for_wheel(parent: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """The user's, or one for this user beneath the temporary folder where there is no home to write to."""
+    """The user's, or one for this user beneath the temporary folder where there is no home to write to.
+
+    As `hone.sandbox.cache`, which this module cannot import: the build of the wheel loads it alone.
+    """
     wanted = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = (Path(wanted) if wanted else Path.home() / ".cache") / "hone" / "native"

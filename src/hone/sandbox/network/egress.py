@@ -49,10 +49,10 @@ class NetworkPolicy:
 
     maps: addresses by name, `unix:/path` or `host:port`, for names that mean something to this node alone, such as
     "model.internal". A sandbox reaches them where its allow-list names them, not by a wildcard; their address is not
-    checked.
-    is_private_allowed: whether rules may say `+private`, and sandboxes have the host's network. max_connections: of all
-    sandboxes together; max_sandbox_connections: of one; more wait. max_requests_per_second, max_bytes_per_second: of one, so
-    that it leaves the node its time. max_bytes: that one may have carried, up and down together. idle_seconds: after so long without a byte a connection is ended.
+    checked. is_private_allowed: whether rules may say `+private`, and sandboxes have the host's network.
+    max_connections: of all sandboxes together; max_sandbox_connections: of one; more wait. max_requests_per_second,
+    max_bytes_per_second: of one, so that it leaves the node its time. max_bytes: that one may have carried, up and down
+    together. idle_seconds: after so long without a byte a connection is ended.
     """
 
     maps: Mapping[str, str] = field(default_factory=dict)

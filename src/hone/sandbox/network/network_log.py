@@ -13,7 +13,8 @@ MAX_LOG_BYTES = 64 << 20
 class NetworkLog:
     """`network.jsonl` in a folder, and `network.1.jsonl` with what was there before it grew too long.
 
-    counts: requests by what became of them. A line that cannot be written (a full disk) is counted and otherwise given up: no sandbox waits for it.
+    counts: requests by what became of them. A line that cannot be written (a full disk) is counted and
+    otherwise given up: no sandbox waits for it.
     """
 
     def __init__(self, folder: Path | None, max_bytes: int = MAX_LOG_BYTES) -> None:

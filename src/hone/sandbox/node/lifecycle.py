@@ -190,7 +190,8 @@ class Lifecycle:
     def ask(self, spec: SandboxSpec, now: float, *, key: str = "", owner: str = "", snapshot_id: str = "") -> Lease:
         """A lease on a sandbox that will be there. key: the same key of the same owner is the same sandbox, while it lives.
 
-        Raises `Busy` when as many wait as may or none are taken any more, `ValueError` for a key that stands for a sandbox of another kind.
+        Raises `Busy` when as many wait as may or none are taken any more, `ValueError` for a key that
+        stands for a sandbox of another kind.
         """
         if key and (known := self._by_key.get((owner, key))) is not None:
             lease = self.leases[known]

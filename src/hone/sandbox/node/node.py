@@ -58,12 +58,13 @@ logger = logging.getLogger("hone.sandbox.node.node")
 class Node:
     """Leases sandboxes; an async context manager. Leaving it, or the death of this process, ends all of them.
 
-    name: small letters, digits and dashes; the first part of the ids of its sandboxes, which also say which start of the
-    node they are of. folder: for its journal, its accounts and the log of what sandboxes asked of the network; None keeps
-    none. network: what sandboxes with an allow-list get. spans: where its pieces of work are told, None nowhere; the
-    caller's to close. images_allowed: what sandboxes may be made from, by default everything; whoever serves a node to others
-    says less, as names of images can be paths of its disk. preloads: modules that Python of this machine's image finds
-    imported; that happens outside of cells, so name only what is trusted. runtimes, is_weak_allowed: as of `Cells`. Raises `SandboxError` where another node has the folder.
+    name: small letters, digits and dashes; the first part of the ids of its sandboxes, which also say which start of
+    the node they are of. folder: for its journal, its accounts and the log of what sandboxes asked of the network; None
+    keeps none. network: what sandboxes with an allow-list get. spans: where its pieces of work are told, None nowhere;
+    the caller's to close. images_allowed: what sandboxes may be made from, by default everything; whoever serves a node
+    to others says less, as names of images can be paths of its disk. preloads: modules that Python of this machine's
+    image finds imported; that happens outside of cells, so name only what is trusted. runtimes, is_weak_allowed: as of
+    `Cells`. Raises `SandboxError` where another node has the folder.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from hone.sandbox.cells.plan import Image
 from hone.sandbox.cells.runtimes.known import features
 from hone.sandbox.cells.runtimes.runtime import Feature
 from hone.sandbox.errors import Busy, SandboxError, Unsupported
-from hone.sandbox.files.archives import Limits as TreeLimits
+from hone.sandbox.files.archives import TreeLimits
 from hone.sandbox.files.beneath import Owner
 from hone.sandbox.files.files import Tree
 from hone.sandbox.files.layer_copy import copy_layer, drop_marks, open_folders

@@ -15,9 +15,9 @@ DRAIN_SECONDS = 0.2
 
 
 async def converse(call: int, process: Process | Connection, streams: CallStreams) -> int:
-    """Carry the streams of a program, or of a connection, until it has ended and its output is sent; what its children write later is not.
+    """Carry the streams of a program, or of a connection, until it has ended and its output is sent.
 
-    Returns its exit code. Cancelled, it kills the program.
+    What its children write later is not sent. Returns its exit code. Cancelled, it kills the program.
     """
     loop = asyncio.get_running_loop()
     streams.signal = lambda number: _signal(process, number)

@@ -32,9 +32,10 @@ def framed(message: msgspec.Struct) -> bytes:
 class Stream(asyncio.Protocol, Generic[T]):
     """One connection.
 
-    kind: of the messages that come. hear: is given each; a `ValueError` from it ends the connection. lose: is called once, when the connection is over.
-    max_frame_bytes: of what comes; may be changed at any time. stops_when_full: read no more while the other side does
-    not read. Only one side of a connection may do so, or both would wait for one another.
+    kind: of the messages that come. hear: is given each; a `ValueError` from it ends the connection. lose: is called
+    once, when the connection is over. max_frame_bytes: of what comes; may be changed at any time. stops_when_full: read
+    no more while the other side does not read. Only one side of a connection may do so, or both would wait for one
+    another.
     """
 
     def __init__(

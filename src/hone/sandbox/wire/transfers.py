@@ -4,7 +4,7 @@ import asyncio
 import tempfile
 from typing import BinaryIO, cast
 
-from hone.sandbox.files.archives import Limits
+from hone.sandbox.files.archives import TreeLimits
 from hone.sandbox.files.beneath import LimitExceeded
 from hone.sandbox.node.sandbox import NodeSandbox
 from hone.sandbox.wire.call_streams import CallStreams
@@ -12,7 +12,7 @@ from hone.sandbox.wire.flow import CHUNK_BYTES
 from hone.schema.sandboxes import Transfer
 
 SPOOL_BYTES = 4 << 20
-MAX_ARCHIVE_BYTES = Limits().archive_bytes
+MAX_ARCHIVE_BYTES = TreeLimits().archive_bytes
 
 
 async def take_tree(sandbox: NodeSandbox, path: str, streams: CallStreams) -> Transfer:
