@@ -52,7 +52,7 @@ def main() -> None:
 
 async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     started = time.monotonic()
-    mounts = mounted()
+    mounts, others = mounted(), cgroups()
     temporary = folder / "tmp"
     temporary.mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary), "VICTIM_COMPLAINTS": str(folder / "complaints")}
@@ -81,7 +81,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         "left": {
             **await left_processes(),
             "mounts": len(mounted() - mounts),
-            "cgroups": len(cgroups_of(pids)),
+            "cgroups": len({path for path in cgroups() - others if owner(path) in pids}),
             "leases": leases,
             "sockets": sum(path.is_socket() for path in folders),
             "folders": len(folders),
@@ -228,13 +228,14 @@ def mounted() -> set[str]:
     return set(Path("/proc/self/mountinfo").read_text().splitlines())
 
 
-def cgroups_of(pids: set[int]) -> list[str]:
-    found = []
-    for path, _, _ in os.walk("/sys/fs/cgroup"):
-        name = path.rpartition("/")[2]
-        if name.startswith(PREFIX) and int(name.removeprefix(PREFIX).split("-")[0]) in pids:
-            found.append(path)
-    return found
+def cgroups() -> set[str]:
+    """The folders of all processes that make cells."""
+    return {path for path, _, _ in os.walk("/sys/fs/cgroup") if path.rpartition("/")[2].startswith(PREFIX)}
+
+
+def owner(path: str) -> int:
+    """The number of the process that such a folder is named after; another one may have had it before."""
+    return int(path.rpartition(PREFIX)[2].split("-")[0])
 
 
 if __name__ == "__main__":

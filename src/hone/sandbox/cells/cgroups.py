@@ -27,6 +27,7 @@ RESERVED_PROCESSES = {
     "gvisor": 1024,
 }  # the agent; its guardian; another runtime's program; threads of a kernel of its own
 DYING_SECONDS = 2.0  # what was killed needs a moment; its folders cannot go before
+LEAVING_SECONDS = 1.0
 MAX_SPARES = 64  # making and removing a cell's folders is a fifth of its creation
 MAX_LOOKED_AT = 4  # folders of ended programs, when the next one needs a folder
 
@@ -387,7 +388,7 @@ def sweep(folders: CgroupFolders) -> int:
                 _wait_until_empty(own)
             for name, _, _ in os.walk(own, topdown=False):  # another process may be sweeping, too
                 folder = Path(name)
-                if _remove(folder) and folder.parent == own and parent == _home(folders.unified):
+                if _remove_left(folder) and folder.parent == own and parent == _home(folders.unified):
                     num_cells += 1
     return num_cells
 
@@ -464,6 +465,23 @@ def _remove(folder: Path | str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _remove_left(folder: Path) -> bool:
+    """Remove a cgroup, also where a process that is listed no more is counted in it yet."""
+    ends = time.monotonic() + LEAVING_SECONDS
+    while not _remove(folder):
+        if time.monotonic() > ends or not _is_listed_empty(folder):
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def _is_listed_empty(folder: Path) -> bool:
+    try:
+        return not (folder / "cgroup.procs").read_bytes() and not any(path.is_dir() for path in folder.iterdir())
+    except OSError:
+        return True
 
 
 def _hand_over(folder: str, uid: int) -> None:
