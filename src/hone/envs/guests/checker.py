@@ -224,7 +224,7 @@ def check_calls(job: dict[str, Any], asker: Asker, results: Results) -> None:
 def provide(name: str, asker: Asker, namespace: dict[str, Any]) -> None:
     try:
         namespace[name] = asker.ask("name", name)
-    except Exception:
+    except Exception:  # the program may raise anything
         return  # the program does not define it; a test that uses it will say so
 
 

@@ -89,7 +89,7 @@ class Gateway:
         self._tasks = [loop.create_task(self._keep_looking()), loop.create_task(self._keep_hearing())]
         try:
             await self._listener.open(self._accept)
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             await self._stop()
             raise
         self.address = str(self._listener.address)

@@ -152,7 +152,7 @@ class Server:
                 Session(descriptor).serve()
             else:
                 run_program(start.arguments[1])
-        except BaseException:
+        except BaseException:  # a child ends here, whatever it met
             traceback.print_exc()
         finally:
             os._exit(1)
@@ -246,7 +246,7 @@ def begin(message: bytes, is_session: bool, known_variables: bytes) -> None:
             Session(LINE).serve()
         else:
             run_program(parts[2].decode(errors="surrogateescape"))
-    except BaseException:
+    except BaseException:  # a child ends here, whatever it met
         traceback.print_exc()
     finally:
         os._exit(1)
@@ -277,7 +277,7 @@ def run_program(code: str) -> None:
         flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-    except BaseException as error:
+    except BaseException as error:  # a program may raise anything; it is shown as an interpreter does
         show_error(error)
         status = 1
     try:

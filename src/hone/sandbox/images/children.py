@@ -64,7 +64,7 @@ def run(
     with children.begun(command, env) as child:
         try:
             stdout, stderr = child.communicate(timeout=seconds)
-        except BaseException:
+        except BaseException:  # an interrupt too: no child outlives its caller
             _kill(child)
             raise
     return subprocess.CompletedProcess(list(command), child.returncode, stdout, stderr)

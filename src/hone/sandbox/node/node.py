@@ -390,7 +390,7 @@ class Node:
     async def _make(self, command: Make) -> None:
         try:
             cell = await self._cell(command)
-        except Exception as error:
+        except Exception as error:  # a surprise may cost this cell, never its place among those that start
             if not isinstance(error, SandboxError | ImageError | OSError):
                 logger.exception("a cell of the image %r could not be made", command.spec.image)
             self.records.tallies.cells_failed += 1

@@ -237,7 +237,7 @@ class Snapshots:
         try:
             if pauses:
                 await cell.resume()
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             await self.release(taken)
             raise
         return taken

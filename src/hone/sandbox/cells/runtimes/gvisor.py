@@ -64,7 +64,7 @@ class GvisorRuntime:
             for path in (birth.folder / CONTROL, birth.folder):
                 os.chown(path, birth.grants.uid, birth.grants.gid)
             listener.listen(1)
-        except BaseException:
+        except BaseException:  # a cancellation too: undo, then pass it on
             listener.close()
             raise
         return Launch(
