@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from hone.sandbox.cells.host import Host
     from hone.sandbox.client import Process, Sandbox
-    from hone.sandbox.node.node import Node
     from hone.sandbox.wire.remote import RemoteNode
     from hone.sandbox.wire.serve import NodeServer
     from hone.schema.sandboxes import RuntimeName
@@ -157,41 +157,33 @@ def serve(
     from hone.sandbox.images.policy import PUBLIC, ImagePolicy
     from hone.sandbox.network.egress import NetworkPolicy
     from hone.sandbox.node.lifecycle import Limits
+    from hone.sandbox.node.node import Node
 
     place = folder or cache_folder(f"node-{name}")
     address = listen or f"unix:{place}/socket"
     known, gateways = read_tokens(tokens) if tokens is not None else ({}, set())
-    limits = Limits(max_sandboxes=max_sandboxes, max_warm=max_warm)
 
-    def server_of(node: "Node") -> "NodeServer":
+    def server_of(node: Node) -> "NodeServer":
         from hone.sandbox.wire.serve import NodeServer
 
         return NodeServer(node, address, tokens=known, gateways=gateways, certificate=tls_cert, key=tls_key)
 
-    def http_of(node: "Node") -> AbstractAsyncContextManager[str]:
+    def http_of(node: Node) -> AbstractAsyncContextManager[str]:
         if not http:
             return contextlib.nullcontext("")
         return http_door(http, node, require_tokens(http, known, is_open=without_token))
 
-    network = NetworkPolicy(maps=_read_maps(maps or []), is_private_allowed=private_networks)
-    observation = Observation(metrics_port, metrics_host, spans)
-    offered = _runtimes(runtime or [])
-    allowed = ImagePolicy(tuple(images or [PUBLIC]), is_private_allowed=private_networks)
-    asyncio.run(
-        serve_node(
-            name,
-            place,
-            limits,
-            network,
-            server_of,
-            observation,
-            drain_seconds,
-            http_of,
-            offered,
-            allowed,
-            preloads or [],
-        )
+    node_of = functools.partial(
+        Node,
+        folder=place,
+        limits=Limits(max_sandboxes=max_sandboxes, max_warm=max_warm),
+        network=NetworkPolicy(maps=_read_maps(maps or []), is_private_allowed=private_networks),
+        runtimes=_runtimes(runtime or []),
+        images_allowed=ImagePolicy(tuple(images or [PUBLIC]), is_private_allowed=private_networks),
+        preloads=preloads or [],
     )
+    observation = Observation(metrics_port, metrics_host, spans)
+    asyncio.run(serve_node(name, node_of, server_of, http_of, observation, drain_seconds))
 
 
 def _runtimes(names: list[str]) -> "tuple[RuntimeName, ...]":

@@ -12,12 +12,8 @@ import typer
 
 from hone.cli.sandbox_metrics import metrics_served
 from hone.observability.spans import Spans
-from hone.sandbox.images.policy import ImagePolicy
-from hone.sandbox.network.egress import NetworkPolicy
-from hone.sandbox.node.lifecycle import Limits
 from hone.sandbox.node.node import Node
 from hone.sandbox.wire.serve import NodeServer
-from hone.schema.sandboxes import RuntimeName
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -36,31 +32,17 @@ class Observation:
 
 async def serve_node(
     name: str,
-    folder: Path,
-    limits: Limits,
-    network: NetworkPolicy,
+    node_of: Callable[..., Node],
     server_of: Callable[[Node], NodeServer],
+    http_of: Callable[[Node], contextlib.AbstractAsyncContextManager[str]],
     observation: Observation,
     drain_seconds: float,
-    http_of: Callable[[Node], contextlib.AbstractAsyncContextManager[str]],
-    runtimes: tuple[RuntimeName, ...],
-    images_allowed: ImagePolicy,
-    preloads: Sequence[str],
 ) -> None:
     """Serve until SIGINT or SIGTERM. The first SIGTERM lets the sandboxes that are there live on for `drain_seconds`."""
     stops = _Stops()
     with _spans(observation.spans, name) as spans:
         async with (
-            Node(
-                name,
-                folder=folder,
-                limits=limits,
-                network=network,
-                spans=spans,
-                runtimes=runtimes,
-                images_allowed=images_allowed,
-                preloads=preloads,
-            ) as node,
+            node_of(name, spans=spans) as node,
             _node_metrics(node, observation) as metrics,
             server_of(node) as server,
             http_of(node) as url,
